@@ -1,0 +1,7 @@
+"""Pixels to latents and back; know nothing of models."""
+
+from ditune.autoencoders.base import Autoencoder
+from ditune.autoencoders.patch_pca import PatchPCA
+from ditune.autoencoders.pixels import Pixels
+
+__all__ = ["Autoencoder", "PatchPCA", "Pixels"]

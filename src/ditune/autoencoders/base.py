@@ -1,0 +1,76 @@
+"""The one interface between pixels, float (N, 3, H, W) in [-1, 1], and the latents that a network learns."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from typing import final
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from ditune.errors import UserError
+
+
+class Autoencoder(nn.Module, ABC):
+    """A codec and the shift and scale that bring its latents to about unit variance.
+
+    channels    C of the latents
+    downsample  pixels per latent along each side
+    shift       (C,) buffer, subtracted from the codec's latents
+    scale       (C,) buffer, multiplied after that
+    """
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, channels: int, downsample: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.downsample = downsample
+        self.register_buffer("shift", torch.zeros(channels))
+        self.register_buffer("scale", torch.ones(channels))
+
+    @abstractmethod
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Pixels (N, 3, H, W) -> mean and log-variance (N, C, h, w) of the codec; None when it is deterministic."""
+
+    @abstractmethod
+    def decode(self, z: Tensor) -> Tensor:
+        """Latents of the codec (N, C, h, w) -> pixels (N, 3, H, W), not clamped."""
+
+    @final
+    def to_latent(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Pixels (N, 3, H, W) -> (N, C, h, w) for the network; the mean unless `noise`, standard normal, is given."""
+        z, logvar = self.encode(x)
+        if noise is not None and logvar is not None:
+            z = z + torch.exp(logvar / 2) * noise
+        return (z - self._per_channel(self.shift)) * self._per_channel(self.scale)
+
+    @final
+    def to_pixels(self, z: Tensor) -> Tensor:
+        """The network's (N, C, h, w) -> pixels (N, 3, H, W), not clamped; inverts `to_latent` up to the codec."""
+        return self.decode(z / self._per_channel(self.scale) + self._per_channel(self.shift))
+
+    @final
+    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+        """(C, h, w) of pictures with this side; UserError when blocks of `downsample` pixels do not fill it."""
+        if resolution % self.downsample:
+            raise UserError(
+                f"Pictures of {resolution} pixels do not divide into blocks of {self.downsample}. "
+                f"Choose a resolution that is a multiple of {self.downsample}."
+            )
+        side = resolution // self.downsample
+        return self.channels, side, side
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the class and all numbers, so that latents and networks can name the codec that they belong to."""
+        digest = hashlib.sha256(f"{type(self).__name__} {self.channels} {self.downsample}".encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.cpu().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    @staticmethod
+    def _per_channel(values: Tensor) -> Tensor:
+        return rearrange(values, "c -> 1 c 1 1")

@@ -1,0 +1,51 @@
+"""One picture to the square RGB that networks and metrics read, and the two number formats of pixels.
+
+Pixels are float (N, 3, H, W) in [-1, 1]; pictures are uint8 (N, 3, H, W). Colour profiles (ICC) are not applied.
+"""
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """The centre crop of ADM (Dhariwal & Nichol 2021, arXiv 2105.05233), on which FID tables of ImageNet rest.
+
+    image: any width and height, RGB or L. Returns a size x size picture; one that has this size already is unchanged.
+    """
+    # Halving by averages first keeps the bicubic step below a factor of two, where it does not alias.
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def to_rgb(image: Image.Image, background: int = 255) -> Image.Image:
+    """Any picture as RGB: turned as its EXIF tag says, 16 bits to 8, transparency on a plain `background` (0..255).
+
+    Raises ValueError for floating-point pictures, whose white is unknown, and for modes that Pillow cannot convert.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no known white")
+    if image.mode.startswith("I"):  # I;16, I;16B, and I, in which some formats deliver 16 bits
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    canvas = Image.new("RGB", image.size, (background,) * 3)
+    canvas.paste(image, mask=image.getchannel("A"))
+    return canvas
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """Float pixels in [-1, 1] (clamped) -> uint8 of the same shape; inverts `from_uint8` exactly."""
+    return (127.5 * x + 128).clamp(0, 255).to(torch.uint8)
+
+
+def from_uint8(x: Tensor) -> Tensor:
+    """uint8 pictures -> float32 pixels in [-1, 1] of the same shape."""
+    return x.float() / 127.5 - 1

@@ -1,0 +1,40 @@
+"""Nearest neighbours, so that memorised training pictures can be seen."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ditune.errors import UserError
+
+
+def nearest(queries: Tensor, references: Tensor, k: int = 1, chunk: int = 512) -> tuple[Tensor, Tensor]:
+    """The k nearest references by cosine distance 1 - cos in [0, 2]: (N, D), (M, D) -> distance, index (N, k).
+
+    Raises UserError when there are fewer than k references.
+    """
+    check_count(references, k)
+    directions = F.normalize(references.float(), dim=1).T  # (D, M)
+    found = [(F.normalize(rows.float(), dim=1) @ directions).topk(k) for rows in queries.split(chunk)]
+    cosine, index = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return (1 - cosine).clamp(min=0), index
+
+
+def nearest_pixels(queries: Tensor, references: Tensor, k: int = 1, chunk: int = 512) -> tuple[Tensor, Tensor]:
+    """The k nearest references by L2 distance of pixels in [0, 1]: uint8 (N, ...), (M, ...) -> distance, index (N, k).
+
+    Raises UserError when there are fewer than k references.
+    """
+    check_count(references, k)
+    rows = queries.flatten(1).double()  # (N, P): integers, so the expanded square below is exact in float64
+    squares = []
+    for part in references.flatten(1).split(chunk):
+        columns = part.double()  # (chunk, P)
+        squares.append(rows.square().sum(1, keepdim=True) + columns.square().sum(1) - 2 * rows @ columns.T)
+    square, index = torch.cat(squares, dim=1).topk(k, largest=False)
+    return square.sqrt() / 255, index
+
+
+def check_count(references: Tensor, k: int) -> None:
+    """Raises UserError when there are fewer than k references."""
+    if len(references) < k:
+        raise UserError(f"{k} neighbours were asked for among {len(references)} pictures. Ask for fewer.")

@@ -1,0 +1,77 @@
+"""Embeddings of patches' positions, timesteps and classes."""
+
+import math
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+
+def sincos_1d(dim: int, position: Tensor) -> Tensor:
+    """Sines, then cosines of `position` (M,) at dim/2 frequencies 10000^(-2i/dim): (M, dim), float64."""
+    omega = 10000.0 ** -(torch.arange(dim // 2, dtype=torch.float64) / (dim / 2))
+    angle = position.double()[:, None] * omega
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+def sincos_2d(dim: int, grid_size: int, scale: float = 1.0) -> Tensor:
+    """Position table of a square grid, (grid_size^2, dim), float64, row by row.
+
+    The first half of a row encodes the column, the second half the row, as in DiT (arXiv 2212.09748).
+
+    Args:
+        dim: width of the table, divisible by 4.
+        grid_size: patches along one side.
+        scale: factor on the coordinates: 0.5 gives a grid twice as fine the coordinate range it was pretrained on
+            (DiffFit, arXiv 2304.06648, from 256 to 512 px).
+    """
+    coordinate = torch.arange(grid_size, dtype=torch.float64) * scale
+    row, column = torch.meshgrid(coordinate, coordinate, indexing="ij")
+    return torch.cat([sincos_1d(dim // 2, column.flatten()), sincos_1d(dim // 2, row.flatten())], dim=1)
+
+
+def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
+    """Cosines, then sines of t (N,), fractions allowed: (N, dim) float32; an odd dim ends in a zero column."""
+    half = dim // 2
+    frequency = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32) / half).to(t.device)
+    angle = t[:, None].float() * frequency[None]
+    embedding = torch.cat([angle.cos(), angle.sin()], dim=1)
+    return nn.functional.pad(embedding, (0, dim % 2))
+
+
+class PatchEmbed(nn.Module):
+    """Image (N, C, H, W) to tokens (N, T, D). A convolution whose stride is its kernel, done as one matrix product."""
+
+    def __init__(self, patch_size: int, in_channels: int, hidden_size: int):
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        patches = rearrange(x, "n c (h p) (w q) -> n (h w) (c p q)", p=self.patch_size, q=self.patch_size)
+        return nn.functional.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+
+
+class TimestepEmbedder(nn.Module):
+    """Timestep (N,) to (N, D): sinusoids, then a two-layer MLP."""
+
+    def __init__(self, hidden_size: int, frequency_size: int = 256):
+        super().__init__()
+        self.frequency_size = frequency_size
+        self.mlp = nn.Sequential(
+            nn.Linear(frequency_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.mlp(timestep_embedding(t, self.frequency_size))
+
+
+class LabelEmbedder(nn.Module):
+    """Class (N,) to (N, D). With a null class the table has one row more, its last; who drops labels is the objective."""
+
+    def __init__(self, num_classes: int, hidden_size: int, null_class: bool):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + int(null_class), hidden_size)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.embedding_table(y)

@@ -1,0 +1,76 @@
+"""The seam between a network and the methods that adapt it: a predicate over parameters plus injected ones."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from ditune.errors import UserError
+
+
+class PeftMethod(ABC):
+    """One way to adapt a pretrained network.
+
+    Args:
+        lr: recommended learning rate; `optimizer.lr` takes it from the config unless an experiment sets another.
+        weight_decay: recommended weight decay.
+        train_labels: the label table trains too, as every row of DiffFit's tables does.
+    """
+
+    def __init__(self, lr: float, weight_decay: float = 0.0, train_labels: bool = True):
+        self.lr, self.weight_decay, self.train_labels = lr, weight_decay, train_labels
+
+    @abstractmethod
+    def selects(self, name: str) -> bool:
+        """Whether the parameter called `name` trains."""
+
+    def inject(self, network: nn.Module) -> None:
+        """Add the method's own parameters; the network's output must not change by it."""
+
+    def fold(self, network: nn.Module) -> None:
+        """Fold injected parameters into the network's own and remove them."""
+
+    def apply(self, network: nn.Module) -> None:
+        """Inject, then freeze all that the method does not select."""
+        self.inject(network)
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_(self.selects(name) or (self.train_labels and name.startswith("y_embedder.")))
+        if not self.trainable(network):
+            raise UserError(f"{type(self).__name__} trains no parameter of this network. Choose another method.")
+
+    def trainable(self, network: nn.Module) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in network.named_parameters() if p.requires_grad}
+
+    def state_dict(self, network: nn.Module) -> dict[str, Tensor]:
+        """What the method trained, and nothing else: copies on the CPU."""
+        return {name: p.detach().cpu().clone() for name, p in self.trainable(network).items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, network: nn.Module, tensors: dict[str, Tensor]) -> None:
+        """Copy tensors of `state_dict` into an applied network; nothing is copied unless all of them fit.
+
+        Raises:
+            UserError: names or shapes differ.
+        """
+        own = self.trainable(network)
+        missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+        shapes = [n for n in own.keys() & tensors.keys() if own[n].shape != tensors[n].shape]
+        if missing or unknown or shapes:
+            what = "; ".join(
+                f"{text} {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
+                for text, names in (("missing", missing), ("unknown", unknown), ("of another shape", sorted(shapes)))
+                if names
+            )
+            raise UserError(
+                f"The adapter does not fit this network and method: {what}. "
+                "Load it with the network, the number of classes and the method that it was trained with."
+            )
+        for name, parameter in own.items():
+            parameter.copy_(tensors[name])
+
+    @torch.no_grad()
+    def merge(self, network: nn.Module) -> None:
+        """Turn an adapted network into a plain one with the same output, in fp32."""
+        network.float()
+        self.fold(network)
+        network.requires_grad_(True)

@@ -1,0 +1,196 @@
+"""The Gaussian diffusion process q(x_t | x_0) and the reading of a network's output as p(x_{t-1} | x_t).
+
+Ho et al. 2020 (arXiv 2006.11239, "DDPM"), Nichol & Dhariwal 2021 (arXiv 2102.09672, "IDDPM"), Salimans & Ho 2022
+(arXiv 2202.00512, "v"). With alpha_bar = prod (1 - beta):  x_t = alpha x_0 + sigma epsilon,  alpha = sqrt(alpha_bar),
+sigma = sqrt(1 - alpha_bar).
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ditune.errors import UserError
+from ditune.processes.schedules import BETAS, Tables, kept_timesteps, respaced_betas
+
+PREDICTIONS = ("epsilon", "x0", "v")
+VARIANCES = ("learned_range", "fixed_large", "fixed_small")
+
+
+class Prediction(NamedTuple):
+    """What a network's output says about one step back: p(x_{t-1} | x_t) and the x_0 and noise behind it."""
+
+    mean: Tensor  # (N, C, H, W)
+    log_variance: Tensor  # (N, C, H, W), or (N, 1, 1, 1) where it is fixed
+    x0: Tensor  # (N, C, H, W)
+    epsilon: Tensor  # (N, C, H, W)
+
+
+class GaussianProcess:
+    """A diffusion process of T timesteps, or of fewer where it is respaced; t = 0 is nearest to the data.
+
+    Args:
+        schedule: 'linear' or 'cosine'.
+        timesteps: T of the full process, the one the network is trained with.
+        prediction: what the network predicts: 'epsilon', 'x0', or 'v' = alpha epsilon - sigma x_0.
+        variance: of p(x_{t-1} | x_t). 'learned_range' (2C output channels) interpolates between the two fixed ones.
+        respacing: timesteps that are kept, see `kept_timesteps`.
+
+    Everywhere below t (N,) int64 counts the kept timesteps; `network_time(t)` is what the network is told.
+
+    Raises:
+        UserError: unknown names, fewer than one timestep, or a respacing that does not fit.
+    """
+
+    def __init__(
+        self,
+        schedule: str = "linear",
+        timesteps: int = 1000,
+        prediction: str = "epsilon",
+        variance: str = "learned_range",
+        respacing: str = "",
+    ):
+        for name, value, known in [
+            ("schedule", schedule, BETAS),
+            ("prediction", prediction, PREDICTIONS),
+            ("variance", variance, VARIANCES),
+        ]:
+            if value not in known:
+                raise UserError(f"The process knows no {name} {value!r}. Choose one of {', '.join(known)}.")
+        if timesteps < 1:
+            raise UserError(f"A process cannot have {timesteps} timesteps. Set process.timesteps to 1 or more.")
+        self.config = {
+            "schedule": schedule,
+            "timesteps": timesteps,
+            "prediction": prediction,
+            "variance": variance,
+            "respacing": respacing,
+        }
+        self.timesteps, self.prediction, self.variance = timesteps, prediction, variance
+        kept = kept_timesteps(respacing, timesteps)
+        full_betas = BETAS[schedule](timesteps)
+        if full_betas.max() >= 1:
+            raise UserError(
+                f"A {schedule} schedule of {timesteps} timesteps has a beta of 1 or more. "
+                "Set process.timesteps to 21 or more."
+            )
+        betas = respaced_betas(full_betas, kept)
+        self.tables = Tables(timestep_map=kept, **_gaussian_tables(betas))
+        self.timestep_map = self.tables["timestep_map"]  # (T,) int64
+
+    @property
+    def steps(self) -> int:
+        """Number of timesteps that are kept, at most `timesteps`."""
+        return len(self.timestep_map)
+
+    def respaced(self, respacing: str) -> "GaussianProcess":
+        """The same process with other kept timesteps; they are counted on the full process."""
+        return GaussianProcess(**{**self.config, "respacing": respacing})
+
+    def network_time(self, t: Tensor) -> Tensor:  # (N,) -> (N,) in 0..timesteps-1
+        return self.tables.placed("timestep_map", t.device, torch.int64)[t]
+
+    def at(self, name: str, t: Tensor, like: Tensor) -> Tensor:  # (N,) -> (N, 1, 1, 1)
+        """Value of a table at each sample's timestep."""
+        return self.tables.at(name, t, like)
+
+    def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """x_t (DDPM eq. 4)."""
+        return self.at("alpha", t, x0) * x0 + self.at("sigma", t, x0) * noise
+
+    def q_posterior(self, x0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean (N, C, H, W), variance and its clipped logarithm (N, 1, 1, 1) of q(x_{t-1} | x_t, x_0) (DDPM eq. 7)."""
+        mean = self.at("posterior_mean_coef1", t, x_t) * x0 + self.at("posterior_mean_coef2", t, x_t) * x_t
+        return (
+            mean,
+            self.at("posterior_variance", t, x_t),
+            self.at("posterior_log_variance_clipped", t, x_t),
+        )
+
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What the network should output for x_t = q_sample(x0, t, noise)."""
+        if self.prediction == "epsilon":
+            return noise
+        if self.prediction == "x0":
+            return x0
+        return self.at("alpha", t, x0) * noise - self.at("sigma", t, x0) * x0
+
+    def split(self, output: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The predicted quantity (N, C, H, W) and, for 'learned_range', the variance's fraction in [-1, 1], else None.
+
+        Raises:
+            UserError: the network's number of output channels does not suit the process's variance.
+        """
+        channels, learned = x_t.shape[1], self.variance == "learned_range"
+        if output.shape[1] != channels * (1 + learned):
+            raise UserError(
+                f"The network gives {output.shape[1]} channels for {channels}, which variance={self.variance} cannot "
+                "read. Use variance=learned_range with networks that have learn_sigma=true, a fixed variance otherwise."
+            )
+        output = output.to(x_t.dtype)  # the step is computed in full precision, whatever the network ran in
+        return (output[:, :channels], output[:, channels:]) if learned else (output, None)
+
+    def predict(self, output: Tensor, x_t: Tensor, t: Tensor, clip: bool = False) -> Prediction:
+        """Read the network's output at x_t.
+
+        Args:
+            output: raw network output, (N, 2C, H, W) for 'learned_range' and (N, C, H, W) otherwise.
+            x_t: (N, C, H, W).
+            t: (N,) int64 kept timesteps.
+            clip: hold the predicted x_0 in [-1, 1]; for pixels only.
+        """
+        predicted, fraction = self.split(output, x_t)
+        x0 = self._x0(predicted, x_t, t)
+        x0 = x0.clamp(-1, 1) if clip else x0
+        mean, _, _ = self.q_posterior(x0, x_t, t)
+        epsilon = self.at("sqrt_recip_alphas_cumprod", t, x_t) * x_t - x0
+        epsilon = epsilon / self.at("sqrt_recipm1_alphas_cumprod", t, x_t)
+        return Prediction(mean, self._log_variance(fraction, x_t, t), x0, epsilon)
+
+    def _x0(self, predicted: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        if self.prediction == "x0":
+            return predicted
+        if self.prediction == "v":  # v, appendix D: x_0 = alpha x_t - sigma v
+            return self.at("alpha", t, x_t) * x_t - self.at("sigma", t, x_t) * predicted
+        recip, recipm1 = self.at("sqrt_recip_alphas_cumprod", t, x_t), self.at("sqrt_recipm1_alphas_cumprod", t, x_t)
+        return recip * x_t - recipm1 * predicted  # DDPM eq. 15: x_0 = (x_t - sigma epsilon) / alpha
+
+    def _log_variance(self, fraction: Tensor | None, x_t: Tensor, t: Tensor) -> Tensor:
+        if fraction is None:
+            return self.at(f"{self.variance}_log_variance", t, x_t)
+        log_beta = self.at("log_betas", t, x_t)
+        log_beta_tilde = self.at("posterior_log_variance_clipped", t, x_t)
+        share = (fraction + 1) / 2  # IDDPM eq. 15, whose v is mapped from [-1, 1]
+        return share * log_beta + (1 - share) * log_beta_tilde
+
+
+def _gaussian_tables(betas: np.ndarray) -> dict[str, np.ndarray]:  # (T,) each, float64
+    alphas_cumprod = np.cumprod(1 - betas)
+    alphas_cumprod_prev = np.append(1.0, alphas_cumprod[:-1])
+    alphas_cumprod_next = np.append(alphas_cumprod[1:], 0.0)
+    posterior_variance = betas * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod)  # DDPM eq. 7
+    # The posterior variance is 0 at t = 0, where its logarithm borrows the next one (a process of one step has none).
+    borrowed = posterior_variance[1] if len(betas) > 1 else betas[0]
+    posterior_log_variance_clipped = np.log(np.append(borrowed, posterior_variance[1:]))
+    return {
+        "betas": betas,
+        "log_betas": np.log(betas),
+        "alphas_cumprod": alphas_cumprod,
+        "alphas_cumprod_prev": alphas_cumprod_prev,
+        "alpha": np.sqrt(alphas_cumprod),
+        "alpha_prev": np.sqrt(alphas_cumprod_prev),
+        "alpha_next": np.sqrt(alphas_cumprod_next),
+        "sigma": np.sqrt(1 - alphas_cumprod),
+        "sigma_next": np.sqrt(1 - alphas_cumprod_next),
+        "variance_prev": 1 - alphas_cumprod_prev,
+        "log_one_minus_alphas_cumprod": np.log(1 - alphas_cumprod),
+        "sqrt_recip_alphas_cumprod": np.sqrt(1 / alphas_cumprod),
+        "sqrt_recipm1_alphas_cumprod": np.sqrt(1 / alphas_cumprod - 1),
+        "posterior_variance": posterior_variance,
+        "posterior_log_variance_clipped": posterior_log_variance_clipped,
+        "posterior_mean_coef1": betas * np.sqrt(alphas_cumprod_prev) / (1 - alphas_cumprod),
+        "posterior_mean_coef2": (1 - alphas_cumprod_prev) * np.sqrt(1 - betas) / (1 - alphas_cumprod),
+        "fixed_small_log_variance": posterior_log_variance_clipped,
+        "fixed_large_log_variance": np.log(np.append(borrowed, betas[1:])),
+    }
