@@ -2,6 +2,7 @@
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from typing import final
 
 import torch
@@ -39,11 +40,14 @@ class Autoencoder(nn.Module, ABC):
         """Latents of the codec (N, C, h, w) -> pixels (N, 3, H, W), not clamped."""
 
     @final
-    def to_latent(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Pixels (N, 3, H, W) -> (N, C, h, w) for the network; the mean unless `noise`, standard normal, is given."""
+    def to_latent(self, x: Tensor, normal: Callable[[Sequence[int]], Tensor] | None = None) -> Tensor:
+        """Pixels (N, 3, H, W) -> (N, C, h, w) for the network.
+
+        The posterior's mean, or a sample where `normal`, (C, h, w) -> standard normal (N, C, h, w), is given.
+        """
         z, logvar = self.encode(x)
-        if noise is not None and logvar is not None:
-            z = z + torch.exp(logvar / 2) * noise
+        if normal is not None and logvar is not None:
+            z = z + torch.exp(logvar / 2) * normal(z.shape[1:])
         return (z - self._per_channel(self.shift)) * self._per_channel(self.scale)
 
     @final

@@ -1,0 +1,39 @@
+"""What the entry points share: where the repository is, and mistakes shown as sentences."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from omegaconf.errors import OmegaConfBaseException
+
+from ditune.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = str(ROOT / "configs")
+USER_ERROR = 2  # exit code
+
+
+def prepare() -> None:
+    """Tell the configs where the repository is; quiet what the libraries say at every start."""
+    os.environ.setdefault("DITUNE_ROOT", str(ROOT))
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(_is_worth_reading)
+
+
+def _is_worth_reading(record: logging.LogRecord) -> bool:
+    return not any(text in record.getMessage() for text in ("litlogger", "💡", "litmodels", "🚀"))
+
+
+def reported(work: Callable[[], int | None], traceback: bool) -> None:
+    """Run `work` and exit with its code; a mistake of the user is one message, unless `traceback` is asked for."""
+    try:
+        code = work()
+    except (UserError, OmegaConfBaseException) as error:
+        if traceback:
+            raise
+        text = str(error) if isinstance(error, UserError) else f"The config is wrong: {error}"
+        sys.stderr.write(f"\nError: {text}\n")
+        sys.exit(USER_ERROR)
+    if code:
+        sys.exit(code)

@@ -1,0 +1,99 @@
+"""Training data as a function of (seed, position): where a run stops changes nothing of what comes next."""
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ditune.data.pictures import Pictures
+from ditune.draws import generator, mix
+from ditune.errors import UserError
+
+
+class PictureStream(Dataset):
+    """An endless, shuffled sequence of pictures; position p stands in pass p // N over the N pictures.
+
+    Args:
+        pictures: what is drawn from.
+        seed: the run's seed.
+        flip: half of the positions are mirrored left to right. Off for flags, signs and letters.
+    """
+
+    def __init__(self, pictures: Pictures, seed: int, flip: bool = False):
+        self.pictures, self.seed, self.flip = pictures, seed, flip
+        self._order = lru_cache(maxsize=2)(self._permutation)
+
+    def _permutation(self, epoch: int) -> list[int]:
+        return torch.randperm(len(self.pictures), generator=generator(self.seed, epoch)).tolist()
+
+    def __getstate__(self) -> dict:  # a worker process builds its own cache
+        return {k: v for k, v in self.__dict__.items() if k != "_order"}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._order = lru_cache(maxsize=2)(self._permutation)
+
+    def __getitems__(self, positions: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """uint8 pictures (B, 3, R, R), labels (B,), positions (B,)."""
+        passes = [divmod(position, len(self.pictures)) for position in positions]
+        pictures, labels = self.pictures.__getitems__([self._order(epoch)[item] for epoch, item in passes])
+        if self.flip:
+            mirrored = torch.tensor([mix(self.seed, 1, position) % 2 == 1 for position in positions])
+            pictures = torch.where(mirrored[:, None, None, None], pictures.flip(-1), pictures)
+        return pictures, labels, torch.tensor(positions)
+
+
+class MicroBatches(Sampler[list[int]]):
+    """Positions of this rank's micro-batches, without end.
+
+    Args:
+        batch_size: global batch, the positions that one optimizer step covers.
+        accumulate: micro-steps of a step.
+        rank, world_size: this process among those that share every micro-step.
+        first_step: optimizer step to begin with.
+    """
+
+    def __init__(self, batch_size: int, accumulate: int, rank: int, world_size: int, first_step: int):
+        self.size = micro_batch_size(batch_size, accumulate, world_size)
+        self.stride, self.offset = self.size * world_size, self.size * rank
+        self.start = first_step * batch_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        start = self.start + self.offset
+        while True:
+            yield list(range(start, start + self.size))
+            start += self.stride
+
+
+def micro_batch_size(batch_size: int, accumulate: int, world_size: int) -> int:
+    """Samples that one process handles at once.
+
+    Raises:
+        UserError: the global batch cannot be divided evenly.
+    """
+    if batch_size < 1 or batch_size % (accumulate * world_size):
+        raise UserError(
+            f"batch_size is the global batch, {batch_size}, and cannot be shared by {world_size} processes with "
+            f"{accumulate} micro-steps each. Set it to a multiple of {accumulate * world_size}."
+        )
+    return batch_size // (accumulate * world_size)
+
+
+def _identity(batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    return batch
+
+
+def training_loader(stream: PictureStream, batches: MicroBatches, num_workers: int, pin_memory: bool) -> DataLoader:
+    """Loader of (pictures, labels, positions); the pictures are decoded before workers fork and share them."""
+    if stream.pictures.in_memory:
+        stream.pictures.load()
+    return DataLoader(
+        stream,
+        batch_sampler=batches,
+        collate_fn=_identity,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        persistent_workers=num_workers > 0,
+    )

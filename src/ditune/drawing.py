@@ -1,0 +1,93 @@
+"""Drawing pictures by their numbers: picture i of a seed is the same however many are drawn, and by whom."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ditune.autoencoders import Autoencoder
+from ditune.data import to_uint8
+from ditune.draws import mix
+from ditune.processes import GaussianProcess
+from ditune.samplers import DDIM, DDPM, NoiseStream, sample
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Drawer:
+    """Everything that decides how a network's pictures look, but the network.
+
+    Args:
+        process, autoencoder: of the network.
+        resolution: side of the pictures, in pixels.
+        sampler, steps, guidance, guidance_interval, guidance_channels: see `ditune.samplers.sample`.
+        batch_size: pictures at once; every batch is padded to it, so that rounding does not depend on their number.
+        bf16: the network runs under bf16 autocast.
+    """
+
+    process: GaussianProcess
+    autoencoder: Autoencoder
+    resolution: int
+    sampler: DDPM | DDIM
+    steps: int
+    guidance: float = 1.0
+    guidance_interval: Sequence[float] = (0.0, 1.0)
+    guidance_channels: int | None = None
+    batch_size: int = 64
+    bf16: bool = True
+
+    def draw(
+        self,
+        network: nn.Module,
+        labels: Tensor,
+        seed: int,
+        indices: Sequence[int] | None = None,
+        on_batch: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        """One picture for every label, uint8 (N, 3, R, R) on the CPU.
+
+        Args:
+            network: in evaluation mode; `labels` (N,) are its classes.
+            seed: of all noise, with the picture's number.
+            indices: numbers of the pictures; None = 0..N-1.
+            on_batch: called after every batch with the number of pictures that are done.
+        """
+        indices = list(range(len(labels))) if indices is None else list(indices)
+        pictures = []
+        for start in range(0, len(labels), self.batch_size):
+            rows = indices[start : start + self.batch_size]
+            y = labels[start : start + self.batch_size]
+            padding = self.batch_size - len(rows)
+            padded_rows, padded_y = rows + rows[-1:] * padding, torch.cat([y, y[-1:].expand(padding)])
+            pictures.append(self._batch(network, padded_y, seed, padded_rows)[: len(rows)].cpu())
+            if on_batch is not None:
+                on_batch(start + len(rows))
+        return torch.cat(pictures)
+
+    @torch.inference_mode()
+    def _batch(self, network: nn.Module, y: Tensor, seed: int, indices: list[int]) -> Tensor:
+        device = next(network.parameters()).device
+        stream = NoiseStream(seed, indices, self.autoencoder.latent_shape(self.resolution))
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+            latents = sample(
+                network,
+                self.process,
+                stream.next().to(device),
+                y.to(device),
+                sampler=self.sampler,
+                steps=self.steps,
+                guidance=self.guidance,
+                guidance_interval=self.guidance_interval,
+                guidance_channels=self.guidance_channels,
+                next_noise=lambda: stream.next().to(device),
+            )
+        return to_uint8(self.autoencoder.to(device).to_pixels(latents.float()))
+
+
+def label_plan(labels: Tensor, seed: int, n: int) -> Tensor:
+    """Class of pictures 0..n-1, each a function of (seed, i): drawn with the frequencies of a data set's `labels`."""
+    rows = [mix(seed, i, 2) % len(labels) for i in range(n)]
+    return labels[torch.tensor(rows, dtype=torch.int64)]

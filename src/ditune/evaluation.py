@@ -1,0 +1,139 @@
+"""Judging pictures by a fixed protocol; a value is comparable to another of the same protocol only."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ditune.checkpoints import sha256
+from ditune.data import Pictures
+from ditune.drawing import Drawer, label_plan
+from ditune.errors import UserError
+from ditune.metrics import Judge, nearest
+from ditune.visuals import grid, neighbours_sheet
+
+log = logging.getLogger(__name__)
+
+SHOWN = 64  # pictures of the grid
+NEIGHBOURS = 8  # samples of the sheet of nearest training pictures
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Draws `n` pictures with the reference's class frequencies and compares them with the reference.
+
+    Args:
+        judge: extractor and distances.
+        reference: the pictures to come near to.
+        drawer: sampler, steps and guidance, the same before and after a training.
+        n: number of pictures.
+        seed: of noise and classes.
+    """
+
+    judge: Judge
+    reference: Pictures
+    drawer: Drawer
+    n: int
+    seed: int
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """All that decides the value, but the weights."""
+        drawer = self.drawer
+        return {
+            "n": self.n,
+            "seed": self.seed,
+            "sampler": f"{type(drawer.sampler).__name__} {vars(drawer.sampler)}",
+            "steps": drawer.steps,
+            "guidance": drawer.guidance,
+            "guidance_interval": list(drawer.guidance_interval),
+            "guidance_channels": drawer.guidance_channels,
+            "batch_size": drawer.batch_size,
+            "bf16": drawer.bf16,
+            "resolution": drawer.resolution,
+            "autoencoder": drawer.autoencoder.fingerprint,
+            "reference": self.reference.fingerprint,
+            **self.judge.extractor.identity,
+        }
+
+    @property
+    def key(self) -> str:
+        """Hash of the protocol."""
+        return hashlib.sha256(json.dumps(self.protocol, sort_keys=True).encode()).hexdigest()[:16]
+
+    def labels(self) -> Tensor:  # (n,)
+        return label_plan(self.reference.labels, self.seed, self.n)
+
+    def draw(self, network: nn.Module) -> Tensor:
+        """The protocol's pictures, (n, 3, R, R) uint8."""
+        network.eval()
+
+        def report(done: int) -> None:
+            if done % (4 * self.drawer.batch_size) == 0:
+                log.info("drawn %d of %d pictures", done, self.n)
+
+        return self.drawer.draw(network, self.labels(), self.seed, on_batch=report)
+
+    def __call__(self, network: nn.Module, folder: Path | None = None) -> dict[str, float | int]:
+        """Metrics of the network; with `folder`, a grid and the nearest training pictures go there as PNG."""
+        return self.judge_pictures(self.draw(network), folder)
+
+    def judge_pictures(self, pictures: Tensor, folder: Path | None = None) -> dict[str, float | int]:
+        features, reference = self.judge.features(pictures), self.judge.reference(self.reference)
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            grid(pictures[:SHOWN], columns=8).save(folder / "grid.png")
+            chosen = torch.arange(min(NEIGHBOURS, len(pictures)))
+            distance, index = nearest(features[chosen], reference, k=4)
+            neighbours_sheet(pictures[chosen], self.reference, index, distance).save(folder / "nearest.png")
+        return self.judge.compare(features, reference)
+
+
+class Record:
+    """Values of shipped networks, so that they need not be measured again: {sha256 of network: {protocol key: metrics}}.
+
+    Args:
+        path: JSON file; a missing one is an empty record.
+    """
+
+    def __init__(self, path: str | Path | None):
+        self.values: dict[str, dict[str, dict]] = {}
+        if path is not None and Path(path).is_file():
+            self.values = json.loads(Path(path).read_text(encoding="utf-8"))["metrics"]
+
+    def get(self, network: str | Path, evaluation: Evaluation) -> dict[str, float] | None:
+        found = self.values.get(sha256(network), {}).get(evaluation.key)
+        return None if found is None else found["values"]
+
+    def or_measure(
+        self, path: str | Path, evaluation: Evaluation, load: Callable[[], nn.Module]
+    ) -> tuple[dict[str, float], str]:
+        """Metrics of the network in `path`, and where they come from."""
+        found = self.get(path, evaluation)
+        if found is not None:
+            return found, "record"
+        return evaluation(load()), "measured"
+
+
+def gap(before: float, after: float, own: float) -> dict[str, float]:
+    """How much of the domain gap closes.
+
+    Args:
+        before, after: distance to the target domain before and after the training.
+        own: the base network's distance to its own domain, which a perfect adaptation of it may reach.
+
+    Raises:
+        UserError: the base network is no nearer to its own domain than to the target.
+    """
+    if before <= own:
+        raise UserError(
+            f"There is no domain gap: the base is {before:.4f} from the target and {own:.4f} from its own domain. "
+            "Set metrics.base_reference=null."
+        )
+    return {"gap_before": before - own, "gap_after": after - own, "gap_closed": (before - after) / (before - own)}

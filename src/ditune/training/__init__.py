@@ -1,0 +1,7 @@
+"""From a config to a run folder: the LightningModule, its callbacks, EMA, checkpoints and resuming."""
+
+from .ema import Ema
+from .fit import train
+from .module import GenerativeModule
+
+__all__ = ["Ema", "GenerativeModule", "train"]

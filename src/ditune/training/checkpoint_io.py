@@ -1,0 +1,51 @@
+"""Lightning checkpoints that are whole or not there, and the search for the newest whole one."""
+
+import logging
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+
+from ditune.checkpoints import atomic
+from ditune.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes beside the target and renames: Lightning's own goes through the temporary folder, often another disk."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        with atomic(path) as temporary:
+            torch.save(checkpoint, temporary)
+
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict:
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint of a run, None where the run has saved none yet.
+
+    Raises:
+        UserError: there are checkpoints and all of them are damaged; a run never starts over in silence.
+    """
+    for leftover in folder.glob(".*.tmp-*"):
+        leftover.unlink()
+    found = sorted(folder.glob("*.ckpt"), reverse=True)
+    for path in found:
+        if _is_whole(path):
+            return path
+        log.warning("The checkpoint %s is damaged; trying the one before it.", path)
+    if found:
+        raise UserError(f"All checkpoints in {folder} are damaged. Delete them to start the run anew.")
+    return None
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None  # compares every file's CRC, so it finds flipped bits too
+    except (zipfile.BadZipFile, OSError):
+        return False

@@ -1,0 +1,52 @@
+"""Exponential moving average of what trains, and of nothing else: what is frozen is its own average."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class Ema:
+    """EMA of named parameters in fp32.
+
+    Args:
+        parameters: name to parameter; the average starts as a copy.
+        decay: weight of the old average. It grows from 2/11 as (1 + step) / (10 + step) up to this value, so that the
+            average of a short run does not lag behind.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter], decay: float):
+        self.decay, self.parameters = decay, parameters
+        self.average = {name: p.detach().clone() for name, p in parameters.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, parameter in self.parameters.items():  # moves once, when the trainer moves the network
+            if self.average[name].device != parameter.device:
+                self.average[name] = self.average[name].to(parameter.device)
+        values = [p.detach() for p in self.parameters.values()]
+        torch._foreach_lerp_(list(self.average.values()), values, 1 - decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The network computes with the average inside of the block."""
+        trained = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self._copy(self.average)
+        try:
+            yield
+        finally:
+            self._copy(trained)
+
+    @torch.no_grad()
+    def _copy(self, values: dict[str, Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(values[name])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {name: value.detach().cpu().clone() for name, value in self.average.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for name, value in self.average.items():
+            value.copy_(state[name])

@@ -1,0 +1,132 @@
+"""The one LightningModule: a network, an objective, a PEFT method and an autoencoder, composed by the config."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ditune.autoencoders import Autoencoder
+from ditune.data import from_uint8
+from ditune.draws import Draws
+from ditune.errors import UserError
+from ditune.objectives import GaussianDiffusion
+from ditune.peft import PeftMethod
+
+from .ema import Ema
+
+LOSS_BINS = 4  # quarters of the process whose losses are logged apart: 0 next to the data, 3 next to noise
+
+
+class GenerativeModule(pl.LightningModule):
+    """Trains what `method` selects of `network`.
+
+    Args:
+        network: the network, with `method` applied to it.
+        objective: gives the loss of a batch.
+        method: what trains.
+        autoencoder: pixels to latents, frozen.
+        optimizer: parameters -> optimizer.
+        scheduler: optimizer -> learning-rate scheduler.
+        ema_decay: of the average of what trains.
+        seed: of all random numbers of the training.
+        batch_size: global batch.
+        identity: plain values that a checkpoint must share with the run that resumes from it.
+        log_every: steps between two lines of the log.
+    """
+
+    strict_loading = False  # checkpoints hold only what trains; on_load_checkpoint checks that it is all of it
+
+    def __init__(
+        self,
+        network: nn.Module,
+        objective: GaussianDiffusion,
+        method: PeftMethod,
+        autoencoder: Autoencoder,
+        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
+        scheduler: Callable[[Optimizer], Any],
+        ema_decay: float,
+        seed: int,
+        batch_size: int,
+        identity: dict[str, Any],
+        log_every: int = 10,
+    ):
+        super().__init__()
+        self.network, self.objective, self.method = network, objective, method
+        self.autoencoder = autoencoder.eval().requires_grad_(False)
+        self.make_optimizer, self.make_scheduler = optimizer, scheduler
+        self.ema = Ema(method.trainable(network), ema_decay)
+        self.seed, self.batch_size, self.identity, self.log_every = seed, batch_size, identity, log_every
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = self.make_optimizer(list(self.method.trainable(self.network).values()))
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self.make_scheduler(optimizer), "interval": "step"},
+        }
+
+    def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
+        pictures, y, positions = batch
+        step = int(positions[0]) // self.batch_size
+        draws = Draws(self.seed, step, (positions - step * self.batch_size).tolist(), self.device)
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            x0 = self.autoencoder.to_latent(from_uint8(pictures), lambda shape: draws.normal("posterior", shape))
+        loss = self.objective.loss(self.network, (x0, y), draws)
+        if (step + 1) % self.log_every == 0:
+            self._log_loss(loss.parts, loss.time, len(y))
+        return loss.total
+
+    def _log_loss(self, parts: dict[str, Tensor], time: Tensor, size: int) -> None:
+        values = {f"train/{name}": part.mean() for name, part in parts.items()}
+        bins = (time * LOSS_BINS).long().clamp(max=LOSS_BINS - 1)
+        for k in range(LOSS_BINS):
+            inside = bins == k
+            if inside.any():
+                values[f"train/loss_quarter_{k}"] = parts["loss"][inside].mean()
+        values["train/lr"] = torch.tensor(self.lr_schedulers().get_last_lr()[0])
+        self.log_dict(values, batch_size=size)
+
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip by the norm, which Lightning refuses for fused optimizers, and stop at one that is not finite."""
+        parameters = list(self.method.trainable(self.network).values())
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        # a NaN on any rank is in every rank's reduced gradients, so all of them stop before the update
+        if not torch.isfinite(norm):
+            raise UserError(
+                f"The gradient is not finite at step {self.global_step}; the last checkpoint is untouched. "
+                "Lower optimizer.lr, or set trainer.precision=32-true."
+            )
+        if gradient_clip_val is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+        if (self.global_step + 1) % self.log_every == 0:
+            self.log("train/grad_norm", norm)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        self.ema.update(self.global_step)
+
+    # Checkpoints: only what trains, its average, and what they belong to
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = {f"network.{k}": v for k, v in self.method.state_dict(self.network).items()}
+        checkpoint["ema"] = self.ema.state_dict()
+        checkpoint["identity"] = self.identity
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        theirs = checkpoint["identity"]
+        different = [f"{k} ({theirs.get(k)} there, {v} now)" for k, v in self.identity.items() if theirs.get(k) != v]
+        if different:
+            raise UserError(
+                f"The checkpoint is of another run: {', '.join(different)}. "
+                "Resume with the run's own settings, or start a new run folder."
+            )
+        self.ema.load_state_dict(checkpoint["ema"])
+        # a run may stop between micro-steps; it goes on with the first one of the step that was not finished
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        done = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
+        for span in ("total", "current"):
+            progress[span].update(ready=done, started=done, processed=done, completed=done)
