@@ -1,0 +1,33 @@
+# make train and make test need only Python 3.11-3.13; everything else comes from requirements.txt into .venv.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+READY = $(VENV)/.installed
+
+.PHONY: train test lint format clean-logs help
+.DEFAULT_GOAL := help
+
+help: ## show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(READY): requirements.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else "Error: Python %d.%d is not supported. Use 3.11 to 3.13: make PYTHON=python3.12 ..." % v)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	@touch $@
+
+train: $(READY) ## set up .venv and run the main job: DiffFit adapts a small DiT to new pictures
+	$(BIN)/python src/train.py $(ARGS)
+
+test: $(READY) ## set up .venv and run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY) ## ruff
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+format: $(READY) ## ruff, changing files
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+clean-logs: ## delete all runs
+	find logs -mindepth 1 -not -name .gitkeep -delete
