@@ -1,4 +1,4 @@
-"""From a composed config to the parts of a run. The config's groups meet only here, so their contradictions show here."""
+"""From a composed config to the parts of a run. The groups meet only here, so their contradictions show here."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Random numbers as functions of what they are for, so that stopping, resuming and other numbers of ranks change nothing.
+"""Random numbers as functions of what they are for, so that stopping, resuming and more ranks change nothing.
 
 A number used in training depends on (seed, purpose, step, position in the global batch), one used in drawing on
 (seed, image index). Nothing here reads or moves torch's global generator.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ditune.checkpoints import sha256
+from ditune.checkpoints import read_json, sha256, write_json
 from ditune.data import Pictures
 from ditune.drawing import Drawer, label_plan
 from ditune.errors import UserError
@@ -59,7 +59,7 @@ class Evaluation:
             "resolution": drawer.resolution,
             "autoencoder": drawer.autoencoder.fingerprint,
             "reference": self.reference.fingerprint,
-            **self.judge.extractor.identity,
+            "features": self.judge.extractor.identity,  # has a resolution of its own
         }
 
     @property
@@ -82,34 +82,49 @@ class Evaluation:
 
     def __call__(self, network: nn.Module, folder: Path | None = None) -> dict[str, float | int]:
         """Metrics of the network; with `folder`, a grid and the nearest training pictures go there as PNG."""
-        return self.judge_pictures(self.draw(network), folder)
+        return judge_pictures(self.judge, self.reference, self.draw(network), folder)
 
-    def judge_pictures(self, pictures: Tensor, folder: Path | None = None) -> dict[str, float | int]:
-        features, reference = self.judge.features(pictures), self.judge.reference(self.reference)
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            grid(pictures[:SHOWN], columns=8).save(folder / "grid.png")
-            chosen = torch.arange(min(NEIGHBOURS, len(pictures)))
-            distance, index = nearest(features[chosen], reference, k=4)
-            neighbours_sheet(pictures[chosen], self.reference, index, distance).save(folder / "nearest.png")
-        return self.judge.compare(features, reference)
+
+def judge_pictures(judge: Judge, reference: Pictures, pictures: Tensor, folder: Path | None) -> dict[str, float | int]:
+    """Metrics of pictures (N, 3, R, R) uint8; with `folder`, grid.png and nearest.png go there."""
+    features, reference_features = judge.features(pictures), judge.reference(reference)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        grid(pictures[:SHOWN], columns=8).save(folder / "grid.png")
+        chosen = torch.arange(min(NEIGHBOURS, len(pictures)))
+        distance, index = nearest(features[chosen], reference_features, k=4)
+        neighbours_sheet(pictures[chosen], reference, index, distance).save(folder / "nearest.png")
+    return judge.compare(features, reference_features)
 
 
 class Record:
-    """Values of shipped networks, so that they need not be measured again: {sha256 of network: {protocol key: metrics}}.
+    """Values of shipped networks, so that they need not be measured again.
+
+    The file is {"metrics": {sha256 of network: {protocol key: {"values": ..., "protocol": ...}}}}; what else stands
+    in it is kept.
 
     Args:
         path: JSON file; a missing one is an empty record.
+
+    Raises:
+        UserError: the file is damaged.
     """
 
     def __init__(self, path: str | Path | None):
-        self.values: dict[str, dict[str, dict]] = {}
-        if path is not None and Path(path).is_file():
-            self.values = json.loads(Path(path).read_text(encoding="utf-8"))["metrics"]
+        self.path = None if path is None else Path(path)
+        self.content: dict[str, Any] = {"metrics": {}}
+        if self.path is not None and self.path.is_file():
+            self.content |= read_json(self.path)
 
     def get(self, network: str | Path, evaluation: Evaluation) -> dict[str, float] | None:
-        found = self.values.get(sha256(network), {}).get(evaluation.key)
+        found = self.content["metrics"].get(sha256(network), {}).get(evaluation.key)
         return None if found is None else found["values"]
+
+    def add(self, network: str | Path, evaluation: Evaluation, values: dict[str, float]) -> None:
+        """Write the values of the network in the file `network` into the record's file."""
+        entry = {"values": values, "protocol": evaluation.protocol}
+        self.content["metrics"].setdefault(sha256(network), {})[evaluation.key] = entry
+        write_json(self.path, self.content)
 
     def or_measure(
         self, path: str | Path, evaluation: Evaluation, load: Callable[[], nn.Module]

@@ -1,7 +1,7 @@
 """Files in and out: networks, adapters, safe writing. No pickle is executed."""
 
 from .adapters import load_adapter, read_adapter, save_adapter
-from .files import atomic, sha256, write_json
+from .files import atomic, read_json, sha256, write_json
 from .networks import load_network, read_header, save_network
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "load_network",
     "read_adapter",
     "read_header",
+    "read_json",
     "save_adapter",
     "save_network",
     "sha256",

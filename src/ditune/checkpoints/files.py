@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ditune.errors import UserError
+
 
 @contextmanager
 def atomic(path: Path | str) -> Iterator[Path]:
@@ -29,6 +31,23 @@ def atomic(path: Path | str) -> Iterator[Path]:
 def write_json(path: Path | str, content: dict) -> None:
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path | str) -> dict:
+    """Content of a JSON file that holds an object.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"There is no file {path}. Correct the path, or put the file there.") from error
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}). Copy it again, or delete it to make a new one.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object. Copy it again, or delete it to make a new one.")
+    return content
 
 
 def sha256(path: Path | str) -> str:

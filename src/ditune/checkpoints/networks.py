@@ -19,7 +19,7 @@ FORMAT = "ditune-network-1"
 
 
 def save_network(path: Path | str, network: DiT, process: dict, **provenance) -> None:
-    """Write weights in fp32 with the network's and the process's config, and `provenance` (plain values), in the header.
+    """Write weights in fp32; the configs of network and process, and `provenance`, go into the header.
 
     Args:
         path: `.safetensors` file to write.
@@ -68,7 +68,7 @@ def load_network(path: Path | str, **overrides) -> DiT:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     else:
         tensors = _read_official(path)
-        config = _infer_config(tensors, path)
+        config = _infer_config(tensors, path, **overrides)
     network = DiT(**(config | overrides))
     try:
         network.load_state_dict(tensors)
@@ -95,15 +95,19 @@ def _read_official(path: Path) -> dict[str, Tensor]:
     return content
 
 
-def _infer_config(tensors: dict[str, Tensor], path: Path) -> dict:
+def _infer_config(tensors: dict[str, Tensor], path: Path, input_size: int | None = None, **_) -> dict:
     """Constructor arguments from shapes; the number of heads from the published sizes."""
     hidden_size, in_channels, patch_size, _ = tensors["x_embedder.proj.weight"].shape
     heads = {hidden: num_heads for hidden, _, num_heads in SIZES.values()}
     if hidden_size not in heads:
         raise UserError(f"{path} has the unpublished hidden size {hidden_size}. Save it in this project's format.")
+    if input_size is None:
+        if "pos_embed" not in tensors:
+            raise UserError(f"{path} has no pos_embed, which would tell its resolution. Give input_size.")
+        input_size = round(tensors["pos_embed"].shape[1] ** 0.5) * patch_size
     out = tensors["final_layer.linear.bias"].numel() // patch_size**2
     return {
-        "input_size": round(tensors["pos_embed"].shape[1] ** 0.5) * patch_size,
+        "input_size": input_size,
         "patch_size": patch_size,
         "in_channels": in_channels,
         "hidden_size": hidden_size,

@@ -58,16 +58,14 @@ class TimestepEmbedder(nn.Module):
     def __init__(self, hidden_size: int, frequency_size: int = 256):
         super().__init__()
         self.frequency_size = frequency_size
-        self.mlp = nn.Sequential(
-            nn.Linear(frequency_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
-        )
+        self.mlp = nn.Sequential(nn.Linear(frequency_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     def forward(self, t: Tensor) -> Tensor:
         return self.mlp(timestep_embedding(t, self.frequency_size))
 
 
 class LabelEmbedder(nn.Module):
-    """Class (N,) to (N, D). With a null class the table has one row more, its last; who drops labels is the objective."""
+    """Class (N,) to (N, D). With a null class the table has one row more, its last; the objective drops labels."""
 
     def __init__(self, num_classes: int, hidden_size: int, null_class: bool):
         super().__init__()

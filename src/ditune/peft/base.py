@@ -24,10 +24,10 @@ class PeftMethod(ABC):
     def selects(self, name: str) -> bool:
         """Whether the parameter called `name` trains."""
 
-    def inject(self, network: nn.Module) -> None:
+    def inject(self, network: nn.Module) -> None:  # noqa: B027, most methods inject nothing
         """Add the method's own parameters; the network's output must not change by it."""
 
-    def fold(self, network: nn.Module) -> None:
+    def fold(self, network: nn.Module) -> None:  # noqa: B027, and so have nothing to fold
         """Fold injected parameters into the network's own and remove them."""
 
     def apply(self, network: nn.Module) -> None:

@@ -8,20 +8,19 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from rich.console import Console
 
 import ditune
-from ditune.build import Parts, build_drawer, build_evaluation, build_parts, make, plain, uses_bf16
-from ditune.checkpoints import load_network, save_adapter, save_network, write_json
+from ditune.build import Parts, build_drawer, build_parts, make, plain, uses_bf16
+from ditune.checkpoints import save_adapter, save_network, write_json
 from ditune.data.stream import MicroBatches, PictureStream, micro_batch_size, training_loader
 from ditune.drawing import label_plan
 from ditune.errors import UserError
-from ditune.evaluation import Record, gap
+from ditune.judging import judge
 
-from .callbacks import DrawSamples, StopOnSignal, checkpoint_path, peak_memory_mib
+from .callbacks import DrawSamples, StopOnSignal, peak_memory_mib
 from .checkpoint_io import AtomicCheckpointIO, newest_checkpoint
 from .metrics_csv import MetricsCsv
 from .module import GenerativeModule
@@ -174,7 +173,7 @@ def build_trainer(cfg: DictConfig, parts: Parts, folder: Path) -> tuple[pl.Train
     table, chosen = MetricsCsv(folder), make(cfg.logger, "logger")
     table.keep_until(first_step(newest_checkpoint(folder / "checkpoints")))
     loggers = [table] if isinstance(chosen, MetricsCsv) else [table, chosen]
-    trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers, plugins=[AtomicCheckpointIO()])
+    trainer = make(cfg.trainer, "trainer", callbacks=callbacks, logger=loggers, plugins=[AtomicCheckpointIO()])
     if trainer.is_global_zero:
         chosen.log_hyperparams(plain(cfg))
     return trainer, clock, stop
@@ -235,7 +234,8 @@ def finish(cfg: DictConfig, parts: Parts, module: GenerativeModule, folder: Path
     with module.ema.applied():
         start = time.perf_counter()
         save_trained(cfg, parts, folder)
-        result["metrics"] = judge(cfg, parts, folder) if cfg.metrics.n else {}
+        drawer = build_drawer(cfg, parts)
+        result["metrics"] = judge(cfg, drawer, parts.network, parts.base, folder / "samples") if cfg.metrics.n else {}
         result["seconds"]["evaluation"] = time.perf_counter() - start
     result["status"] = "finished"
     after = result["metrics"].get("after", {})
@@ -265,25 +265,3 @@ def save_trained(cfg: DictConfig, parts: Parts, folder: Path) -> None:
         base={"file": parts.base.name, "sha256": parts.base_sha256},
         **common,
     )
-
-
-def judge(cfg: DictConfig, parts: Parts, folder: Path) -> dict[str, Any]:
-    """Metrics after the training; and where there is a base, of the base before it, and how far the gap closed."""
-    evaluation = build_evaluation(cfg, build_drawer(cfg, parts), make(cfg.metrics.reference, "metrics"))
-    metrics: dict[str, Any] = {"protocol": evaluation.protocol, "after": evaluation(parts.network, folder / "samples")}
-    if parts.base is None:
-        return metrics
-    record = Record(cfg.metrics.record)
-
-    def load() -> torch.nn.Module:
-        return load_network(parts.base).to(next(parts.network.parameters()).device)
-
-    metrics["before"], metrics["before_is"] = record.or_measure(parts.base, evaluation, load)
-    if cfg.metrics.base_reference is not None:
-        own = build_evaluation(
-            cfg, evaluation.drawer, make(cfg.metrics.base_reference, "metrics"), judge=evaluation.judge
-        )
-        metrics["base_domain"], metrics["base_domain_is"] = record.or_measure(parts.base, own, load)
-        key = f"kid_{evaluation.judge.extractor.name}"
-        metrics |= gap(metrics["before"][key], metrics["after"][key], metrics["base_domain"][key])
-    return metrics

@@ -18,7 +18,9 @@ def logged_in() -> bool:
         return False
 
 
-def wandb_logger(folder: str, project: str, name: str, group: str, tags: list[str], offline: bool | None) -> WandbLogger:
+def wandb_logger(
+    folder: str, project: str, name: str, group: str, tags: list[str], offline: bool | None
+) -> WandbLogger:
     """A W&B run that belongs to the run folder: a resumed run goes on with the same one.
 
     Args:

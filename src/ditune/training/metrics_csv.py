@@ -42,7 +42,8 @@ class MetricsCsv(Logger):
         if self.path.is_file():
             with self.path.open(newline="") as file:
                 rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
-            self._rows = {int(row["step"]): row for row in rows if row["step"] <= step}
+            kept = [row | {"step": int(row["step"])} for row in rows if row["step"] <= step]
+            self._rows = {row["step"]: row for row in kept}
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:

@@ -28,7 +28,7 @@ class GenerativeModule(pl.LightningModule):
         objective: gives the loss of a batch.
         method: what trains.
         autoencoder: pixels to latents, frozen.
-        optimizer: parameters -> optimizer.
+        optimizer: (name, parameter) pairs -> optimizer.
         scheduler: optimizer -> learning-rate scheduler.
         ema_decay: of the average of what trains.
         seed: of all random numbers of the training.
@@ -45,7 +45,7 @@ class GenerativeModule(pl.LightningModule):
         objective: GaussianDiffusion,
         method: PeftMethod,
         autoencoder: Autoencoder,
-        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
+        optimizer: Callable[[Iterable[tuple[str, nn.Parameter]]], Optimizer],
         scheduler: Callable[[Optimizer], Any],
         ema_decay: float,
         seed: int,
@@ -61,7 +61,7 @@ class GenerativeModule(pl.LightningModule):
         self.seed, self.batch_size, self.identity, self.log_every = seed, batch_size, identity, log_every
 
     def configure_optimizers(self) -> dict[str, Any]:
-        optimizer = self.make_optimizer(list(self.method.trainable(self.network).values()))
+        optimizer = self.make_optimizer(list(self.method.trainable(self.network).items()))
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": self.make_scheduler(optimizer), "interval": "step"},
@@ -82,9 +82,8 @@ class GenerativeModule(pl.LightningModule):
         values = {f"train/{name}": part.mean() for name, part in parts.items()}
         bins = (time * LOSS_BINS).long().clamp(max=LOSS_BINS - 1)
         for k in range(LOSS_BINS):
-            inside = bins == k
-            if inside.any():
-                values[f"train/loss_quarter_{k}"] = parts["loss"][inside].mean()
+            # NaN where no sample stood: Lightning repeats the last value of a name that is left out
+            values[f"train/loss_quarter_{k}"] = parts["loss"][bins == k].mean()
         values["train/lr"] = torch.tensor(self.lr_schedulers().get_last_lr()[0])
         self.log_dict(values, batch_size=size)
 
@@ -126,7 +125,10 @@ class GenerativeModule(pl.LightningModule):
             )
         self.ema.load_state_dict(checkpoint["ema"])
         # a run may stop between micro-steps; it goes on with the first one of the step that was not finished
-        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        loop = checkpoint["loops"]["fit_loop"]
+        progress = loop["epoch_loop.batch_progress"]
         done = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
         for span in ("total", "current"):
             progress[span].update(ready=done, started=done, processed=done, completed=done)
+        # the loggers' step, which Lightning raises only after it has saved
+        loop["epoch_loop.state_dict"]["_batches_that_stepped"] = checkpoint["global_step"]

@@ -1,0 +1,126 @@
+"""Seconds of a training step, as ratios to plain full fine-tuning in fp32 in the same run.
+
+    python benchmarks/train_step.py [--network emoji_s] [--batch 64] [--rounds 5]
+
+Variants are timed in turn, round by round, so that a slow moment of the machine meets all of them; medians are shown.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+
+from ditune.build import freeze_in_bf16
+from ditune.draws import Draws
+from ditune.networks import DiT, build_network, dit
+from ditune.objectives import GaussianDiffusion
+from ditune.peft import build_peft
+from ditune.processes import GaussianProcess
+from ditune.training.ema import Ema
+
+CLASSES, SIZE, CHANNELS = 98, 32, 3
+
+
+def trained_network(name: str) -> DiT:
+    """A network whose zero-initialised layers have moved, as in any that is fine-tuned."""
+    network = build_network(name, input_size=SIZE, in_channels=CHANNELS, num_classes=CLASSES, learn_sigma=False)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.02, generator=generator)
+    return network
+
+
+def step_function(
+    name: str, batch: int, method: str, bf16: bool, frozen_bf16: bool = False, compile_: bool = False, lean: bool = True
+) -> Callable[[], None]:
+    """One optimizer step with EMA. `lean`: fused AdamW, and optimizer and EMA only over what trains."""
+    network = trained_network(name)
+    peft = build_peft(method, lr=1e-3)
+    peft.apply(network)
+    if frozen_bf16:
+        freeze_in_bf16(network)
+    if compile_:
+        network.compile_blocks()
+    trainable = peft.trainable(network)
+    optimizer = torch.optim.AdamW(list(trainable.values()), lr=1e-3, weight_decay=0.0, fused=lean, foreach=False)
+    ema = Ema(trainable if lean else dict(network.named_parameters()), decay=0.9999)
+    objective = GaussianDiffusion(GaussianProcess(prediction="x0", variance="fixed_small"), weight="v")
+    x0 = torch.randn(batch, CHANNELS, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
+    y = torch.arange(batch) % CLASSES
+    draws = Draws(0, 0, range(batch))
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = objective.loss(network, (x0, y), draws)
+        loss.total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update(100)
+
+    return step
+
+
+@contextmanager
+def fused_attention():
+    """The one kernel of torch everywhere, also where this project writes attention out."""
+    original = dit.attention
+    dit.attention = torch.nn.functional.scaled_dot_product_attention
+    try:
+        yield
+    finally:
+        dit.attention = original
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--network", default="emoji_s")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    torch.set_flush_denormal(True)
+    build = partial(step_function, arguments.network, arguments.batch)
+    variants = {
+        "full, fp32, loop AdamW": build("full", bf16=False, lean=False),
+        "full, fp32": build("full", bf16=False),
+        "full, bf16": build("full", bf16=True),
+        "full, bf16, compiled blocks": build("full", bf16=True, compile_=True),
+        "difffit, fp32": build("difffit", bf16=False),
+        "difffit, bf16, frozen weights in bf16": build("difffit", bf16=True, frozen_bf16=True),
+        "the same, compiled blocks": build("difffit", bf16=True, frozen_bf16=True, compile_=True),
+        "bitfit, bf16, frozen weights in bf16": build("bitfit", bf16=True, frozen_bf16=True),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in [*variants, "full, bf16, fused attention kernel"]}
+    for round_ in range(arguments.rounds + 1):
+        for name, step in variants.items():
+            seconds[name].append(timed(step))
+        with fused_attention():
+            seconds["full, bf16, fused attention kernel"].append(timed(variants["full, bf16"]))
+        if round_ == 0:  # allocates and compiles
+            for values in seconds.values():
+                values.clear()
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    reference = medians["full, fp32"]
+    rows = [f"{n:42} {s * 1e3:8.0f} ms   {reference / s:5.2f}x" for n, s in medians.items()]
+    sys.stdout.write("\n".join(rows) + "\n")
+    sys.stdout.write(json.dumps({"threads": torch.get_num_threads(), "torch": torch.__version__, **medians}) + "\n")
+
+
+def timed(step: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""What a training left behind, ready to draw from: a run folder, or a bare network file."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from ditune.autoencoders import Autoencoder
+from ditune.build import make, uses_bf16
+from ditune.checkpoints import load_adapter, load_network, read_adapter, read_header, sha256
+from ditune.drawing import Drawer
+from ditune.errors import UserError
+from ditune.networks import DiT
+from ditune.processes import GaussianProcess
+
+STORED = ("process", "autoencoder", "resolution", "class_names")  # what a file must say about itself to be drawn from
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A network (in evaluation mode, fp32) and how its pictures are drawn."""
+
+    network: DiT
+    drawer: Drawer
+    class_names: list[str] | None  # None: an official file, which does not name its classes
+
+
+@dataclass(frozen=True)
+class Run(Trained):
+    """A finished run: the EMA of what it trained, on its base where it has one."""
+
+    folder: Path
+    cfg: DictConfig
+    base: Path | None
+
+
+def load_run(folder: Path | str) -> Run:
+    """The network of a run folder, with the run's own autoencoder and sampler.
+
+    Raises:
+        UserError: the run is not there, has not finished or is damaged; or its base network is missing or another one.
+    """
+    folder = Path(folder)
+    cfg = _read_config(folder)
+    if (folder / "adapter").is_dir():
+        base = Path(cfg.pretrained)
+        network, stored = _load_adapted(folder / "adapter", base)
+    elif (folder / "network.safetensors").is_file():
+        base = None
+        network, stored = load_network(folder / "network.safetensors"), _stored(folder / "network.safetensors")
+    else:
+        raise UserError(
+            f"The run {folder} has saved no network yet. "
+            f"Let it finish: python src/train.py with its settings, run_dir={folder} and resume=auto."
+        )
+    drawer = _build_drawer(folder, stored, make(cfg.autoencoder, "autoencoder"), cfg.sampler, uses_bf16(cfg))
+    return Run(network.eval(), drawer, stored["class_names"], folder, cfg, base)
+
+
+def load_checkpoint(path: Path | str, autoencoder: DictConfig, sampler: DictConfig, bf16: bool) -> Trained:
+    """A bare network file, ours or an official DiT `.pt`.
+
+    Args:
+        autoencoder, sampler: config groups; the autoencoder must be the one that the network was trained with.
+        bf16: the network runs under bf16 autocast.
+
+    Raises:
+        UserError: the file is missing or damaged, or the autoencoder is another.
+    """
+    path, codec = Path(path), make(autoencoder, "autoencoder")
+    network = load_network(path)
+    stored = _stored(path) if path.suffix == ".safetensors" else _official(path, network, codec)
+    drawer = _build_drawer(path, stored, codec, sampler, bf16)
+    return Trained(network.eval(), drawer, stored["class_names"])
+
+
+def exactly_one(cfg: DictConfig, *keys: str) -> str:
+    """The one key of `keys` that is set.
+
+    Raises:
+        UserError: none is set, or several.
+    """
+    given = [key for key in keys if cfg[key] is not None]
+    if len(given) != 1:
+        choices = " or ".join(f"{key}=" for key in keys)
+        what = f"{' and '.join(f'{key}=' for key in given)} are both given" if given else "Nothing is given to work on"
+        raise UserError(f"{what}. Give exactly one of {choices}.")
+    return given[0]
+
+
+def best_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _read_config(folder: Path) -> DictConfig:
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{folder} is no run folder: it has no config.yaml. Give a folder in logs/train/runs/.")
+    try:
+        return OmegaConf.load(path)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise UserError(f"The config {path} is damaged ({error}). Copy it again.") from error
+
+
+def _load_adapted(folder: Path, base: Path) -> tuple[DiT, dict[str, Any]]:
+    config, _ = read_adapter(folder)
+    if not base.is_file():
+        raise UserError(
+            f"The run's base network {base} is missing. Put it back, or correct `pretrained` in the run's config.yaml."
+        )
+    if sha256(base) != config["base"]["sha256"]:
+        raise UserError(
+            f"{base} is another file than the base network {config['base']['file']} that the adapter in {folder} was "
+            "trained on. Put the right one back, or correct `pretrained` in the run's config.yaml."
+        )
+    network = load_network(base)
+    load_adapter(network, folder)
+    return network, config
+
+
+def _stored(path: Path) -> dict[str, Any]:
+    header = read_header(path)
+    stored = header["provenance"] | {"process": header["process"]}
+    missing = [key for key in STORED if key not in stored]
+    if missing:
+        raise UserError(f"{path} does not say its {', '.join(missing)}. Give a network that src/train.py has saved.")
+    return stored
+
+
+def _official(path: Path, network: DiT, codec: Autoencoder) -> dict[str, Any]:
+    """What the official files leave unsaid: DiT's own process, and latents that only their channels tell apart."""
+    if network.in_channels != codec.channels:
+        raise UserError(
+            f"{path} draws latents of {network.in_channels} channels, the autoencoder has {codec.channels}. "
+            "Official DiT files need the decoder of their latents (the VAE of Stable Diffusion) as autoencoder=."
+        )
+    return {
+        "process": GaussianProcess().config,
+        "autoencoder": codec.fingerprint,
+        "resolution": network.config["input_size"] * codec.downsample,
+        "class_names": None,
+    }
+
+
+def _build_drawer(source: Path, stored: dict[str, Any], codec: Autoencoder, sampler: DictConfig, bf16: bool) -> Drawer:
+    if stored["autoencoder"] != codec.fingerprint:
+        raise UserError(f"The network of {source} was trained on other latents. Choose its autoencoder=.")
+    process = GaussianProcess(**stored["process"])
+    return Drawer(process, codec, stored["resolution"], bf16=bf16, **make(sampler, "sampler"))

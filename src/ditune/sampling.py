@@ -1,0 +1,116 @@
+"""Pictures of a trained network as files."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from difflib import get_close_matches
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+from rich.progress import Progress
+from torch import Tensor
+
+from ditune.build import make
+from ditune.checkpoints import write_json
+from ditune.cli import CONFIGS
+from ditune.drawing import Drawer
+from ditune.draws import generator
+from ditune.errors import UserError
+from ditune.run import Trained, best_device, exactly_one, load_checkpoint, load_run
+from ditune.visuals import save_grid
+
+log = logging.getLogger(__name__)
+
+
+def sample(cfg: DictConfig) -> Path:
+    """Draw pictures `first` .. `first + n - 1` of a seed; returns the folder of the files.
+
+    Writes pictures/<number>.png, and grid.png and samples.json of what was drawn at once.
+
+    Raises:
+        UserError: the settings or a file are wrong.
+    """
+    source = exactly_one(cfg, "run", "checkpoint")
+    if cfg.n < 1 or cfg.first < 0:
+        raise UserError(f"n={cfg.n} pictures from number first={cfg.first} cannot be drawn. Set n >= 1 and first >= 0.")
+    trained = load(cfg, source)
+    drawer = with_settings(trained.drawer, cfg)
+    names = trained.class_names or [str(k) for k in range(trained.network.num_classes)]
+    indices = list(range(cfg.first, cfg.first + cfg.n))
+    labels = balanced_labels(chosen_classes(cfg, names), cfg.seed, indices)
+    with Progress() as bar:
+        task = bar.add_task(f"drawing in {drawer.steps} steps", total=cfg.n)
+        network = trained.network.to(best_device())
+        pictures = drawer.draw(network, labels, cfg.seed, indices, lambda done: bar.update(task, completed=done))
+    facts = {
+        "source": str(cfg[source]),
+        "seed": cfg.seed,
+        "sampler": type(drawer.sampler).__name__,
+        "steps": drawer.steps,
+        "guidance": drawer.guidance,
+        "pictures": [
+            {"file": file_name(i), "label": label, "class_name": names[label]}
+            for i, label in zip(indices, labels.tolist(), strict=True)
+        ],
+    }
+    folder = Path(cfg.out)
+    write(folder, pictures, facts, suffix=f"_{cfg.first:05d}" if cfg.first else "")
+    log.info("%d pictures are in %s", cfg.n, folder)
+    return folder
+
+
+def load(cfg: DictConfig, source: str) -> Trained:
+    if source == "run":
+        return load_run(cfg.run)
+    # a bare network has no sampler of its own, as a run has; this is the one that all configs begin with
+    ddim = OmegaConf.load(Path(CONFIGS) / "sampler" / "ddim.yaml")
+    return load_checkpoint(cfg.checkpoint, cfg.autoencoder, ddim, cfg.bf16)
+
+
+def with_settings(drawer: Drawer, cfg: DictConfig) -> Drawer:
+    """The drawer with what the config sets of sampler, steps and guidance."""
+    if cfg.sampler is not None:
+        drawer = replace(drawer, **make(cfg.sampler, "sampler"))
+    return replace(drawer, **{key: cfg[key] for key in ("steps", "guidance") if cfg[key] is not None})
+
+
+def chosen_classes(cfg: DictConfig, names: list[str]) -> list[int]:
+    """Labels to draw.
+
+    Raises:
+        UserError: a name is unknown.
+    """
+    if cfg.class_name is not None and cfg.classes is not None:
+        raise UserError("class_name= and classes= are both given. Give one of them, or none to draw all classes.")
+    if cfg.class_name is None and cfg.classes is None:
+        return list(range(len(names)))
+    wanted = [str(name) for name in ([cfg.class_name] if cfg.classes is None else cfg.classes)]
+    unknown = [name for name in wanted if name not in names]
+    if unknown or not wanted:
+        near = get_close_matches(unknown[0], names) if unknown else []
+        remedy = f"Did you mean {' or '.join(near)}?" if near else f"Choose of these: {', '.join(names[:20])} ..."
+        raise UserError(f"The network knows no class {', '.join(unknown) or '[]'}. {remedy}")
+    return [names.index(name) for name in wanted]
+
+
+def balanced_labels(classes: Sequence[int], seed: int, indices: Sequence[int]) -> Tensor:  # (N,)
+    """Labels of pictures: each run of len(classes) numbers holds every class once, in an order of its own."""
+    count = len(classes)
+    blocks = {i // count for i in indices}
+    orders = {block: torch.randperm(count, generator=generator(seed, block, 3)) for block in blocks}
+    return torch.tensor([classes[orders[i // count][i % count]] for i in indices], dtype=torch.int64)
+
+
+def file_name(i: int) -> str:
+    return f"{i:05d}.png"
+
+
+def write(folder: Path, pictures: Tensor, facts: dict, suffix: str) -> None:
+    """`suffix` keeps the sheets of several machines apart that draw into one folder."""
+    (folder / "pictures").mkdir(parents=True, exist_ok=True)
+    for picture, entry in zip(pictures, facts["pictures"], strict=True):
+        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(folder / "pictures" / entry["file"])
+    save_grid(folder / f"grid{suffix}.png", pictures, columns=8)
+    write_json(folder / f"samples{suffix}.json", facts)

@@ -1,0 +1,67 @@
+"""Fixtures of all tests: tiny pictures, a tiny base network, tiny trainings."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import SMALL, compose
+from omegaconf import DictConfig
+from PIL import Image
+
+from ditune.build import build_parts
+from ditune.checkpoints import save_network
+
+CLASSES = ("cat", "dog", "eel")
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of ten training pictures of three classes, 16 x 16, and two test pictures."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 10), ("test", 2)):
+        for i in range(count):
+            path = folder / split / CLASSES[i % 3] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(path)
+    classes = folder / "classes.txt"
+    classes.write_text("\n".join(CLASSES))
+    return folder
+
+
+@pytest.fixture
+def small(tmp_path: Path, pictures: Path) -> Callable[..., DictConfig]:
+    """`small(*overrides, folder=...)`: config of a training that takes a second."""
+
+    def make(*overrides: str, folder: Path = tmp_path / "run") -> DictConfig:
+        return compose(folder, *SMALL, f"data.root={pictures}", *overrides)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
+    """File of a tiny base network for `pictures`, as a training writes it."""
+    folder = tmp_path_factory.mktemp("base")
+    parts = build_parts(compose(folder, *SMALL, f"data.root={pictures}", "peft=full"))
+    path = folder / "base.safetensors"
+    save_network(
+        path,
+        parts.network,
+        parts.objective.process.config,
+        class_names=parts.pictures.class_names,
+        autoencoder=parts.autoencoder.fingerprint,
+        data=parts.pictures.fingerprint,
+        resolution=16,
+        steps=0,
+    )
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _no_network_services(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A developer's W&B account sees nothing of the tests."""
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", os.devnull)

@@ -1,0 +1,67 @@
+"""What several tests share: golden numbers, composed configs, runs and what they leave."""
+
+from pathlib import Path
+
+import hydra
+import torch
+from omegaconf import DictConfig
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ditune import cli
+from ditune.training.checkpoint_io import newest_checkpoint
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = Path(__file__).parent / "golden"
+
+# A training of seconds: 16-pixel pictures, two blocks of 32 channels, sheets of two pictures, nothing judged.
+SMALL = [
+    "~experiment",
+    "network=tiny",
+    "data=folder",
+    "data.resolution=16",
+    "objective.process.prediction=x0",
+    "objective.process.variance=fixed_small",
+    "trainer.precision=32-true",
+    "trainer.log_every_n_steps=1",
+    "batch_size=4",
+    "sampler.steps=2",
+    "sampler.batch_size=2",
+    "callbacks.samples.n=2",
+    "metrics.n=0",
+]
+
+
+def golden(name: str) -> dict[str, Tensor]:
+    return load_file(GOLDEN / f"{name}.safetensors")
+
+
+def compose(folder: Path, *overrides: str) -> DictConfig:
+    """The config of `train.py <overrides>` with `folder` as its run folder; nothing is run."""
+    cli.prepare()
+    with hydra.initialize_config_dir(cli.CONFIGS, version_base="1.3"):
+        return hydra.compose("train", [*overrides, f"paths.output_dir={folder}"])
+
+
+def checkpoint(folder: Path) -> dict:
+    """The newest checkpoint of a run."""
+    path = newest_checkpoint(folder / "checkpoints")
+    assert path is not None
+    return torch.load(path, weights_only=True)
+
+
+def assert_same_bits(a: object, b: object, where: str = "") -> None:
+    """Equal nested dicts, lists and tensors, to the bit."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same_bits(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same_bits(x, y, f"{where}/{i}")
+    elif isinstance(a, Tensor):
+        assert a.dtype == b.dtype, where
+        assert torch.equal(a, b), where
+    else:
+        assert a == b, where

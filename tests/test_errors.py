@@ -1,0 +1,124 @@
+"""Mistakes of a user end in one clear sentence with the remedy, and never in a traceback."""
+
+import subprocess
+import sys
+
+import pytest
+from helpers import ROOT, SMALL
+
+from ditune.errors import UserError
+from ditune.training import train
+
+# overrides of a small training, and a part of the message
+MISTAKES = {
+    "no pictures": (["data.root=/nowhere"], "There is nothing at /nowhere"),
+    "no such split": (["data.pictures.split=val"], "no picture in the split 'val'"),
+    "no class file": (["data.classes=/nowhere/classes.txt"], "no file /nowhere/classes.txt"),
+    "class not in the list": (["data.classes=@one_class"], "which is not one of the 1 in `classes`"),
+    "no base network": (["pretrained=/nowhere/base.safetensors"], "There is no network file"),
+    "damaged base network": (["pretrained=@damaged"], "is damaged"),
+    "base of other classes": (["pretrained=@base", "data.classes=@four_classes"], "knows 3 classes, the data has 4"),
+    "base of other class names": (["pretrained=@base", "data.classes=@renamed"], "in the same order"),
+    "base of another size": (["pretrained=@base", "network.name=emoji_xs"], "hidden_size 32 there, 128 here"),
+    "base of another resolution": (["pretrained=@base", "data.resolution=32"], "input_size 16 there, 32 here"),
+    "base of another process": (["pretrained=@base", "objective.process.prediction=v"], "prediction x0 there, v here"),
+    "base of other latents": (["pretrained=@base", "autoencoder.scale=2.0"], "other latents"),
+    "batch and micro-steps": (["trainer.accumulate_grad_batches=3"], "multiple of 3"),
+    "empty batch": (["batch_size=0"], "batch_size is the global batch, 0"),
+    "resume by a path": (["resume=last.ckpt"], "resume=auto"),
+    "no such network": (["network.name=dit_xxl_2"], "there is no network 'dit_xxl_2'"),
+    "no such method": (["peft.name=dora"], "dora"),
+    "key of another method": (["peft=bitfit", "+peft.gamma_depth=1"], "gamma_depth"),
+    "key that AdamW does not have": (["+optimizer.momentum=0.9"], "momentum"),
+    "too many gammas": (["peft=difffit", "peft.gamma_depth=3"], "Set 0 to 2"),
+    "picture and patch": (["data.resolution=15"], "multiple of patch_size"),
+    "learned variance of a network without": (["objective.process.variance=learned_range"], "learn_sigma"),
+    "no such loss": (["objective.loss=l1"], "Choose one of mse"),
+    "label drop above one": (["objective.label_drop=2"], "between 0 and 1"),
+    "more steps than timesteps": (["sampler.steps=2000"], "steps"),
+    "no GPU": (["trainer=gpu"], "trainer"),
+    "missing value": (["data.root=???"], "root"),
+}
+
+
+@pytest.fixture
+def filled(tmp_path, pictures, base):
+    """Replaces @names in overrides by the paths of files that are made for it."""
+    texts = {"one_class": "cat", "four_classes": "cat\ndog\neel\nfox", "renamed": "eel\ndog\ncat"}
+    files = {"base": base}
+    for name, text in texts.items():
+        files[name] = tmp_path / f"{name}.txt"
+        files[name].write_text(text)
+    files["damaged"] = tmp_path / "damaged.safetensors"
+    files["damaged"].write_bytes(base.read_bytes()[: base.stat().st_size // 2])
+
+    def fill(overrides):
+        for name, path in files.items():
+            overrides = [override.replace(f"=@{name}", f"={path}") for override in overrides]
+        return overrides
+
+    return fill
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_named_with_their_remedy(small, filled, mistake):
+    import torch
+
+    if mistake == "no GPU" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    overrides, message = MISTAKES[mistake]
+    with pytest.raises(Exception) as caught:  # noqa: B017, PT011  what it is, is checked below
+        train(small("max_steps=1", *filled(overrides)))
+    kinds = {"UserError", "MissingMandatoryValue", "InterpolationToMissingValueError"}
+    assert type(caught.value).__name__ in kinds, repr(caught.value)
+    assert message in str(caught.value)
+    if isinstance(caught.value, UserError):
+        assert str(caught.value).rstrip().endswith(".")
+
+
+def test_loss_that_is_not_finite_stops_the_training(small):
+    cfg = small("max_steps=5", "peft=full", "optimizer.lr=1e38", "trainer.gradient_clip_val=null")
+    with pytest.raises(UserError, match="not finite at step 1"):
+        train(cfg)
+
+
+# The same through the entry point: exit code, message, no traceback
+
+PROCESSES = {
+    "unknown key": (["batchsize=8"], "batchsize", 1),
+    "missing asset": (["data.root=/nowhere"], "There is nothing at /nowhere", 2),
+    "wrong class count": (["pretrained=@base", "data.classes=@four_classes"], "knows 3 classes", 2),
+    "batch that does not divide": (["trainer.accumulate_grad_batches=3"], "Set it to a multiple of 3", 2),
+}
+
+
+@pytest.mark.slow
+def test_exit_codes_and_messages(tmp_path, pictures, filled):
+    started = {}
+    for name, (overrides, _, _) in PROCESSES.items():
+        run_dir = tmp_path / name.replace(" ", "_")
+        command = [sys.executable, "src/train.py", *SMALL, f"data.root={pictures}", f"run_dir={run_dir}"]
+        started[name] = subprocess.Popen(
+            [*command, *filled(overrides)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+    for name, process in started.items():
+        _, message, code = PROCESSES[name]
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == code, f"{name}: {err}"
+        assert message in err, name
+        assert "Traceback" not in out + err, name
+
+
+def test_debug_shows_the_traceback(small, capsys):
+    from ditune.cli import reported
+
+    def mistake():
+        raise UserError("It is wrong. Mend it.")
+
+    with pytest.raises(UserError):
+        reported(mistake, traceback=True)
+    with pytest.raises(SystemExit) as caught:
+        reported(mistake, traceback=False)
+    assert caught.value.code == 2
+    assert "Error: It is wrong. Mend it." in capsys.readouterr().err
+    assert small("debug=default").traceback

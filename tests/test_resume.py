@@ -1,0 +1,216 @@
+"""A training that is stopped anywhere and resumed ends with the same bits as one that never stopped."""
+
+import csv
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import assert_same_bits, checkpoint
+
+from ditune.errors import UserError
+from ditune.training import GenerativeModule, train
+from ditune.training.checkpoint_io import AtomicCheckpointIO, newest_checkpoint
+
+STEPS = 7  # of 4 pictures each; a pass over the ten pictures ends within step 3
+STOPPED = 128 + signal.SIGTERM
+CASES = {
+    "full": ["peft=full"],
+    "workers": ["peft=full", "data.num_workers=2"],
+    "difffit_bf16_accumulated": [
+        "peft=difffit",
+        "pretrained=@base",
+        "trainer.precision=bf16-mixed",
+        "trainer.accumulate_grad_batches=2",
+        "scheduler=linear",
+        "scheduler.warmup_steps=3",
+    ],
+}
+
+
+def during_training_step(monkeypatch, call: int, act) -> None:
+    """Let `act` happen in the `call`-th forward of the training, counted from 1."""
+    original, calls = GenerativeModule.training_step, iter(range(1, 1000))
+
+    def training_step(self, batch, batch_idx):
+        loss = original(self, batch, batch_idx)
+        return act() or loss if next(calls) == call else loss
+
+    monkeypatch.setattr(GenerativeModule, "training_step", training_step)
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def crash() -> None:
+    raise RuntimeError("the machine fails")
+
+
+def logged(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def assert_same_end(resumed: Path, whole: Path) -> None:
+    a, b = checkpoint(resumed), checkpoint(whole)
+    assert a["global_step"] == b["global_step"] == STEPS
+    for part in ("state_dict", "ema", "optimizer_states", "lr_schedulers", "identity"):
+        assert_same_bits(a[part], b[part], part)
+    for name in ("network.safetensors", "adapter/adapter_model.safetensors"):
+        assert (resumed / name).exists() == (whole / name).exists()
+        if (whole / name).exists():
+            assert (resumed / name).read_bytes() == (whole / name).read_bytes()
+    assert logged(resumed) == logged(whole)
+    assert [row["step"] for row in logged(whole)] == [str(step) for step in range(STEPS)]
+    sheet = f"samples/step_{STEPS:07d}.png"
+    assert (resumed / sheet).read_bytes() == (whole / sheet).read_bytes()
+
+
+@pytest.fixture
+def run(small, base, tmp_path):
+    """`run(name, *overrides)` trains in the folder `name` and returns folder and exit code."""
+
+    def start(name: str, *overrides: str, steps: int = STEPS) -> tuple[Path, int]:
+        filled = [o.replace("@base", str(base)) for o in overrides]
+        cfg = small(f"max_steps={steps}", f"callbacks.checkpoint.every_n_steps={STEPS}", *filled, folder=tmp_path / name)
+        return tmp_path / name, train(cfg)
+
+    return start
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("call", [4, 5])
+def test_stopped_by_a_signal_and_resumed(run, monkeypatch, case, call):
+    overrides = CASES[case]
+    whole, code = run("whole", *overrides)
+    assert code == 0
+    with monkeypatch.context() as patch:
+        during_training_step(patch, call, terminate)
+        stopped, code = run("stopped", *overrides)
+    assert code == STOPPED
+    micro_steps = 2 if "accumulated" in case else 1
+    assert checkpoint(stopped)["global_step"] == -(-call // micro_steps)  # the step at hand is finished
+    assert run("stopped", *overrides, "resume=auto") == (stopped, 0)
+    assert_same_end(stopped, whole)
+
+
+def test_crashed_and_resumed_twice(run, monkeypatch):
+    whole, _ = run("whole", "peft=full")
+    every = "callbacks.checkpoint.every_n_steps=2"
+    for call, overrides in ((4, []), (3, ["resume=auto"])):  # in step 4; from step 2 on, in step 5
+        with monkeypatch.context() as patch:
+            during_training_step(patch, call, crash)
+            with pytest.raises(RuntimeError, match="the machine fails"):
+                run("crashed", "peft=full", every, *overrides)
+    crashed, code = run("crashed", "peft=full", "resume=auto")
+    assert code == 0
+    assert_same_end(crashed, whole)
+
+
+def test_a_longer_training_goes_on_from_a_shorter_one(run):
+    whole, _ = run("whole", "peft=full")
+    shorter, _ = run("shorter", "peft=full", "callbacks.checkpoint.every_n_steps=3", steps=3)
+    run("shorter", "peft=full", "resume=auto")
+    assert_same_end(shorter, whole)
+
+
+def test_resuming_a_finished_run_changes_no_weight(run):
+    whole, _ = run("whole", "peft=full")
+    before = (whole / "network.safetensors").read_bytes()
+    assert run("whole", "peft=full", "resume=auto")[1] == 0
+    assert (whole / "network.safetensors").read_bytes() == before
+
+
+def test_resume_without_a_checkpoint_starts_the_run(run):
+    assert run("fresh", "peft=full", "resume=auto")[1] == 0
+
+
+# Damage and mistakes
+
+
+@pytest.fixture
+def two_checkpoints(run):
+    """A run with the checkpoints of the steps 4 and 6, stopped there."""
+    folder, _ = run("run", "peft=full", "callbacks.checkpoint.every_n_steps=2", steps=6)
+    return folder, sorted((folder / "checkpoints").glob("*.ckpt"))
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, cut])
+def test_damaged_newest_checkpoint_falls_back(run, two_checkpoints, damage, caplog):
+    folder, paths = two_checkpoints
+    assert [path.name for path in paths] == ["step_00000004.ckpt", "step_00000006.ckpt"]
+    whole, _ = run("whole", "peft=full")
+    damage(paths[-1])
+    run("run", "peft=full", "resume=auto")
+    assert "step_00000006.ckpt is damaged" in caplog.text
+    assert_same_end(folder, whole)
+
+
+def test_only_damaged_checkpoints_are_an_error(run, two_checkpoints):
+    for path in two_checkpoints[1]:
+        cut(path)
+    with pytest.raises(UserError, match="All checkpoints"):
+        run("run", "peft=full", "resume=auto")
+
+
+def test_a_run_folder_is_not_overwritten(run, two_checkpoints):
+    with pytest.raises(UserError, match="resume=auto"):
+        run("run", "peft=full")
+
+
+@pytest.mark.parametrize("other", ["seed=1", "batch_size=2", "peft=bitfit", "network.pos_embed_scale=0.5"])
+def test_checkpoint_of_another_run_is_refused(run, two_checkpoints, other):
+    overrides = ["peft=full", "resume=auto"] if other != "peft=bitfit" else ["resume=auto"]
+    with pytest.raises(UserError, match="another run"):
+        run("run", *overrides, other)
+
+
+def test_checkpoints_hold_plain_values_of_what_trains_only(run):
+    folder, _ = run("run", "peft=bitfit", "pretrained=@base")
+    saved = checkpoint(folder)  # by weights_only=True
+    assert all("bias" in name or "y_embedder" in name for name in saved["state_dict"])
+    assert {f"network.{name}" for name in saved["ema"]} == set(saved["state_dict"])
+    assert saved["identity"]["peft"]["name"] == "bitfit"
+
+
+def test_a_save_that_dies_leaves_the_old_file(tmp_path, monkeypatch):
+    path, files = tmp_path / "step_00000001.ckpt", AtomicCheckpointIO()
+    files.save_checkpoint({"value": torch.ones(1000)}, path)
+    before = path.read_bytes()
+
+    def dies(content, target):
+        Path(target).write_bytes(before[:500])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", dies)
+    with pytest.raises(KeyboardInterrupt):
+        files.save_checkpoint({"value": torch.zeros(1000)}, path)
+    assert path.read_bytes() == before
+    assert newest_checkpoint(tmp_path) == path
+
+
+def test_a_process_killed_while_it_saves_leaves_the_old_file(tmp_path):
+    """SIGKILL leaves no time to clean up: the half file stays beside the whole one, and the next start removes it."""
+    path, files = tmp_path / "step_00000001.ckpt", AtomicCheckpointIO()
+    files.save_checkpoint({"value": torch.ones(1000)}, path)
+    child = os.fork()
+    if child == 0:
+        torch.save = lambda content, target: (Path(target).write_bytes(b"half"), os.kill(os.getpid(), signal.SIGKILL))
+        files.save_checkpoint({"value": torch.zeros(1000)}, path)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    assert [p.name for p in tmp_path.glob(".*")] == [f".{path.name}.tmp-{child}"]
+    assert newest_checkpoint(tmp_path) == path
+    assert not list(tmp_path.glob(".*"))
+    assert torch.equal(files.load_checkpoint(path)["value"], torch.ones(1000))
