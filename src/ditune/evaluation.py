@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from ditune.checkpoints import read_json, sha256, write_json
 from ditune.data import Pictures
 from ditune.drawing import Drawer, label_plan
-from ditune.errors import UserError
 from ditune.metrics import Judge, nearest
 from ditune.visuals import grid, neighbours_sheet
 
@@ -143,12 +142,13 @@ def gap(before: float, after: float, own: float) -> dict[str, float]:
         before, after: distance to the target domain before and after the training.
         own: the base network's distance to its own domain, which a perfect adaptation of it may reach.
 
-    Raises:
-        UserError: the base network is no nearer to its own domain than to the target.
+    Returns:
+        gap_before, gap_after and their relative difference gap_closed, which is left out where there was no gap.
     """
+    values = {"gap_before": before - own, "gap_after": after - own}
     if before <= own:
-        raise UserError(
-            f"There is no domain gap: the base is {before:.4f} from the target and {own:.4f} from its own domain. "
-            "Set metrics.base_reference=null."
+        log.warning(
+            "the base is as near to the target (%.4f) as to its own domain (%.4f): there is no gap", before, own
         )
-    return {"gap_before": before - own, "gap_after": after - own, "gap_closed": (before - after) / (before - own)}
+        return values
+    return values | {"gap_closed": (before - after) / (before - own)}

@@ -22,6 +22,7 @@ from ditune.judging import judge
 
 from .callbacks import DrawSamples, StopOnSignal, peak_memory_mib
 from .checkpoint_io import AtomicCheckpointIO, newest_checkpoint
+from .loggers import close_loggers
 from .metrics_csv import MetricsCsv
 from .module import GenerativeModule
 from .plan import counts, expected_memory, parameter_table, show
@@ -58,22 +59,30 @@ def train(cfg: DictConfig) -> int:
         announce(cfg, parts, trainer, folder)
     if cfg.dry_run:
         return 0
+    check_metrics(cfg)
     module = build_module(cfg, parts)
+    stream = PictureStream(parts.pictures, cfg.seed, cfg.data.flip)
     result = {"status": "running", **describe(cfg, parts)}
     write_result(trainer, folder, result)
-    stream = PictureStream(parts.pictures, cfg.seed, cfg.data.flip)
     start = time.perf_counter()
-    fit(trainer, module, stream, cfg, checkpoint)
-    result |= {
-        "status": "stopped" if trainer.global_step < cfg.max_steps else "trained",
-        "steps": trainer.global_step,
-        "seconds": {"fit": time.perf_counter() - start},
-        "images_per_second": (trainer.global_step - first_step(checkpoint)) * cfg.batch_size / max(clock.seconds, 1e-9),
-        "peak_memory_mib": peak_memory_mib(module.device),
-    }
-    if result["status"] == "trained" and trainer.is_global_zero:
-        finish(cfg, parts, module, folder, result)
-    write_result(trainer, folder, result)
+    try:
+        fit(trainer, module, stream, cfg, checkpoint)
+        steps = trainer.global_step - first_step(checkpoint)
+        result |= {
+            "status": "stopped" if trainer.global_step < cfg.max_steps else "trained",
+            "steps": trainer.global_step,
+            "seconds": {"fit": time.perf_counter() - start},
+            "images_per_second": steps * cfg.batch_size / max(clock.seconds, 1e-9),
+            "peak_memory_mib": peak_memory_mib(module.device),
+        }
+        if result["status"] == "trained" and trainer.is_global_zero:
+            finish(cfg, parts, module, folder, result)
+    except BaseException:
+        result["status"] = "failed"
+        raise
+    finally:
+        write_result(trainer, folder, result)
+        close_loggers(trainer, failed=result["status"] == "failed")
     return 0 if stop.stopped_by is None else 128 + stop.stopped_by
 
 
@@ -222,6 +231,13 @@ def describe(cfg: DictConfig, parts: Parts) -> dict[str, Any]:
         },
         "threads": torch.get_num_threads(),
     }
+
+
+def check_metrics(cfg: DictConfig) -> None:
+    """What is missing for the evaluation shows before the training, not after it."""
+    if cfg.metrics.n:
+        make(cfg.metrics.judge, "metrics")
+        make(cfg.metrics.reference, "metrics")
 
 
 def write_result(trainer: pl.Trainer, folder: Path, result: dict[str, Any]) -> None:

@@ -5,6 +5,8 @@ import netrc
 import os
 from pathlib import Path
 
+import pytorch_lightning as pl
+import wandb
 from pytorch_lightning.loggers import WandbLogger
 
 
@@ -38,3 +40,11 @@ def wandb_logger(
         resume="allow",
         offline=not logged_in() if offline is None else offline,
     )
+
+
+def close_loggers(trainer: pl.Trainer, failed: bool) -> None:
+    """Let W&B show failed runs as failed, and let the next job of a sweep begin a run of its own."""
+    for logger in trainer.loggers:
+        logger.save()
+        if isinstance(logger, WandbLogger) and trainer.is_global_zero:
+            wandb.finish(exit_code=int(failed))
