@@ -22,7 +22,7 @@ MISTAKES = {
     "base of another size": (["pretrained=@base", "network.name=emoji_xs"], "hidden_size 32 there, 128 here"),
     "base of another resolution": (["pretrained=@base", "data.resolution=32"], "input_size 16 there, 32 here"),
     "base of another process": (["pretrained=@base", "objective.process.prediction=v"], "prediction x0 there, v here"),
-    "base of other latents": (["pretrained=@base", "autoencoder.scale=2.0"], "other latents"),
+    "base of other latents": (["pretrained=@base", "autoencoder.scale=3.0"], "other latents"),
     "batch and micro-steps": (["trainer.accumulate_grad_batches=3"], "multiple of 3"),
     "empty batch": (["batch_size=0"], "batch_size is the global batch, 0"),
     "resume by a path": (["resume=last.ckpt"], "resume=auto"),

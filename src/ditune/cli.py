@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,10 +20,12 @@ def prepare() -> None:
     """Tell the configs where the repository is; quiet what the libraries say at every start."""
     os.environ.setdefault("DITUNE_ROOT", str(ROOT))
     logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(_is_worth_reading)
+    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # between Lightning and torch
+    warnings.filterwarnings("ignore", message=".*module\\(s\\) in eval mode.*")  # the autoencoder is, on purpose
 
 
 def _is_worth_reading(record: logging.LogRecord) -> bool:
-    return not any(text in record.getMessage() for text in ("litlogger", "💡", "litmodels", "🚀"))
+    return not any(text in record.getMessage() for text in ("litlogger", "litmodels", "`weights_only` was not set"))
 
 
 def reported(work: Callable[[], int | None], traceback: bool) -> None:

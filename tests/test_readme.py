@@ -1,0 +1,47 @@
+"""The README's commands, files and figures are real."""
+
+import re
+import shlex
+from pathlib import Path
+
+import hydra
+import pytest
+from helpers import ROOT
+
+from ditune import cli
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = "\n".join(re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL))
+COMMANDS = [line.split("#")[0].strip() for line in BLOCKS.splitlines() if line.startswith("python ")]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_composes(command: str, tmp_path: Path) -> None:
+    for placeholder in ("<pictures>", "<run>", "<sweep>"):
+        command = command.replace(placeholder, str(tmp_path))
+    _, script, *arguments = shlex.split(command)
+    assert (ROOT / script).is_file()
+    # of a sweep, the first job
+    overrides = [re.sub(r"(=[^\[,]*),.*", r"\1", argument) for argument in arguments if argument != "-m"]
+    cli.prepare()
+    with hydra.initialize_config_dir(cli.CONFIGS, version_base="1.3"):
+        assert hydra.compose(Path(script).stem, overrides)
+
+
+def test_every_entry_point_is_shown() -> None:
+    for script in ("train", "sample", "evaluate", "report"):
+        assert f"python src/{script}.py" in BLOCKS
+
+
+def test_make_targets_exist() -> None:
+    targets = re.findall(r"^make (\w+)", BLOCKS, flags=re.MULTILINE)
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert targets == ["train", "test"]
+    assert all(f"\n{target}:" in makefile for target in targets)
+
+
+def test_linked_files_exist() -> None:
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+    assert links
+    missing = [link for link in links if not (ROOT / link).exists()]
+    assert not missing
