@@ -1,6 +1,5 @@
 """Fixtures of all tests: tiny pictures, a tiny base network, tiny trainings."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,10 +57,3 @@ def base(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
         steps=0,
     )
     return path
-
-
-@pytest.fixture(autouse=True)
-def _no_network_services(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A developer's W&B account sees nothing of the tests."""
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setenv("NETRC", os.devnull)

@@ -1,4 +1,4 @@
-"""Random numbers and the order of the data are functions of (seed, step, position): who asks for them changes nothing."""
+"""Random numbers and the order of the data are functions of (seed, step, position): who asks changes nothing."""
 
 from itertools import islice
 

@@ -4,8 +4,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from helpers import ROOT, SMALL
 
+from ditune.cli import reported
 from ditune.errors import UserError
 from ditune.training import train
 
@@ -37,7 +39,7 @@ MISTAKES = {
     "label drop above one": (["objective.label_drop=2"], "between 0 and 1"),
     "more steps than timesteps": (["sampler.steps=2000"], "steps"),
     "no GPU": (["trainer=gpu"], "trainer"),
-    "missing value": (["data.root=???"], "root"),
+    "missing value": (["data.root=???"], "no value for data.root"),
 }
 
 
@@ -62,18 +64,13 @@ def filled(tmp_path, pictures, base):
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes_are_named_with_their_remedy(small, filled, mistake):
-    import torch
-
     if mistake == "no GPU" and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     overrides, message = MISTAKES[mistake]
-    with pytest.raises(Exception) as caught:  # noqa: B017, PT011  what it is, is checked below
+    with pytest.raises(UserError) as caught:
         train(small("max_steps=1", *filled(overrides)))
-    kinds = {"UserError", "MissingMandatoryValue", "InterpolationToMissingValueError"}
-    assert type(caught.value).__name__ in kinds, repr(caught.value)
     assert message in str(caught.value)
-    if isinstance(caught.value, UserError):
-        assert str(caught.value).rstrip().endswith(".")
+    assert str(caught.value).endswith(".")
 
 
 def test_loss_that_is_not_finite_stops_the_training(small):
@@ -110,8 +107,6 @@ def test_exit_codes_and_messages(tmp_path, pictures, filled):
 
 
 def test_debug_shows_the_traceback(small, capsys):
-    from ditune.cli import reported
-
     def mistake():
         raise UserError("It is wrong. Mend it.")
 

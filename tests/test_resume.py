@@ -74,7 +74,9 @@ def run(small, base, tmp_path):
 
     def start(name: str, *overrides: str, steps: int = STEPS) -> tuple[Path, int]:
         filled = [o.replace("@base", str(base)) for o in overrides]
-        cfg = small(f"max_steps={steps}", f"callbacks.checkpoint.every_n_steps={STEPS}", *filled, folder=tmp_path / name)
+        cfg = small(
+            f"max_steps={steps}", f"callbacks.checkpoint.every_n_steps={STEPS}", *filled, folder=tmp_path / name
+        )
         return tmp_path / name, train(cfg)
 
     return start

@@ -1,7 +1,9 @@
 """From a composed config to the parts of a run. The groups meet only here, so their contradictions show here."""
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,8 +38,11 @@ class Parts:
 def make(config: DictConfig | None, what: str, **kwargs: object):
     """Instantiate one group of the config; its mistakes become one sentence that names the group."""
     try:
-        return instantiate(config, **kwargs)
-    except InstantiationException as error:
+        built = instantiate(config, **kwargs)
+        if isinstance(built, partial):
+            inspect.signature(built.func).bind_partial(**built.keywords)  # its unknown keys would show only when called
+        return built
+    except (InstantiationException, TypeError) as error:
         cause = error.__cause__
         if isinstance(cause, UserError):
             raise cause from None
@@ -53,6 +58,11 @@ def build_parts(cfg: DictConfig) -> Parts:
     Raises:
         UserError: something is missing or does not fit.
     """
+    missing = missing_keys(OmegaConf.to_container(cfg))
+    if missing:
+        raise UserError(
+            f"The config has no value for {', '.join(missing)}. Set it on the command line: {missing[0]}=..."
+        )
     pictures = make(cfg.data.pictures, "data")
     autoencoder = make(cfg.autoencoder, "autoencoder")
     objective = make(cfg.objective, "objective")
@@ -63,6 +73,13 @@ def build_parts(cfg: DictConfig) -> Parts:
         freeze_in_bf16(network)
     network.gradient_checkpointing = cfg.gradient_checkpointing
     return Parts(pictures, autoencoder, network, method, objective, base, sha256(base) if base else None)
+
+
+def missing_keys(values: object, path: str = "") -> list[str]:
+    """Dotted names of the keys that are still ???; OmegaConf's own search fails at references to them."""
+    if isinstance(values, dict):
+        return [name for key, value in values.items() for name in missing_keys(value, f"{path}.{key}".lstrip("."))]
+    return [path] if values == "???" else []
 
 
 def build_network(
@@ -95,7 +112,9 @@ def _check_base(base: Path, class_names: list[str], autoencoder: Autoencoder, ob
     header = read_header(base)
     different = _differences(header["process"], objective.process.config)
     if different:
-        raise UserError(f"The base network {base.name} was trained on another process: {different}. Set objective.*")
+        raise UserError(
+            f"The base network {base.name} was trained on another process: {different}. Set objective.* as there."
+        )
     provenance = header["provenance"]
     if provenance["autoencoder"] != autoencoder.fingerprint:
         raise UserError(f"The base network {base.name} was trained on other latents. Choose its autoencoder=.")

@@ -255,7 +255,7 @@ def finish(cfg: DictConfig, parts: Parts, module: GenerativeModule, folder: Path
         result["seconds"]["evaluation"] = time.perf_counter() - start
     result["status"] = "finished"
     after = result["metrics"].get("after", {})
-    for logger in module.loggers:
+    for logger in module.loggers if after else ():
         logger.log_metrics({f"eval/{key}": value for key, value in after.items()}, step=cfg.max_steps)
 
 

@@ -1,0 +1,147 @@
+"""Every config composes, builds and explains itself; the package's arrows point one way."""
+
+import ast
+import inspect
+from pathlib import Path
+
+import pytest
+from helpers import ROOT, SMALL, compose
+from hydra.errors import ConfigCompositionException
+from omegaconf import OmegaConf
+
+from ditune.build import build_parts, make
+from ditune.checkpoints import save_network
+from ditune.errors import UserError
+from ditune.peft import METHODS, build_peft
+
+CONFIGS = ROOT / "configs"
+PACKAGE = ROOT / "src" / "ditune"
+GROUPS = ("network", "model", "peft", "optimizer", "scheduler", "ema", "data", "autoencoder", "sampler", "metrics")
+GROUPS += ("trainer", "callbacks", "logger", "paths", "objective", "debug")
+EXPERIMENTS = sorted(p.stem for p in (CONFIGS / "experiment").glob("*.yaml"))
+FILES = sorted(CONFIGS.rglob("*.yaml"))
+
+
+def options(group: str) -> list[str]:
+    return sorted(p.stem for p in (CONFIGS / group).glob("*.yaml"))
+
+
+@pytest.mark.parametrize(("group", "option"), [(g, o) for g in GROUPS for o in options(g)])
+def test_every_option_of_every_group_composes(tmp_path, group, option):
+    cfg = compose(tmp_path, f"{group}={option}", *(["data.root=pictures"] if option == "folder" else []))
+    OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_experiment_builds_with_every_method(tmp_path, experiment, method):
+    """With a small network; its base file is written in the shape that the experiment asks for."""
+    overrides = [f"experiment={experiment}", f"peft={method}", "network=tiny", "data.pictures.in_memory=false"]
+    cfg = compose(tmp_path, *overrides, "pretrained=null")
+    if method != "full" and cfg.network.learn_sigma != ("learned" in cfg.objective.process.variance):
+        cfg.network.learn_sigma = not cfg.network.learn_sigma
+    parts = build_parts(cfg)
+    base = tmp_path / "base.safetensors"
+    parts.method.merge(parts.network)
+    names = {"class_names": parts.pictures.class_names, "autoencoder": parts.autoencoder.fingerprint}
+    save_network(base, parts.network, parts.objective.process.config, **names)
+    adapted = build_parts(compose(tmp_path, *overrides, f"pretrained={base}"))
+    assert type(adapted.method) is METHODS[method]
+    assert adapted.base == base
+    optimizer = make(cfg.optimizer, "optimizer")
+    make(cfg.scheduler, "scheduler")
+    assert optimizer.keywords["lr"] == cfg.optimizer.lr
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_brings_its_own_keys_and_rate(tmp_path, method):
+    cfg = compose(tmp_path, f"peft={method}")
+    signature = inspect.signature(METHODS[method]).parameters
+    assert set(cfg.peft) - {"_target_", "name"} <= set(signature)
+    assert ("gamma_depth" in cfg.peft) == (method == "difffit")
+    assert cfg.optimizer.lr == cfg.peft.lr
+    with pytest.raises(TypeError, match="unknown_key"):
+        build_peft(method, lr=1e-3, unknown_key=1)
+
+
+@pytest.mark.parametrize("override", ["batchsize=1", "trainer.devces=2", "peft.rank=4", "data.pictures.size=3"])
+def test_unknown_keys_are_refused(tmp_path, override):
+    with pytest.raises(ConfigCompositionException, match="Could not override"):
+        compose(tmp_path, override)
+
+
+def test_unknown_options_are_refused(tmp_path):
+    with pytest.raises(Exception, match="peft/lora_of_another_world"):
+        compose(tmp_path, "peft=lora_of_another_world")
+
+
+def test_constructors_refuse_unknown_keys(tmp_path, pictures):
+    for group in ("network", "objective", "autoencoder", "optimizer", "scheduler", "logger"):
+        cfg = compose(tmp_path, *SMALL, f"data.root={pictures}", f"+{group}.unknown_key=1")
+        with pytest.raises(UserError, match="unknown_key"):
+            make(cfg[group], group)
+
+
+# Configs are documentation
+
+PLAIN = ("_target_", "_partial_", "defaults", "- ", "# ")
+# groups whose head line, or the library that is called, explains every key
+EXPLAINED_BY_THEIR_HEAD = {"experiment", "hydra", "debug", "logger"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(CONFIGS)))
+def test_every_file_and_key_is_explained(path):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    head = next(line for line in lines if line != "# @package _global_")
+    assert head.startswith("# "), "the first line says what the file is"
+    assert head.endswith("."), "the first line is a sentence"
+    if path.parent.name in EXPLAINED_BY_THEIR_HEAD:
+        return
+    leaves = [line for line in lines if line.strip() and not line.strip().startswith(PLAIN) and line[-1] != ":"]
+    silent = [line for line in leaves if "#" not in line and "${" not in line]  # a reference is explained at its end
+    assert not silent, f"keys without a comment: {silent}"
+
+
+# The arrows of the design: which parts of the package a part may import
+
+ALLOWED = {
+    "errors": set(),
+    "networks": set(),
+    "draws": set(),
+    "visuals": {"data", "metrics.features"},
+    "processes": {"errors"},
+    "objectives": {"errors", "processes"},
+    "samplers": {"errors", "processes", "draws"},
+    "data": {"errors", "draws"},
+    "autoencoders": {"errors", "checkpoints.files"},
+    "metrics": {"errors"},
+    "peft": {"errors", "networks"},
+    "checkpoints": {"errors", "networks", "peft"},
+}
+
+
+def imported(path: Path) -> set[str]:
+    """Modules of the package that a file imports, without 'ditune.'; relative imports are of its own part."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").startswith("ditune"):
+            module = (node.module or "").removeprefix("ditune").lstrip(".")
+            found |= {module} if module else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {a.name.removeprefix("ditune.") for a in node.names if a.name.startswith("ditune.")}
+    return found
+
+
+@pytest.mark.parametrize("part", ALLOWED)
+def test_arrows_point_one_way(part):
+    files = list((PACKAGE / part).rglob("*.py")) or [PACKAGE / f"{part}.py"]
+    for file in files:
+        for module in imported(file):
+            allowed = {part, *ALLOWED[part]}
+            assert module in allowed or module.split(".")[0] in allowed, f"{file.name} imports {module}"
+
+
+def test_only_the_trainer_knows_lightning():
+    for file in PACKAGE.rglob("*.py"):
+        if "pytorch_lightning" in file.read_text(encoding="utf-8"):
+            assert file.parent.name == "training" or file.name in ("cli.py", "build.py"), file
