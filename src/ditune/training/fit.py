@@ -55,12 +55,12 @@ def train(cfg: DictConfig) -> int:
     parts = build_parts(cfg)
     trainer, clock, stop = build_trainer(cfg, parts, folder)
     micro_batch_size(cfg.batch_size, trainer.accumulate_grad_batches, trainer.world_size)
+    module = build_module(cfg, parts)
     if trainer.is_global_zero:
         announce(cfg, parts, trainer, folder)
     if cfg.dry_run:
         return 0
     check_metrics(cfg)
-    module = build_module(cfg, parts)
     stream = PictureStream(parts.pictures, cfg.seed, cfg.data.flip)
     result = {"status": "running", **describe(cfg, parts)}
     write_result(trainer, folder, result)

@@ -66,6 +66,10 @@ class MetricsCsv(Logger):
             writer.writerows(self._rows[step] for step in sorted(self._rows))
         self._unwritten = 0
 
+    def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
+        """A run that is killed goes on from the checkpoint, so the lines before it must be there."""
+        self.save()
+
     @rank_zero_only
     def finalize(self, status: str) -> None:
         if self._rows:
