@@ -98,7 +98,7 @@ def build_network(
     if loaded.num_classes != len(class_names):
         raise UserError(
             f"The base network {base.name} knows {loaded.num_classes} classes, the data has {len(class_names)}. "
-            "Give a data set with the base's classes (data.classes), or train without a base (pretrained=null)."
+            "Give data with the base's classes (data.classes), or train without a base (pretrained=null peft=full)."
         )
     different = _differences(loaded.config, network.config)
     if different:

@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
 
 from ditune.errors import UserError
@@ -28,13 +30,17 @@ def _is_worth_reading(record: logging.LogRecord) -> bool:
     return not any(text in record.getMessage() for text in ("litlogger", "litmodels", "`weights_only` was not set"))
 
 
+def in_sweep() -> bool:
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
 def reported(work: Callable[[], int | None], traceback: bool) -> None:
     """Run `work` and exit with its code; a mistake of the user is one message, unless `traceback` is asked for."""
     try:
         code = work()
     except (UserError, OmegaConfBaseException) as error:
-        if traceback:
-            raise
+        if traceback or in_sweep():
+            raise  # a sweep goes on with its next job and shows the error at its end
         text = str(error) if isinstance(error, UserError) else f"The config is wrong: {error}"
         sys.stderr.write(f"\nError: {text}\n")
         sys.exit(USER_ERROR)

@@ -81,8 +81,11 @@ def fit(pictures: Pictures, channels: list[int], patch: int, out: Path) -> list[
     for number in channels:
         PatchPCA(number, patch).latent_shape(pictures.resolution)  # refuses what does not fit before it is fitted
         codec = PatchPCA.fit(pictures.load(), number, patch, provenance=provenance)
-        codec.save(path_of(out, number))
-        log.info("fitted %s", path_of(out, number))
+        path = path_of(out, number)
+        # safetensors orders metadata at random, so the same codec written again would have another hash
+        if not path.is_file() or PatchPCA.load(path).fingerprint != codec.fingerprint:
+            codec.save(path)
+        log.info("fitted %s", path)
         found.append(Candidate(f"patch_pca, {number} channels", codec, pictures.resolution))
     return found
 

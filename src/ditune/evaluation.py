@@ -72,6 +72,7 @@ class Evaluation:
     def draw(self, network: nn.Module) -> Tensor:
         """The protocol's pictures, (n, 3, R, R) uint8."""
         network.eval()
+        self.judge.extractor.to(next(network.parameters()).device)
 
         def report(done: int) -> None:
             if done % (4 * self.drawer.batch_size) == 0:

@@ -1,6 +1,7 @@
 """What a run, a bare network or a folder of pictures is worth, by the protocol of a config."""
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,38 +15,56 @@ from ditune.checkpoints import load_network, read_json, sha256, write_json
 from ditune.data import Pictures
 from ditune.drawing import Drawer
 from ditune.errors import UserError
-from ditune.evaluation import Record, gap, judge_pictures
+from ditune.evaluation import Evaluation, Record, gap, judge_pictures
 from ditune.run import Trained, best_device, exactly_one, load_checkpoint, load_run
 
 log = logging.getLogger(__name__)
 
 
-def judge(cfg: DictConfig, drawer: Drawer, network: nn.Module, base: Path | None, folder: Path) -> dict[str, Any]:
-    """Metrics of a trained network; and where there is a base, of the base before it, and how far the gap closed.
+@dataclass(frozen=True)
+class Comparison:
+    """A trained network against its base, by one protocol.
 
     Args:
-        cfg: of the run; its `metrics` are the protocol.
-        drawer: of the run.
-        network: with what was trained.
-        base: file of the network that the training began with.
-        folder: gets grid.png and nearest.png.
+        evaluation: distance to the domain that was trained on.
+        own: distance to the base's own domain; None = the gap between the domains is not asked for.
+        record: values of the base that are known.
     """
-    evaluation = build_evaluation(cfg, drawer, make(cfg.metrics.reference, "metrics"))
-    metrics: dict[str, Any] = {"protocol": evaluation.protocol, "after": evaluation(network, folder)}
-    if base is None:
+
+    evaluation: Evaluation
+    own: Evaluation | None
+    record: Record
+
+    def __call__(self, network: nn.Module, base: Path | None, folder: Path) -> dict[str, Any]:
+        """Metrics after the training; and where there is a base, of the base before it, and how far the gap closed.
+
+        Args:
+            network: with what was trained.
+            base: file of the network that the training began with.
+            folder: gets grid.png and nearest.png.
+        """
+        metrics: dict[str, Any] = {"protocol": self.evaluation.protocol, "after": self.evaluation(network, folder)}
+        if base is None:
+            return metrics
+
+        def load() -> nn.Module:
+            return load_network(base).to(next(network.parameters()).device)
+
+        metrics["before"], metrics["before_is"] = self.record.or_measure(base, self.evaluation, load)
+        if self.own is not None:
+            metrics["base_domain"], metrics["base_domain_is"] = self.record.or_measure(base, self.own, load)
+            key = f"kid_{self.evaluation.judge.extractor.name}"
+            metrics |= gap(metrics["before"][key], metrics["after"][key], metrics["base_domain"][key])
         return metrics
-    record = Record(cfg.metrics.record)
 
-    def load() -> nn.Module:
-        return load_network(base).to(next(network.parameters()).device)
 
-    metrics["before"], metrics["before_is"] = record.or_measure(base, evaluation, load)
+def build_comparison(cfg: DictConfig, drawer: Drawer) -> Comparison:
+    """The protocol of a run's `metrics`; built before a training, so that what is missing shows before it."""
+    evaluation = build_evaluation(cfg, drawer, make(cfg.metrics.reference, "metrics"))
+    own = None
     if cfg.metrics.base_reference is not None:
         own = build_evaluation(cfg, drawer, make(cfg.metrics.base_reference, "metrics"), judge=evaluation.judge)
-        metrics["base_domain"], metrics["base_domain_is"] = record.or_measure(base, own, load)
-        key = f"kid_{evaluation.judge.extractor.name}"
-        metrics |= gap(metrics["before"][key], metrics["after"][key], metrics["base_domain"][key])
-    return metrics
+    return Comparison(evaluation, own, Record(cfg.metrics.record))
 
 
 def evaluate(cfg: DictConfig) -> Path:
@@ -70,7 +89,7 @@ def of_run(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
     path = run.folder / "result.json"
     result = read_json(path)
     network = run.network.to(best_device())
-    metrics = judge(run.cfg, run.drawer, network, run.base, run.folder / "samples")
+    metrics = build_comparison(run.cfg, run.drawer)(network, run.base, run.folder / "samples")
     write_json(path, result | {"metrics": result.get("metrics", {}) | metrics})
     return path, metrics
 

@@ -5,6 +5,7 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
+from ditune.checkpoints import read_json
 from ditune.errors import UserError
 
 # column: (path in result.json, factor, format)
@@ -29,20 +30,22 @@ def read_results(folder: str | Path) -> list[dict]:
     paths = sorted(Path(folder).rglob("result.json"))
     if not paths:
         raise UserError(f"There is no result.json below {folder}. Give the folder of a sweep, or of a run.")
-    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    return [read_json(path) for path in paths]
 
 
 def markdown_table(results: list[dict]) -> str:
-    """One row for each method, in the order of its first run."""
+    """One row for each method and its settings, in the order of the first run; the seeds are averaged."""
     groups: dict[str, list[dict]] = defaultdict(list)
     for result in results:
-        groups[result["method"]].append(result)
+        settings = (result["method"], f"{result['lr']:g}", result["max_steps"], result["data"]["name"], result["peft"])
+        groups[json.dumps(settings)].append(result)
     lines = ["| method | lr | runs | " + " | ".join(COLUMNS) + " |", "|---|---|---|" + "---|" * len(COLUMNS)]
-    for method, runs in groups.items():
+    for runs in groups.values():
         finished = [run for run in runs if run["status"] == "finished"]
-        rates = ", ".join(sorted({f"{run['lr']:g}" for run in runs}))
         cells = [_cell(finished, *column) for column in COLUMNS.values()]
-        lines.append(f"| {method} | {rates} | {len(finished)} of {len(runs)} | " + " | ".join(cells) + " |")
+        lines.append(
+            f"| {runs[0]['method']} | {runs[0]['lr']:g} | {len(finished)} of {len(runs)} | " + " | ".join(cells) + " |"
+        )
     return "\n".join(lines) + "\n"
 
 

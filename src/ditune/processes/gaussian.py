@@ -59,7 +59,9 @@ class GaussianProcess:
             if value not in known:
                 raise UserError(f"The process knows no {name} {value!r}. Choose one of {', '.join(known)}.")
         if timesteps < 1:
-            raise UserError(f"A process cannot have {timesteps} timesteps. Set process.timesteps to 1 or more.")
+            raise UserError(
+                f"A process cannot have {timesteps} timesteps. Set objective.process.timesteps to 1 or more."
+            )
         self.config = {
             "schedule": schedule,
             "timesteps": timesteps,
@@ -73,7 +75,7 @@ class GaussianProcess:
         if full_betas.max() >= 1:
             raise UserError(
                 f"A {schedule} schedule of {timesteps} timesteps has a beta of 1 or more. "
-                "Set process.timesteps to 21 or more."
+                "Set objective.process.timesteps to 21 or more."
             )
         betas = respaced_betas(full_betas, kept)
         self.tables = Tables(timestep_map=kept, **_gaussian_tables(betas))

@@ -23,7 +23,9 @@ class DDIM:
 
     def __init__(self, eta: float = 0.0, clip: bool = False):
         if not 0 <= eta <= 1:
-            raise UserError(f"DDIM's eta is a share of randomness, but is {eta}. Set sampler.eta between 0 and 1.")
+            raise UserError(
+                f"DDIM's eta is a share of randomness, but is {eta}. Set sampler.sampler.eta between 0 and 1."
+            )
         self.eta, self.clip = eta, clip
 
     def respacing(self, steps: int, timesteps: int) -> str:

@@ -2,6 +2,7 @@
 
 import logging
 import signal
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,6 +18,18 @@ from ditune.drawing import Drawer
 from ditune.visuals import grid
 
 log = logging.getLogger(__name__)
+
+
+class StepClock(Callback):
+    """Seconds spent in training steps; waiting for data, sheets and checkpoints do not count."""
+
+    seconds = 0.0
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self._start = time.perf_counter()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.seconds += time.perf_counter() - self._start
 
 
 class DrawSamples(Callback):
@@ -45,11 +58,12 @@ class DrawSamples(Callback):
             self._draw(trainer, module)
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self._draw(trainer, module)
+        if trainer.global_step == trainer.max_steps:
+            self._draw(trainer, module)
 
     def _draw(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         path = self.folder / f"step_{trainer.global_step:07d}.png"
-        if not trainer.is_global_zero or path.exists():
+        if not trainer.is_global_zero or path.exists() or not len(self.labels):
             return
         module.network.eval()
         with module.ema.applied():
@@ -76,6 +90,7 @@ class StopOnSignal(Callback):
     def __init__(self, checkpoints: Path):
         self.checkpoints = checkpoints
         self.stopped_by: int | None = None
+        self._previous: dict[int, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self._previous = {s: signal.signal(s, self._remember) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -103,6 +118,9 @@ class StopOnSignal(Callback):
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        self.on_train_end(trainer, module)
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:

@@ -12,8 +12,8 @@ class Ema:
 
     Args:
         parameters: name to parameter; the average starts as a copy.
-        decay: weight of the old average. It grows from 2/11 as (1 + step) / (10 + step) up to this value, so that the
-            average of a short run does not lag behind.
+        decay: weight of the old average. It grows from 1/10 as (1 + step) / (10 + step), steps from 0, up to this
+            value, so that the average of a short run does not lag behind.
     """
 
     def __init__(self, parameters: dict[str, nn.Parameter], decay: float):

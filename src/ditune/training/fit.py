@@ -8,39 +8,26 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.callbacks import Callback, ModelCheckpoint
-from rich.console import Console
+from omegaconf import DictConfig
 
 import ditune
-from ditune.build import Parts, build_drawer, build_parts, make, plain, uses_bf16
-from ditune.checkpoints import save_adapter, save_network, write_json
-from ditune.data.stream import MicroBatches, PictureStream, micro_batch_size, training_loader
-from ditune.drawing import label_plan
+from ditune.build import Parts, build_drawer, build_parts, plain
+from ditune.checkpoints import read_json, save_adapter, save_network, write_json
+from ditune.cli import in_sweep
+from ditune.data.stream import PictureStream, micro_batch_size
 from ditune.errors import UserError
-from ditune.judging import judge
+from ditune.judging import Comparison, build_comparison
+from ditune.peft import Full
 
-from .callbacks import DrawSamples, StopOnSignal, peak_memory_mib
-from .checkpoint_io import AtomicCheckpointIO, newest_checkpoint
+from .callbacks import peak_memory_mib
 from .loggers import close_loggers
-from .metrics_csv import MetricsCsv
 from .module import GenerativeModule
-from .plan import counts, expected_memory, parameter_table, show
-from .progress import TrainingProgress
+from .plan import announce, counts
+from .setup import Resumed, StreamData, build_module, build_trainer, find_checkpoint, identity, open_loggers
 
 log = logging.getLogger(__name__)
 
-
-class StepClock(Callback):
-    """Seconds spent in training steps, data loading included, sample sheets not."""
-
-    seconds = 0.0
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        self._start = time.perf_counter()
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        self.seconds += time.perf_counter() - self._start
+PRECISIONS = ("bf16-mixed", "32-true")
 
 
 def train(cfg: DictConfig) -> int:
@@ -51,165 +38,89 @@ def train(cfg: DictConfig) -> int:
     """
     torch.set_flush_denormal(True)  # adaLN-Zero starts with tiny gradients, which are 5 times slower when denormal
     folder = Path(cfg.paths.output_dir)
-    checkpoint = resume_checkpoint(cfg, folder)
     parts = build_parts(cfg)
+    check_combination(cfg, parts)
     trainer, clock, stop = build_trainer(cfg, parts, folder)
-    micro_batch_size(cfg.batch_size, trainer.accumulate_grad_batches, trainer.world_size)
-    module = build_module(cfg, parts)
+    check_processes(cfg, trainer)
+    marks = identity(cfg, parts)
+    resumed = find_checkpoint(cfg, folder, marks)
+    module = build_module(cfg, parts, marks)
     if trainer.is_global_zero:
         announce(cfg, parts, trainer, folder)
     if cfg.dry_run:
         return 0
-    check_metrics(cfg)
+    judged = trainer.is_global_zero and cfg.metrics.n > 0
+    comparison = build_comparison(cfg, build_drawer(cfg, parts)) if judged else None
     stream = PictureStream(parts.pictures, cfg.seed, cfg.data.flip)
     result = {"status": "running", **describe(cfg, parts)}
+    before = earlier_seconds(folder, resumed)
     write_result(trainer, folder, result)
     start = time.perf_counter()
     try:
-        fit(trainer, module, stream, cfg, checkpoint)
-        steps = trainer.global_step - first_step(checkpoint)
+        open_loggers(cfg, trainer, folder, resumed.step)
+        if cfg.compile:
+            module.network.compile_blocks()
+        trainer.fit(module, datamodule=StreamData(stream, cfg), ckpt_path=resumed.path, weights_only=True)
+        steps = trainer.global_step - resumed.step
         result |= {
             "status": "stopped" if trainer.global_step < cfg.max_steps else "trained",
             "steps": trainer.global_step,
-            "seconds": {"fit": time.perf_counter() - start},
-            "images_per_second": steps * cfg.batch_size / max(clock.seconds, 1e-9),
-            "peak_memory_mib": peak_memory_mib(module.device),
+            "seconds": {"fit": before + time.perf_counter() - start},
+            "images_per_second": steps * cfg.batch_size / clock.seconds if steps else None,
+            "peak_memory_mib": peak_memory_mib(trainer.strategy.root_device),
         }
         if result["status"] == "trained" and trainer.is_global_zero:
-            finish(cfg, parts, module, folder, result)
-    except BaseException:
-        result["status"] = "failed"
+            finish(cfg, parts, module, trainer, comparison, result)
+    except BaseException as error:
+        result |= {"status": "failed", "error": str(error)}
         raise
     finally:
         write_result(trainer, folder, result)
         close_loggers(trainer, failed=result["status"] == "failed")
-    return 0 if stop.stopped_by is None else 128 + stop.stopped_by
+    # only the first process speaks for all: Lightning kills it when another one exits with a code of its own
+    stopped = result["status"] == "stopped" and trainer.is_global_zero and stop.stopped_by is not None
+    return 128 + stop.stopped_by if stopped else 0
 
 
-def fit(
-    trainer: pl.Trainer, module: GenerativeModule, stream: PictureStream, cfg: DictConfig, checkpoint: Path | None
-) -> None:
-    if cfg.compile:
-        module.network.compile_blocks()
-    trainer.fit(module, datamodule=StreamData(stream, cfg), ckpt_path=checkpoint, weights_only=True)
+def check_combination(cfg: DictConfig, parts: Parts) -> None:
+    """Refuse what can be composed but cannot work.
 
-
-class StreamData(pl.LightningDataModule):
-    """Hands the trainer a loader that begins at the step that the trainer has been restored to."""
-
-    def __init__(self, stream: PictureStream, cfg: DictConfig):
-        super().__init__()
-        self.stream, self.cfg = stream, cfg
-
-    def train_dataloader(self) -> Any:
-        trainer = self.trainer
-        batches = MicroBatches(
-            self.cfg.batch_size,
-            trainer.accumulate_grad_batches,
-            trainer.global_rank,
-            trainer.world_size,
-            trainer.global_step,
-        )
-        pin_memory = trainer.strategy.root_device.type == "cuda"
-        return training_loader(self.stream, batches, self.cfg.data.num_workers, pin_memory)
-
-
-def resume_checkpoint(cfg: DictConfig, folder: Path) -> Path | None:
-    newest = newest_checkpoint(folder / "checkpoints")
-    if cfg.resume not in (None, "auto"):
-        raise UserError(f"resume is {cfg.resume!r}. Set resume=auto and run_dir=<the run's folder>, or leave it out.")
-    if newest is not None and cfg.resume is None:
+    Raises:
+        UserError: with the remedy.
+    """
+    if parts.base is None and not isinstance(parts.method, Full):
         raise UserError(
-            f"The run folder {folder} already holds checkpoints. Add resume=auto to go on, or choose another run_dir."
+            f"peft={cfg.peft.name} adapts a pretrained network, and there is none. "
+            "Set pretrained=<file>, or peft=full to train from scratch."
         )
-    return newest
+    if cfg.trainer.precision not in PRECISIONS:
+        raise UserError(
+            f"trainer.precision is {cfg.trainer.precision}, but what trains must stay in fp32. "
+            f"Set one of {', '.join(PRECISIONS)}."
+        )
+    if parts.network.config["class_dropout_prob"] <= 0 < cfg.objective.label_drop:
+        raise UserError(
+            "The network has no null class for dropped labels. "
+            "Set objective.label_drop=0, or network.class_dropout_prob above 0."
+        )
 
 
-def first_step(checkpoint: Path | None) -> int:
-    return 0 if checkpoint is None else int(checkpoint.stem.removeprefix("step_"))
+def check_processes(cfg: DictConfig, trainer: pl.Trainer) -> None:
+    """Refuse a batch that cannot be shared, and sweeps whose processes would start sweeps of their own."""
+    micro_batch_size(cfg.batch_size, trainer.accumulate_grad_batches, trainer.world_size)
+    if in_sweep() and trainer.world_size > 1:
+        raise UserError(
+            "A sweep (-m) runs its jobs in one process and cannot start several for each. "
+            "Set trainer.devices=1, or start the jobs one by one."
+        )
 
 
-def build_module(cfg: DictConfig, parts: Parts) -> GenerativeModule:
-    return GenerativeModule(
-        parts.network,
-        parts.objective,
-        parts.method,
-        parts.autoencoder,
-        make(cfg.optimizer, "optimizer"),
-        make(cfg.scheduler, "scheduler"),
-        ema_decay=cfg.ema.decay,
-        seed=cfg.seed,
-        batch_size=cfg.batch_size,
-        identity=identity(cfg, parts),
-        log_every=cfg.trainer.log_every_n_steps,
-    )
-
-
-def identity(cfg: DictConfig, parts: Parts) -> dict[str, Any]:
-    """What must be the same when a run goes on; other settings (device, workers, max_steps) may change."""
-    return {
-        "network": parts.network.config,
-        "process": parts.objective.process.config,
-        "peft": plain(cfg.peft),
-        "base_sha256": parts.base_sha256,
-        "data": parts.pictures.fingerprint,
-        "batch_size": cfg.batch_size,
-        "seed": cfg.seed,
-    }
-
-
-def build_trainer(cfg: DictConfig, parts: Parts, folder: Path) -> tuple[pl.Trainer, StepClock, StopOnSignal]:
-    drawer = build_drawer(cfg, parts)
-    labels = label_plan(parts.pictures.labels, cfg.seed, cfg.callbacks.samples.n)
-    clock, stop = StepClock(), StopOnSignal(folder / "checkpoints")
-    # the clock stands first, so that no other callback's time counts as training
-    callbacks = [
-        clock,
-        TrainingProgress(),
-        DrawSamples(drawer, labels, cfg.seed, folder / "samples", cfg.callbacks.samples.every_n_steps),
-        stop,
-        ModelCheckpoint(
-            folder / "checkpoints",
-            filename="step_{step:08d}",
-            auto_insert_metric_name=False,
-            every_n_train_steps=cfg.callbacks.checkpoint.every_n_steps,
-            save_top_k=cfg.callbacks.checkpoint.keep,
-            monitor="step",
-            mode="max",
-            save_on_train_epoch_end=False,
-        ),
-    ]
-    table, chosen = MetricsCsv(folder), make(cfg.logger, "logger")
-    table.keep_until(first_step(newest_checkpoint(folder / "checkpoints")))
-    loggers = [table] if isinstance(chosen, MetricsCsv) else [table, chosen]
-    trainer = make(cfg.trainer, "trainer", callbacks=callbacks, logger=loggers, plugins=[AtomicCheckpointIO()])
-    if trainer.is_global_zero:
-        chosen.log_hyperparams(plain(cfg))
-    return trainer, clock, stop
-
-
-def announce(cfg: DictConfig, parts: Parts, trainer: pl.Trainer, folder: Path) -> None:
-    """Save the resolved config and show what is going to happen."""
-    folder.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
-    console = Console()
-    console.print(OmegaConf.to_yaml(cfg, resolve=True), style="dim", highlight=False)
-    console.print(parameter_table(parts.network, parts.method))
-    micro = micro_batch_size(cfg.batch_size, trainer.accumulate_grad_batches, trainer.world_size)
-    shape = parts.autoencoder.latent_shape(cfg.data.resolution)
-    memory = expected_memory(parts.network, parts.objective, shape, micro, uses_bf16(cfg))
-    passes = cfg.max_steps * cfg.batch_size / len(parts.pictures)
-    facts = {
-        "run folder": str(folder),
-        "base": "none, from scratch" if parts.base is None else f"{parts.base} ({parts.base_sha256[:12]})",
-        "data": f"{len(parts.pictures):,} pictures, {parts.pictures.num_classes} classes",
-        "latents": " x ".join(map(str, shape)),
-        "global batch": f"{cfg.batch_size} = {micro} x {trainer.accumulate_grad_batches} micro-steps "
-        f"x {trainer.world_size} processes",
-        "steps": f"{cfg.max_steps:,} ({passes:.1f} passes over the data)",
-        "expected memory": ", ".join(f"{k} {v:,.0f} MiB" for k, v in memory.items()),
-    }
-    show(console, facts)
+def earlier_seconds(folder: Path, resumed: Resumed) -> float:
+    """Seconds of training that a resumed run has behind it."""
+    path = folder / "result.json"
+    if resumed.path is None or not path.is_file():
+        return 0.0
+    return read_json(path).get("seconds", {}).get("fit", 0.0)
 
 
 def describe(cfg: DictConfig, parts: Parts) -> dict[str, Any]:
@@ -217,11 +128,13 @@ def describe(cfg: DictConfig, parts: Parts) -> dict[str, Any]:
     return {
         "name": cfg.name,
         "method": type(parts.method).__name__,
+        "peft": {key: value for key, value in plain(cfg.peft).items() if key != "_target_"},
         "parameters": {"trainable": trainable, "total": total, "share": trainable / total},
         "batch_size": cfg.batch_size,
+        "max_steps": cfg.max_steps,
         "lr": cfg.optimizer.lr,
         "seed": cfg.seed,
-        "data": {"fingerprint": parts.pictures.fingerprint, "n": len(parts.pictures)},
+        "data": {"name": cfg.data.name, "fingerprint": parts.pictures.fingerprint, "n": len(parts.pictures)},
         "base": None if parts.base is None else {"file": parts.base.name, "sha256": parts.base_sha256},
         "versions": {
             "ditune": ditune.__version__,
@@ -233,29 +146,30 @@ def describe(cfg: DictConfig, parts: Parts) -> dict[str, Any]:
     }
 
 
-def check_metrics(cfg: DictConfig) -> None:
-    """What is missing for the evaluation shows before the training, not after it."""
-    if cfg.metrics.n:
-        make(cfg.metrics.judge, "metrics")
-        make(cfg.metrics.reference, "metrics")
-
-
 def write_result(trainer: pl.Trainer, folder: Path, result: dict[str, Any]) -> None:
     if trainer.is_global_zero:
         write_json(folder / "result.json", result)
 
 
-def finish(cfg: DictConfig, parts: Parts, module: GenerativeModule, folder: Path, result: dict[str, Any]) -> None:
+def finish(
+    cfg: DictConfig,
+    parts: Parts,
+    module: GenerativeModule,
+    trainer: pl.Trainer,
+    comparison: Comparison | None,
+    result: dict[str, Any],
+) -> None:
     """Save what was trained, then judge it and the base by the same protocol."""
+    folder = Path(cfg.paths.output_dir)
+    parts.network.to(trainer.strategy.root_device)  # Lightning has put it back on the CPU
     with module.ema.applied():
         start = time.perf_counter()
         save_trained(cfg, parts, folder)
-        drawer = build_drawer(cfg, parts)
-        result["metrics"] = judge(cfg, drawer, parts.network, parts.base, folder / "samples") if cfg.metrics.n else {}
+        result["metrics"] = {} if comparison is None else comparison(parts.network, parts.base, folder / "samples")
         result["seconds"]["evaluation"] = time.perf_counter() - start
     result["status"] = "finished"
     after = result["metrics"].get("after", {})
-    for logger in module.loggers if after else ():
+    for logger in trainer.loggers if after else ():
         logger.log_metrics({f"eval/{key}": value for key, value in after.items()}, step=cfg.max_steps)
 
 

@@ -116,13 +116,8 @@ class GenerativeModule(pl.LightningModule):
         checkpoint["identity"] = self.identity
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        theirs = checkpoint["identity"]
-        different = [f"{k} ({theirs.get(k)} there, {v} now)" for k, v in self.identity.items() if theirs.get(k) != v]
-        if different:
-            raise UserError(
-                f"The checkpoint is of another run: {', '.join(different)}. "
-                "Resume with the run's own settings, or start a new run folder."
-            )
+        trained = {name.removeprefix("network."): value for name, value in checkpoint["state_dict"].items()}
+        self.method.load_state_dict(self.network, trained)  # refuses what Lightning, not strict here, would let pass
         self.ema.load_state_dict(checkpoint["ema"])
         # a run may stop between micro-steps; it goes on with the first one of the step that was not finished
         loop = checkpoint["loops"]["fit_loop"]

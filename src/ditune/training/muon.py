@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
+from ditune.errors import UserError
+
 
 class MuonAdamW(Optimizer):
     """torch's Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) beside its AdamW.
@@ -32,6 +34,10 @@ class MuonAdamW(Optimizer):
         named = list(named_parameters)
         matrices = [(n, p) for n, p in named if _is_hidden_matrix(n, p)]
         others = [(n, p) for n, p in named if not _is_hidden_matrix(n, p)]
+        if not matrices or not others:
+            raise UserError(
+                "Muon trains whole networks, and this method trains none of the matrices. Set optimizer=adamw."
+            )
         self.parts = (
             Muon(matrices, muon_lr, weight_decay, momentum, adjust_lr_fn="match_rms_adamw"),
             AdamW(others, lr, tuple(betas), weight_decay=weight_decay, fused=True),

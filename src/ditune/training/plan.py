@@ -1,12 +1,17 @@
 """What a run is going to do, shown before it does it."""
 
 import re
+from pathlib import Path
 
+import pytorch_lightning as pl
 import torch
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from ditune.build import Parts, uses_bf16
+from ditune.data.stream import micro_batch_size
 from ditune.objectives import GaussianDiffusion
 from ditune.peft import PeftMethod
 
@@ -71,8 +76,38 @@ def expected_memory(
     }
 
 
-def show(console: Console, facts: dict[str, str]) -> None:
+def announce(cfg: DictConfig, parts: Parts, trainer: pl.Trainer, folder: Path) -> None:
+    """Save the resolved config and show what is going to happen."""
+    folder.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
+    console = Console()
+    console.print(OmegaConf.to_yaml(cfg, resolve=True), style="dim", highlight=False)
+    console.print(parameter_table(parts.network, parts.method))
+    micro = micro_batch_size(cfg.batch_size, trainer.accumulate_grad_batches, trainer.world_size)
+    shape = parts.autoencoder.latent_shape(cfg.data.resolution)
+    memory = expected_memory(parts.network, parts.objective, shape, micro, uses_bf16(cfg))
+    passes = cfg.max_steps * cfg.batch_size / len(parts.pictures)
+    facts = {
+        "run folder": str(folder),
+        "base": "none, from scratch" if parts.base is None else f"{parts.base} ({parts.base_sha256[:12]})",
+        "data": f"{len(parts.pictures):,} pictures, {parts.pictures.num_classes} classes",
+        "latents": " x ".join(map(str, shape)),
+        "global batch": f"{cfg.batch_size} = {micro} x {trainer.accumulate_grad_batches} micro-steps "
+        f"x {trainer.world_size} processes",
+        "steps": f"{cfg.max_steps:,} ({passes:.1f} passes over the data)",
+        "expected memory": ", ".join(f"{k} {v:,.0f} MiB" for k, v in memory.items()),
+        "numbers": f"{cfg.trainer.precision}{slow_bf16(cfg, trainer)}",
+    }
     table = Table(show_header=False)
     for key, value in facts.items():
         table.add_row(key, value)
     console.print(table)
+
+
+def slow_bf16(cfg: DictConfig, trainer: pl.Trainer) -> str:
+    """A warning where the processor has no bf16 multiplication."""
+    capabilities = torch.cpu.get_capabilities()
+    fast = any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
+    if trainer.strategy.root_device.type != "cpu" or not uses_bf16(cfg) or fast:
+        return ""
+    return ", which this processor only emulates: trainer.precision=32-true may be faster"

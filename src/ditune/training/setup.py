@@ -1,0 +1,153 @@
+"""What a training needs before its first step: module, trainer, data, and the checkpoint that it goes on from."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from omegaconf import DictConfig
+from pytorch_lightning.callbacks import ModelCheckpoint
+
+from ditune.build import Parts, build_drawer, make, plain
+from ditune.data.stream import MicroBatches, PictureStream, training_loader
+from ditune.drawing import label_plan
+from ditune.errors import UserError
+
+from .callbacks import DrawSamples, StepClock, StopOnSignal
+from .checkpoint_io import AtomicCheckpointIO, newest_checkpoint
+from .metrics_csv import MetricsCsv
+from .module import GenerativeModule
+from .progress import TrainingProgress
+
+log = logging.getLogger(__name__)
+
+
+class StreamData(pl.LightningDataModule):
+    """Hands the trainer a loader that begins at the step that the trainer has been restored to."""
+
+    def __init__(self, stream: PictureStream, cfg: DictConfig):
+        super().__init__()
+        self.stream, self.cfg = stream, cfg
+
+    def train_dataloader(self) -> Any:
+        trainer = self.trainer
+        batches = MicroBatches(
+            self.cfg.batch_size,
+            trainer.accumulate_grad_batches,
+            trainer.global_rank,
+            trainer.world_size,
+            trainer.global_step,
+        )
+        pin_memory = trainer.strategy.root_device.type == "cuda"
+        return training_loader(self.stream, batches, self.cfg.data.num_workers, pin_memory)
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """The checkpoint that a run goes on from; path None and step 0 for a new run."""
+
+    path: Path | None
+    step: int
+
+
+def find_checkpoint(cfg: DictConfig, folder: Path, identity: dict[str, Any]) -> Resumed:
+    """The newest whole checkpoint of the run folder.
+
+    Raises:
+        UserError: there is one and `resume` is not set, or it is of a run with other settings.
+    """
+    if cfg.resume not in (None, "auto"):
+        raise UserError(f"resume is {cfg.resume!r}. Set resume=auto and run_dir=<the run's folder>, or leave it out.")
+    newest = newest_checkpoint(folder / "checkpoints")
+    if newest is None:
+        if cfg.resume:
+            log.warning("nothing to resume in %s: the run begins at step 0", folder)
+        return Resumed(None, 0)
+    if cfg.resume is None:
+        raise UserError(
+            f"The run folder {folder} already holds checkpoints. Add resume=auto to go on, or choose another run_dir."
+        )
+    checkpoint = torch.load(newest, map_location="cpu", weights_only=True)
+    theirs = checkpoint["identity"]
+    different = [f"{k} ({theirs.get(k)} there, {v} now)" for k, v in identity.items() if theirs.get(k) != v]
+    if different:
+        raise UserError(
+            f"The checkpoint is of another run: {', '.join(different)}. "
+            "Resume with the run's own settings, or start a new run folder."
+        )
+    return Resumed(newest, checkpoint["global_step"])
+
+
+def identity(cfg: DictConfig, parts: Parts) -> dict[str, Any]:
+    """What must be the same when a run goes on; devices, workers, max_steps and what is logged may change."""
+    scheduler = {key: value for key, value in plain(cfg.scheduler).items() if key != "max_steps"}
+    return {
+        "network": parts.network.config,
+        "objective": plain(cfg.objective),
+        "peft": plain(cfg.peft),
+        "autoencoder": parts.autoencoder.fingerprint,
+        "optimizer": plain(cfg.optimizer),
+        "scheduler": scheduler,
+        "ema": plain(cfg.ema),
+        "base_sha256": parts.base_sha256,
+        "data": parts.pictures.fingerprint,
+        "flip": cfg.data.flip,
+        "batch_size": cfg.batch_size,
+        "precision": cfg.trainer.precision,
+        "seed": cfg.seed,
+    }
+
+
+def build_module(cfg: DictConfig, parts: Parts, identity: dict[str, Any]) -> GenerativeModule:
+    return GenerativeModule(
+        parts.network,
+        parts.objective,
+        parts.method,
+        parts.autoencoder,
+        make(cfg.optimizer, "optimizer"),
+        make(cfg.scheduler, "scheduler"),
+        ema_decay=cfg.ema.decay,
+        seed=cfg.seed,
+        batch_size=cfg.batch_size,
+        identity=identity,
+        log_every=cfg.trainer.log_every_n_steps,
+    )
+
+
+def build_trainer(cfg: DictConfig, parts: Parts, folder: Path) -> tuple[pl.Trainer, StepClock, StopOnSignal]:
+    """The trainer without its loggers, which `open_loggers` adds once nothing can be wrong any more."""
+    drawer = build_drawer(cfg, parts)
+    labels = label_plan(parts.pictures.labels, cfg.seed, cfg.callbacks.samples.n)
+    clock, stop = StepClock(), StopOnSignal(folder / "checkpoints")
+    # the clock stands first, so that no other callback's time counts as training
+    callbacks = [
+        clock,
+        TrainingProgress(),
+        DrawSamples(drawer, labels, cfg.seed, folder / "samples", cfg.callbacks.samples.every_n_steps),
+        stop,
+        ModelCheckpoint(
+            folder / "checkpoints",
+            filename="step_{step:08d}",
+            auto_insert_metric_name=False,
+            enable_version_counter=False,
+            every_n_train_steps=cfg.callbacks.checkpoint.every_n_steps,
+            save_top_k=cfg.callbacks.checkpoint.keep,
+            monitor="step",
+            mode="max",
+            save_on_train_epoch_end=False,
+        ),
+    ]
+    trainer = make(cfg.trainer, "trainer", callbacks=callbacks, logger=False, plugins=[AtomicCheckpointIO()])
+    return trainer, clock, stop
+
+
+def open_loggers(cfg: DictConfig, trainer: pl.Trainer, folder: Path, first_step: int) -> None:
+    """metrics.csv and the logger of the config."""
+    chosen = make(cfg.logger, "logger")
+    table = chosen if isinstance(chosen, MetricsCsv) else MetricsCsv(folder)
+    table.keep_until(first_step)
+    trainer.loggers = [table] if chosen is table else [table, chosen]
+    if trainer.is_global_zero:
+        chosen.log_hyperparams(plain(cfg))
