@@ -39,6 +39,9 @@ MISTAKES = {
     "label drop above one": (["objective.label_drop=2"], "between 0 and 1"),
     "more steps than timesteps": (["sampler.steps=2000"], "steps"),
     "no GPU": (["trainer=gpu"], "trainer"),
+    "nothing to adapt": (["peft=bitfit"], "Set pretrained="),
+    "trainables in bf16": (["trainer.precision=bf16-true"], "Set one of bf16-mixed, 32-true"),
+    "no null class": (["network.class_dropout_prob=0"], "label_drop=0"),
     "missing value": (["data.root=???"], "no value for data.root"),
 }
 
@@ -67,6 +70,8 @@ def test_mistakes_are_named_with_their_remedy(small, filled, mistake):
     if mistake == "no GPU" and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     overrides, message = MISTAKES[mistake]
+    if not any(override.startswith(("peft=", "pretrained=")) for override in overrides):
+        overrides = ["peft=full", *overrides]
     with pytest.raises(UserError) as caught:
         train(small("max_steps=1", *filled(overrides)))
     assert message in str(caught.value)

@@ -89,8 +89,8 @@ def test_tensorboard(small, tmp_path):
     assert (tmp_path / "run" / "metrics.csv").exists()  # besides
 
 
-def test_dry_run_shows_the_plan_and_stops(small, tmp_path, capsys):
-    assert train(small("peft=bitfit", "dry_run=true")) == 0
+def test_dry_run_shows_the_plan_and_stops(small, base, tmp_path, capsys):
+    assert train(small("peft=bitfit", f"pretrained={base}", "dry_run=true")) == 0
     shown = capsys.readouterr().out
     for text in ("BitFit", "parameters train", "global batch", "expected memory"):
         assert text in shown

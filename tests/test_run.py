@@ -21,7 +21,7 @@ from ditune.build import build_drawer, build_evaluation, build_parts, make
 from ditune.checkpoints import load_network, read_adapter, sha256, write_json
 from ditune.errors import UserError
 from ditune.evaluation import Record
-from ditune.judging import evaluate, judge
+from ditune.judging import build_comparison, evaluate
 from ditune.networks import DiT
 from ditune.run import load_checkpoint, load_run
 from ditune.sampling import balanced_labels, sample
@@ -201,7 +201,7 @@ def test_record_of_a_base_is_found_by_the_trainings_judge(
     for key, value in zip(keys, (0.8, 0.2), strict=True):
         content["metrics"][sha256(base)][key]["values"]["kid_efflite0"] = value
     write_json(record, content)
-    metrics = judge(cfg, drawer, parts.network, parts.base, tmp_path / "sheets")
+    metrics = build_comparison(cfg, drawer)(parts.network, parts.base, tmp_path / "sheets")
     assert (metrics["before_is"], metrics["base_domain_is"]) == ("record", "record")
     assert metrics["gap_before"] == pytest.approx(0.6)
     assert metrics["gap_closed"] == pytest.approx((0.8 - metrics["after"]["kid_efflite0"]) / 0.6)
