@@ -172,7 +172,9 @@ def test_a_run_folder_is_not_overwritten(run, two_checkpoints):
         run("run", "peft=full")
 
 
-@pytest.mark.parametrize("other", ["seed=1", "batch_size=2", "peft=bitfit", "network.pos_embed_scale=0.5", "optimizer.lr=0.5"])
+@pytest.mark.parametrize(
+    "other", ["seed=1", "batch_size=2", "peft=bitfit", "network.pos_embed_scale=0.5", "optimizer.lr=0.5"]
+)
 def test_checkpoint_of_another_run_is_refused(run, two_checkpoints, other):
     overrides = ["peft=full", "resume=auto"] if other != "peft=bitfit" else ["pretrained=@base", "resume=auto"]
     with pytest.raises(UserError, match="another run"):

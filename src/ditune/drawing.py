@@ -87,7 +87,11 @@ class Drawer:
         return to_uint8(self.autoencoder.to(device).to_pixels(latents.float()))
 
 
-def label_plan(labels: Tensor, seed: int, n: int) -> Tensor:
-    """Class of pictures 0..n-1, each a function of (seed, i): drawn with the frequencies of a data set's `labels`."""
-    rows = [mix(seed, i, 2) % len(labels) for i in range(n)]
-    return labels[torch.tensor(rows, dtype=torch.int64)]
+def example_plan(count: int, seed: int, n: int) -> list[int]:
+    """Rows of a data set of `count` pictures, whose classes pictures 0..n-1 get; each a function of (seed, i)."""
+    return [mix(seed, i, 2) % count for i in range(n)]
+
+
+def label_plan(labels: Tensor, seed: int, n: int) -> Tensor:  # (n,)
+    """Classes of pictures 0..n-1, with the frequencies of a data set's `labels`."""
+    return labels[torch.tensor(example_plan(len(labels), seed, n), dtype=torch.int64)]

@@ -88,6 +88,11 @@ def neighbours_sheet(
     return sheet(rows, pad)
 
 
+def side_by_side(panels: dict[str, Image.Image], pad: int = 12) -> Image.Image:
+    """Sheets of one size beside each other, each under its name."""
+    return sheet([[(panel, name) for name, panel in panels.items()]], pad)
+
+
 def before_after_sheet(rows: dict[str, Tensor], pad: int = 2) -> Image.Image:
     """One captioned row of pictures (n, 3, H, W) uint8 for each entry, such as "before" and "after"."""
     return sheet([[(tile, "") for tile in tiles(pictures)] for pictures in rows.values()], pad, list(rows))

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from PIL import Image
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
-from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
-from ditune.drawing import Drawer
-from ditune.visuals import grid
+from ditune.data import Pictures
+from ditune.drawing import Drawer, example_plan
+from ditune.visuals import grid, side_by_side
 
 log = logging.getLogger(__name__)
 
@@ -35,18 +36,24 @@ class StepClock(Callback):
 class DrawSamples(Callback):
     """The same noise and labels at step 0, every `every_n_steps` and at the end: samples/step_<k>.png, and the loggers.
 
+    At the end before_after.png has the first sheet, the last one and training pictures of the same classes.
+
     Args:
         drawer: how to draw.
-        labels: (N,) classes of the pictures.
-        seed: of the noise.
+        pictures: the training set, whose classes are drawn.
+        n: number of pictures; 0 = no sheets.
+        seed: of noise and classes.
         folder: of the sheets.
         every_n_steps: steps between two sheets; 0 = only the first and the last.
         columns: pictures in a row.
     """
 
-    def __init__(self, drawer: Drawer, labels: Tensor, seed: int, folder: Path, every_n_steps: int, columns: int = 8):
-        self.drawer, self.labels, self.seed, self.folder = drawer, labels, seed, folder
+    def __init__(
+        self, drawer: Drawer, pictures: Pictures, n: int, seed: int, folder: Path, every_n_steps: int, columns: int = 8
+    ):
+        self.drawer, self.pictures, self.seed, self.folder = drawer, pictures, seed, folder
         self.every_n_steps, self.columns = every_n_steps, columns
+        self.rows = example_plan(len(pictures), seed, n)
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if trainer.global_step == 0:
@@ -58,16 +65,25 @@ class DrawSamples(Callback):
             self._draw(trainer, module)
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if trainer.global_step == trainer.max_steps:
-            self._draw(trainer, module)
+        if trainer.global_step < trainer.max_steps or not trainer.is_global_zero or not self.rows:
+            return
+        self._draw(trainer, module)
+        examples, _ = self.pictures.__getitems__(self.rows)
+        panels = {"before": self._sheet(0), "after": self._sheet(trainer.global_step)}
+        panels = {name: Image.open(path) for name, path in panels.items() if path.exists()}
+        panels["training pictures of the same classes"] = grid(examples, self.columns)
+        side_by_side(panels).save(self.folder / "before_after.png")
+
+    def _sheet(self, step: int) -> Path:
+        return self.folder / f"step_{step:07d}.png"
 
     def _draw(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        path = self.folder / f"step_{trainer.global_step:07d}.png"
-        if not trainer.is_global_zero or path.exists() or not len(self.labels):
+        path = self._sheet(trainer.global_step)
+        if not trainer.is_global_zero or path.exists() or not self.rows:
             return
         module.network.eval()
         with module.ema.applied():
-            pictures = self.drawer.draw(module.network, self.labels, self.seed)
+            pictures = self.drawer.draw(module.network, self.pictures.labels[self.rows], self.seed)
         module.network.train()
         sheet = grid(pictures, self.columns)
         self.folder.mkdir(parents=True, exist_ok=True)

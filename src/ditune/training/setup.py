@@ -12,7 +12,6 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 
 from ditune.build import Parts, build_drawer, make, plain
 from ditune.data.stream import MicroBatches, PictureStream, training_loader
-from ditune.drawing import label_plan
 from ditune.errors import UserError
 
 from .callbacks import DrawSamples, StepClock, StopOnSignal
@@ -119,13 +118,13 @@ def build_module(cfg: DictConfig, parts: Parts, identity: dict[str, Any]) -> Gen
 def build_trainer(cfg: DictConfig, parts: Parts, folder: Path) -> tuple[pl.Trainer, StepClock, StopOnSignal]:
     """The trainer without its loggers, which `open_loggers` adds once nothing can be wrong any more."""
     drawer = build_drawer(cfg, parts)
-    labels = label_plan(parts.pictures.labels, cfg.seed, cfg.callbacks.samples.n)
+    sheets = cfg.callbacks.samples
     clock, stop = StepClock(), StopOnSignal(folder / "checkpoints")
     # the clock stands first, so that no other callback's time counts as training
     callbacks = [
         clock,
         TrainingProgress(),
-        DrawSamples(drawer, labels, cfg.seed, folder / "samples", cfg.callbacks.samples.every_n_steps),
+        DrawSamples(drawer, parts.pictures, sheets.n, cfg.seed, folder / "samples", sheets.every_n_steps),
         stop,
         ModelCheckpoint(
             folder / "checkpoints",
