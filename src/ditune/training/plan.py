@@ -106,8 +106,8 @@ def announce(cfg: DictConfig, parts: Parts, trainer: pl.Trainer, folder: Path) -
 
 def slow_bf16(cfg: DictConfig, trainer: pl.Trainer) -> str:
     """A warning where the processor has no bf16 multiplication."""
-    capabilities = torch.cpu.get_capabilities()
-    fast = any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older releases of torch cannot tell
+    fast = not capabilities or any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
     if trainer.strategy.root_device.type != "cpu" or not uses_bf16(cfg) or fast:
         return ""
     return ", which this processor only emulates: trainer.precision=32-true may be faster"
