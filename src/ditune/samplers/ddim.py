@@ -28,10 +28,6 @@ class DDIM:
             )
         self.eta, self.clip = eta, clip
 
-    def respacing(self, steps: int, timesteps: int) -> str:
-        """Every (T/steps)-th timestep, as in the paper, where that is an integer; otherwise spread over the process."""
-        return str(steps) if timesteps % steps else f"ddim{steps}"
-
     @torch.inference_mode()
     def __call__(
         self,

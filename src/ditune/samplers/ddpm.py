@@ -19,10 +19,6 @@ class DDPM:
     def __init__(self, clip: bool = False):
         self.clip = clip
 
-    def respacing(self, steps: int, timesteps: int) -> str:
-        """Spread over the whole process, first and last timestep included."""
-        return str(steps)
-
     @torch.inference_mode()
     def __call__(
         self,
