@@ -12,9 +12,10 @@ from ditune.errors import UserError
 COLUMNS = {
     "trainable parameters": (("parameters", "trainable"), 1, "{:,.0f}"),
     "share": (("parameters", "share"), 100, "{:.2f} %"),
+    "test loss before": (("denoising", "before"), 1, "{:.4f}"),
+    "test loss after": (("denoising", "after"), 1, "{:.4f}"),
     "KID before": (("metrics", "before", "kid_efflite0"), 1, "{:.4f}"),
     "KID after": (("metrics", "after", "kid_efflite0"), 1, "{:.4f}"),
-    "gap closed": (("metrics", "gap_closed"), 100, "{:.0f} %"),
     "nearest": (("metrics", "after", "nearest_mean"), 1, "{:.3f}"),
     "images/s": (("images_per_second",), 1, "{:.0f}"),
     "seconds": (("seconds", "fit"), 1, "{:.0f}"),

@@ -11,10 +11,11 @@ import torch
 from omegaconf import DictConfig
 
 import ditune
-from ditune.build import Parts, build_drawer, build_parts, plain
-from ditune.checkpoints import read_json, save_adapter, save_network, write_json
+from ditune.build import Parts, build_drawer, build_parts, make, plain, uses_bf16
+from ditune.checkpoints import load_network, read_json, save_adapter, save_network, write_json
 from ditune.cli import in_sweep
 from ditune.data.stream import PictureStream, micro_batch_size
+from ditune.denoising import denoising_loss
 from ditune.errors import UserError
 from ditune.judging import Comparison, build_comparison
 from ditune.peft import Full
@@ -165,12 +166,29 @@ def finish(
     with module.ema.applied():
         start = time.perf_counter()
         save_trained(cfg, parts, folder)
+        result["denoising"] = denoising(cfg, parts)
         result["metrics"] = {} if comparison is None else comparison(parts.network, parts.base, folder / "samples")
         result["seconds"]["evaluation"] = time.perf_counter() - start
     result["status"] = "finished"
     after = result["metrics"].get("after", {})
     for logger in trainer.loggers if after else ():
         logger.log_metrics({f"eval/{key}": value for key, value in after.items()}, step=cfg.max_steps)
+
+
+def denoising(cfg: DictConfig, parts: Parts) -> dict[str, float]:
+    """Loss on the test split after the training, and of the base before it; nothing where there is no such split."""
+    try:
+        pictures = make(cfg.data.pictures, "data", split="test")
+    except UserError as error:
+        log.info("no loss on a test split: %s", error)
+        return {}
+    networks = {"after": parts.network.eval()}
+    if parts.base is not None:
+        networks["before"] = load_network(parts.base).to(next(parts.network.parameters()).device).eval()
+    return {
+        name: denoising_loss(network, parts.objective, parts.autoencoder, pictures, cfg.seed, uses_bf16(cfg))
+        for name, network in networks.items()
+    }
 
 
 def save_trained(cfg: DictConfig, parts: Parts, folder: Path) -> None:
