@@ -90,7 +90,7 @@ PROCESSES = {
     "unknown key": (["batchsize=8"], "batchsize", 1),
     "missing asset": (["data.root=/nowhere"], "There is nothing at /nowhere", 2),
     "wrong class count": (["pretrained=@base", "data.classes=@four_classes"], "knows 3 classes", 2),
-    "batch that does not divide": (["trainer.accumulate_grad_batches=3"], "Set it to a multiple of 3", 2),
+    "batch that does not divide": (["peft=full", "trainer.accumulate_grad_batches=3"], "Set it to a multiple of 3", 2),
 }
 
 

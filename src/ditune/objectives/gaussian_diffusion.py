@@ -101,7 +101,7 @@ class GaussianDiffusion:
 
     @torch.inference_mode()
     def bits_per_dim(
-        self, network: Network, x0: Tensor, y: Tensor, noise_fn: Callable[[], Tensor], clip: bool = True
+        self, network: Network, x0: Tensor, y: Tensor, noise_fn: Callable[[], Tensor], clip: float = 1.0
     ) -> dict[str, Tensor]:
         """The whole variational bound (DDPM eq. 5) in bits per dimension; every timestep costs one network call.
 
@@ -110,7 +110,7 @@ class GaussianDiffusion:
             x0: (N, C, H, W) pixels in [-1, 1].
             y: (N,) labels.
             noise_fn: gives (N, C, H, W) standard normal noise, once per timestep, the noisiest first.
-            clip: hold the predicted x_0 in [-1, 1].
+            clip: hold the predicted x_0 in [-clip, clip]; 0 = not.
 
         Returns:
             'total' and 'prior' (N,); 'vb', and the errors 'x0_mse' and 'mse' of x_0 and of the noise, (N, T), the

@@ -133,18 +133,18 @@ class GaussianProcess:
         output = output.to(x_t.dtype)  # the step is computed in full precision, whatever the network ran in
         return (output[:, :channels], output[:, channels:]) if learned else (output, None)
 
-    def predict(self, output: Tensor, x_t: Tensor, t: Tensor, clip: bool = False) -> Prediction:
+    def predict(self, output: Tensor, x_t: Tensor, t: Tensor, clip: float = 0.0) -> Prediction:
         """Read the network's output at x_t.
 
         Args:
             output: raw network output, (N, 2C, H, W) for 'learned_range' and (N, C, H, W) otherwise.
             x_t: (N, C, H, W).
             t: (N,) int64 kept timesteps.
-            clip: hold the predicted x_0 in [-1, 1]; for pixels only.
+            clip: hold the predicted x_0 in [-clip, clip]; 0 = not. 1 suits pixels in [-1, 1].
         """
         predicted, fraction = self.split(output, x_t)
         x0 = self._x0(predicted, x_t, t)
-        x0 = x0.clamp(-1, 1) if clip else x0
+        x0 = x0.clamp(-float(clip), float(clip)) if clip else x0
         mean, _, _ = self.q_posterior(x0, x_t, t)
         epsilon = self.at("sqrt_recip_alphas_cumprod", t, x_t) * x_t - x0
         epsilon = epsilon / self.at("sqrt_recipm1_alphas_cumprod", t, x_t)

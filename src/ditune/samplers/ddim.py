@@ -15,13 +15,13 @@ class DDIM:
 
     Args:
         eta: share of an ancestral sampler's randomness, 0..1.
-        clip: hold the predicted x_0 in [-1, 1] at every step; for pixels only.
+        clip: hold the predicted x_0 in [-clip, clip]; 0 = not. For pixels in [-1, 1] times a scale: that scale.
 
     Raises:
         UserError: eta lies outside 0..1.
     """
 
-    def __init__(self, eta: float = 0.0, clip: bool = False):
+    def __init__(self, eta: float = 0.0, clip: float = 0.0):
         if not 0 <= eta <= 1:
             raise UserError(
                 f"DDIM's eta is a share of randomness, but is {eta}. Set sampler.sampler.eta between 0 and 1."

@@ -13,10 +13,10 @@ class DDPM:
     """Walks from noise to data by drawing x_{t-1} from p(x_{t-1} | x_t).
 
     Args:
-        clip: hold the predicted x_0 in [-1, 1] at every step; for pixels only.
+        clip: hold the predicted x_0 in [-clip, clip]; 0 = not. For pixels in [-1, 1] times a scale: that scale.
     """
 
-    def __init__(self, clip: bool = False):
+    def __init__(self, clip: float = 0.0):
         self.clip = clip
 
     @torch.inference_mode()
