@@ -50,8 +50,8 @@ class Evaluation:
             "seed": self.seed,
             "sampler": f"{type(drawer.sampler).__name__} {vars(drawer.sampler)}",
             "steps": drawer.steps,
-            "guidance": drawer.guidance,
-            "guidance_interval": list(drawer.guidance_interval),
+            "guidance": float(drawer.guidance),  # guidance=3 on the command line is no other protocol than 3.0
+            "guidance_interval": [float(end) for end in drawer.guidance_interval],
             "guidance_channels": drawer.guidance_channels,
             "batch_size": drawer.batch_size,
             "bf16": drawer.bf16,
