@@ -186,7 +186,7 @@ def denoising(cfg: DictConfig, parts: Parts) -> dict[str, float]:
     if parts.base is not None:
         networks["before"] = load_network(parts.base).to(next(parts.network.parameters()).device).eval()
     return {
-        name: denoising_loss(network, parts.objective, parts.autoencoder, pictures, cfg.seed, uses_bf16(cfg))
+        name: denoising_loss(network, parts.objective, parts.autoencoder, pictures, cfg.metrics.seed, uses_bf16(cfg))
         for name, network in networks.items()
     }
 
