@@ -45,3 +45,8 @@ def test_linked_files_exist() -> None:
     assert links
     missing = [link for link in links if not (ROOT / link).exists()]
     assert not missing
+
+
+def test_every_figure_is_filled_in() -> None:
+    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        assert not re.findall(r"@[A-Z0-9]+@", path.read_text(encoding="utf-8")), path.name
