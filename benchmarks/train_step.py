@@ -90,7 +90,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
     build = partial(step_function, arguments.network, arguments.batch)
     variants = {
         "full, fp32, loop AdamW": build("full", bf16=False, lean=False),

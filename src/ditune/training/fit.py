@@ -37,7 +37,6 @@ def train(cfg: DictConfig) -> int:
     Raises:
         UserError: the config or a file is wrong.
     """
-    torch.set_flush_denormal(True)  # adaLN-Zero starts with tiny gradients, which are 5 times slower when denormal
     folder = Path(cfg.paths.output_dir)
     parts = build_parts(cfg)
     check_combination(cfg, parts)
