@@ -44,7 +44,7 @@ class FlowObjective(ABC):
     def targets(self, network: Network, x0: Tensor, y: Tensor, draws: Draws, state: State) -> Targets:
         """What is learned from x_0 (N, C, H, W) and labels (N,)."""
 
-    def check(self, batch_size: int) -> None:
+    def check(self, batch_size: int) -> None:  # noqa: B027, few objectives have anything to refuse
         """Nothing of a flow's objective depends on the batch, unless it says so."""
 
     def renews_teacher(self, step: int, max_steps: int) -> bool:

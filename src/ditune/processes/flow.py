@@ -1,7 +1,8 @@
 """The straight path from data to noise, and the reading of a network's output as a velocity on it.
 
 Lipman et al. 2022 (arXiv 2210.02747), Liu et al. 2022 (arXiv 2209.03003). Everywhere in this package t = 0 is data and
-t = 1 is noise:  x_t = (1 - t) x_0 + (sigma_min + (1 - sigma_min) t) epsilon,  v = dx/dt = (1 - sigma_min) epsilon - x_0.
+t = 1 is noise,
+    x_t = (1 - t) x_0 + (sigma_min + (1 - sigma_min) t) epsilon,    v = dx/dt = (1 - sigma_min) epsilon - x_0.
 Networks of others that count time or step in another way are converted here and nowhere else.
 """
 
@@ -48,7 +49,7 @@ class FlowProcess:
         if step not in STEPS:
             raise UserError(f"The process knows no step {step!r}. Choose one of {', '.join(STEPS)}.")
         if data_at not in (0, 1) or time_scale <= 0 or not 0 <= sigma_min < 1:
-            raise UserError("The flow has no such time. Set data_at to 0 or 1, time_scale above 0, sigma_min in [0, 1).")
+            raise UserError("There is no such flow. Set data_at to 0 or 1, time_scale above 0, sigma_min in [0, 1).")
         if base_steps is not None and (base_steps < 2 or base_steps & (base_steps - 1)):
             raise UserError(f"base_steps is {base_steps}, which no halving reaches. Set it to a power of 2, like 128.")
         if step == "log2" and base_steps is None:

@@ -50,12 +50,10 @@ class Euler:
         """
         for t, s in pairwise(process.times(self.shift).tolist()):
             velocity = model_fn(x, torch.full((len(x),), t, device=x.device))
-            x0 = x - t * velocity
-            if self.eta > 0:
-                x = x - (t - s) * self.eta * (x + (1 - t) * velocity)  # w/2 score = -eta epsilon, the predicted noise
+            x0, epsilon = x - t * velocity, x + (1 - t) * velocity
             x = x - (t - s) * velocity
             if self.eta > 0 and s > 0:
-                x = x + (2 * self.eta * t * (t - s)) ** 0.5 * noise().to(x)
+                x = x - (t - s) * self.eta * epsilon + (2 * self.eta * t * (t - s)) ** 0.5 * noise().to(x)
             if on_step is not None:
                 on_step(t, x, x0)
         return x
