@@ -91,11 +91,11 @@ def build_network(
     shape = {"in_channels": channels, "input_size": side, "num_classes": len(class_names)}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)
-        network = make(cfg.network, "network", **shape)
-    if cfg.pretrained is None:
-        return network, None
-    base = Path(cfg.pretrained)
-    loaded = load_network(base)
+        network = make(cfg.network, "network", **shape, **objective.process.network)
+        if cfg.pretrained is None:
+            return network, None
+        base = Path(cfg.pretrained)
+        loaded = load_network(base, **objective.process.network)
     if loaded.num_classes != len(class_names):
         raise UserError(
             f"The base network {base.name} knows {loaded.num_classes} classes, the data has {len(class_names)}. "

@@ -117,7 +117,7 @@ def _load_adapted(folder: Path, base: Path) -> tuple[DiT, dict[str, Any]]:
             f"{base} is another file than the base network {config['base']['file']} that the adapter in {folder} was "
             "trained on. Put the right one back, or correct `pretrained` in the run's config.yaml."
         )
-    network = load_network(base)
+    network = load_network(base, **build_process(config["process"]).network)
     load_adapter(network, folder)
     return network, config
 

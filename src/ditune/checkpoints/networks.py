@@ -56,7 +56,8 @@ def load_network(path: Path | str, **overrides) -> DiT:
 
     Args:
         path: our `.safetensors`, or an official DiT `.pt` (bare, or with "ema" or "model" inside, "ema" first).
-        overrides: constructor arguments that replace those of the file (`input_size` for another resolution).
+        overrides: constructor arguments that replace those of the file (`input_size` for another resolution;
+            `step` for a network that is to be told steps, which it begins by ignoring).
 
     Raises:
         UserError: the file is missing, damaged, of an unknown kind, or does not fit the overrides.
@@ -70,6 +71,9 @@ def load_network(path: Path | str, **overrides) -> DiT:
         tensors = _read_official(path)
         config = _infer_config(tensors, path, **overrides)
     network = DiT(**(config | overrides))
+    if network.step_embedder is not None and not config.get("step"):
+        network.ignore_step_at_first()
+        tensors |= {key: value for key, value in network.state_dict().items() if key.startswith(network.fresh)}
     try:
         network.load_state_dict(tensors)
     except (RuntimeError, ValueError) as error:

@@ -34,7 +34,8 @@ class PeftMethod(ABC):
         """Inject, then freeze all that the method does not select."""
         self.inject(network)
         for name, parameter in network.named_parameters():
-            parameter.requires_grad_(self.selects(name) or (self.train_labels and name.startswith("y_embedder.")))
+            labels = self.train_labels and name.startswith("y_embedder.")
+            parameter.requires_grad_(self.selects(name) or labels or name.startswith(network.fresh))
         if not self.trainable(network):
             raise UserError(f"{type(self).__name__} trains no parameter of this network. Choose another method.")
 

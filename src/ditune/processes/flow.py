@@ -66,6 +66,11 @@ class FlowProcess:
         self.step, self.base_steps = step, base_steps
         self.steps = 1
 
+    @property
+    def network(self) -> dict[str, bool]:
+        """What the process asks of its network's constructor."""
+        return {"step": True} if self.step != "none" else {}
+
     def in_steps(self, steps: int) -> "FlowProcess":
         """The same process, to be drawn in `steps` steps.
 

@@ -1,0 +1,126 @@
+"""Checkpoints of the shortcut models' own code (kvfrans/shortcut-models): pickled trees of numpy arrays.
+
+A pickle can run anything, so this one is read by an unpickler that builds arrays, dicts and numbers and refuses the
+rest; neither JAX nor its optimizers need be there. What the network does differently is folded into the weights:
+logits are q k / d instead of q k / sqrt(d), and keys, queries and values stand apart, in this order.
+"""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ditune.errors import UserError
+
+# how its networks are told time and step; a config of ditune.processes
+PROCESS = {
+    "kind": "flow",
+    "time_scale": 1.0,
+    "data_at": 1,
+    "sigma_min": 1e-5,
+    "step": "log2",
+    "base_steps": 128,
+}
+UNUSED = "Embed_0/embedding"  # a table of the original that nothing reads
+
+
+class _Ignored(dict):
+    """Stands for the optimizer's state and for frozen dicts: keeps what a dict keeps, and nothing else."""
+
+    def __new__(cls, *_: object) -> "_Ignored":
+        return super().__new__(cls)
+
+    def __init__(self, *content: object):
+        super().__init__(*(c for c in content[:1] if isinstance(c, dict)))
+
+    def __setstate__(self, state: object) -> None:
+        for part in state if isinstance(state, tuple) else (state,):
+            self.update(part.get("_dict", part) if isinstance(part, dict) else {})
+
+
+class _Unpickler(pickle.Unpickler):
+    ARRAYS = {"_reconstruct", "ndarray", "dtype", "scalar", "_frombuffer"}
+
+    def find_class(self, module: str, name: str) -> Any:
+        root = module.split(".")[0]
+        if root == "numpy" and name in self.ARRAYS:
+            return super().find_class(module, name)
+        if root == "optax" or (root == "flax" and name == "FrozenDict"):
+            return _Ignored
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no part of weights")
+
+    def persistent_load(self, pid: object) -> Any:
+        raise pickle.UnpicklingError("it refers to something outside of itself")
+
+
+def read_shortcut(path: Path | str, average: bool = True) -> dict[str, np.ndarray]:
+    """Parameters of a checkpoint, by names like `DiTBlock_0/Dense_1/kernel`.
+
+    Args:
+        path: the pickle.
+        average: the average of the parameters (`params_ema`); else the parameters themselves.
+
+    Raises:
+        UserError: the file is damaged, holds more than weights, or is of another kind.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = _Unpickler(file).load()
+        tree = content["train_state"]["params_ema" if average else "params"]
+    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, ValueError) as error:
+        raise UserError(f"{path} is damaged, or holds more than weights: {error}. Fetch it again.") from error
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path} is no checkpoint of shortcut models: it has no train_state with parameters.") from error
+    return dict(_flat(tree, ""))
+
+
+def _flat(tree: dict, prefix: str):
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}/")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def convert_shortcut(parameters: dict[str, np.ndarray], num_heads: int) -> dict[str, Tensor]:
+    """Tensors of our DiT (`step=True`, `learn_sigma=False`) from parameters in the original's layout.
+
+    Args:
+        parameters: by `read_shortcut`'s names; dense kernels are (in, out), the convolution's (h, w, in, out).
+        num_heads: heads of each attention.
+    """
+    left = {name: torch.from_numpy(np.array(value, dtype=np.float32)) for name, value in parameters.items()}
+    left.pop(UNUSED, None)
+    tensors: dict[str, Tensor] = {}
+
+    def dense(theirs: str, ours: str) -> None:
+        tensors[f"{ours}.weight"] = left.pop(f"{theirs}/kernel").T.contiguous()
+        tensors[f"{ours}.bias"] = left.pop(f"{theirs}/bias")
+
+    tensors["x_embedder.proj.weight"] = left.pop("PatchEmbed_0/Conv_0/kernel").permute(3, 2, 0, 1).contiguous()
+    tensors["x_embedder.proj.bias"] = left.pop("PatchEmbed_0/Conv_0/bias")
+    tensors["y_embedder.embedding_table.weight"] = left.pop("LabelEmbedder_0/Embed_0/embedding")
+    for k, embedder in enumerate(("t_embedder", "step_embedder")):
+        dense(f"TimestepEmbedder_{k}/Dense_0", f"{embedder}.mlp.0")
+        dense(f"TimestepEmbedder_{k}/Dense_1", f"{embedder}.mlp.2")
+    depth = len({name.split("/")[0] for name in left if name.startswith("DiTBlock_")})
+    for i in range(depth):
+        theirs, ours = f"DiTBlock_{i}", f"blocks.{i}"
+        dense(f"{theirs}/Dense_0", f"{ours}.adaLN_modulation.1")
+        for k, name in enumerate(("k", "q", "v"), start=1):
+            dense(f"{theirs}/Dense_{k}", name)
+        head_size = tensors["q.weight"].shape[0] // num_heads
+        for kind in ("weight", "bias"):
+            q, k, v = (tensors.pop(f"{name}.{kind}") for name in "qkv")
+            tensors[f"{ours}.attn.qkv.{kind}"] = torch.cat([q * head_size**-0.5, k, v])
+        dense(f"{theirs}/Dense_4", f"{ours}.attn.proj")
+        dense(f"{theirs}/MlpBlock_0/Dense_0", f"{ours}.mlp.fc1")
+        dense(f"{theirs}/MlpBlock_0/Dense_1", f"{ours}.mlp.fc2")
+    dense("FinalLayer_0/Dense_0", "final_layer.adaLN_modulation.1")
+    dense("FinalLayer_0/Dense_1", "final_layer.linear")
+    if left:
+        raise UserError(f"The checkpoint has parameters that no shortcut network has: {', '.join(left)}. Fetch it again.")
+    return tensors
