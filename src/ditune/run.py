@@ -12,6 +12,8 @@ from yaml import YAMLError
 from ditune.autoencoders import Autoencoder
 from ditune.build import make, uses_bf16
 from ditune.checkpoints import load_adapter, load_network, read_adapter, read_header, sha256
+from ditune.checkpoints.shortcut_jax import PROCESS as SHORTCUT_PROCESS
+from ditune.checkpoints.shortcut_jax import is_shortcut
 from ditune.drawing import Drawer
 from ditune.errors import UserError
 from ditune.networks import DiT
@@ -132,14 +134,14 @@ def _stored(path: Path) -> dict[str, Any]:
 
 
 def _official(path: Path, network: DiT, codec: Autoencoder) -> dict[str, Any]:
-    """What the official files leave unsaid: DiT's own process, and latents that only their channels tell apart."""
+    """What files of others leave unsaid: their code's process, and latents that only their channels tell apart."""
     if network.in_channels != codec.channels:
         raise UserError(
             f"{path} draws latents of {network.in_channels} channels, the autoencoder has {codec.channels}. "
             "Official DiT files need the decoder of their latents (the VAE of Stable Diffusion) as autoencoder=."
         )
     return {
-        "process": GaussianProcess().config,
+        "process": SHORTCUT_PROCESS if is_shortcut(path) else GaussianProcess().config,
         "autoencoder": codec.fingerprint,
         "resolution": network.config["input_size"] * codec.downsample,
         "class_names": None,

@@ -14,6 +14,7 @@ from ditune.networks import DiT
 from ditune.networks.dit import SIZES
 
 from .files import atomic
+from .shortcut_jax import convert_shortcut, is_shortcut, read_shortcut
 
 FORMAT = "ditune-network-1"
 
@@ -55,7 +56,8 @@ def load_network(path: Path | str, **overrides) -> DiT:
     """Build the network that a file holds, with its weights.
 
     Args:
-        path: our `.safetensors`, or an official DiT `.pt` (bare, or with "ema" or "model" inside, "ema" first).
+        path: our `.safetensors`, an official DiT `.pt` (bare, or with "ema" or "model" inside, "ema" first), or a
+            pickle of the shortcut models' code (its average).
         overrides: constructor arguments that replace those of the file (`input_size` for another resolution;
             `step` for a network that is to be told steps, which it begins by ignoring).
 
@@ -67,6 +69,8 @@ def load_network(path: Path | str, **overrides) -> DiT:
         config = read_header(path)["network"]
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    elif is_shortcut(path):
+        tensors, config = _read_shortcut(path, overrides)
     else:
         tensors = _read_official(path)
         config = _infer_config(tensors, path, **overrides)
@@ -99,12 +103,27 @@ def _read_official(path: Path) -> dict[str, Tensor]:
     return content
 
 
-def _infer_config(tensors: dict[str, Tensor], path: Path, input_size: int | None = None, **_) -> dict:
-    """Constructor arguments from shapes; the number of heads from the published sizes."""
-    hidden_size, in_channels, patch_size, _ = tensors["x_embedder.proj.weight"].shape
+def _read_shortcut(path: Path, overrides: dict) -> tuple[dict[str, Tensor], dict]:
+    """Tensors and constructor arguments; the position table is not stored, and all its networks are of 32 x 32."""
+    parameters = read_shortcut(path)
+    hidden_size = parameters["LabelEmbedder_0/Embed_0/embedding"].shape[1]
+    tensors = convert_shortcut(parameters, overrides.get("num_heads") or _num_heads(hidden_size, path))
+    config = _infer_config(tensors, path, **({"input_size": 32} | overrides))
+    return tensors, config | {"step": True}
+
+
+def _num_heads(hidden_size: int, path: Path) -> int:
     heads = {hidden: num_heads for hidden, _, num_heads in SIZES.values()}
     if hidden_size not in heads:
         raise UserError(f"{path} has the unpublished hidden size {hidden_size}. Save it in this project's format.")
+    return heads[hidden_size]
+
+
+def _infer_config(
+    tensors: dict[str, Tensor], path: Path, input_size: int | None = None, num_heads: int | None = None, **_
+) -> dict:
+    """Constructor arguments from shapes; the number of heads from the published sizes."""
+    hidden_size, in_channels, patch_size, _ = tensors["x_embedder.proj.weight"].shape
     if input_size is None:
         if "pos_embed" not in tensors:
             raise UserError(f"{path} has no pos_embed, which would tell its resolution. Give input_size.")
@@ -116,7 +135,7 @@ def _infer_config(tensors: dict[str, Tensor], path: Path, input_size: int | None
         "in_channels": in_channels,
         "hidden_size": hidden_size,
         "depth": 1 + max(int(key.split(".")[1]) for key in tensors if key.startswith("blocks.")),
-        "num_heads": heads[hidden_size],
+        "num_heads": num_heads or _num_heads(hidden_size, path),
         "num_classes": tensors["y_embedder.embedding_table.weight"].shape[0] - 1,
         "learn_sigma": out == 2 * in_channels,
     }

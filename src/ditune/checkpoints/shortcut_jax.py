@@ -6,6 +6,7 @@ logits are q k / d instead of q k / sqrt(d), and keys, queries and values stand 
 """
 
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,25 @@ class _Ignored(dict):
             self.update(part.get("_dict", part) if isinstance(part, dict) else {})
 
 
-class _Unpickler(pickle.Unpickler):
-    ARRAYS = {"_reconstruct", "ndarray", "dtype", "scalar", "_frombuffer"}
+NUMPY = ("numpy", "numpy.core.multiarray", "numpy._core.multiarray", "numpy.core.numeric", "numpy._core.numeric")
+ARRAYS = {
+    (module, name)
+    for module in (
+        "numpy",
+        "numpy.core.multiarray",
+        "numpy._core.multiarray",
+        "numpy.core.numeric",
+        "numpy._core.numeric",
+    )
+    for name in ("_reconstruct", "ndarray", "dtype", "scalar", "_frombuffer")
+}
+TORCH_LEGACY = b"\x80\x02\x8a\n"  # torch's own pickles begin with a long number
 
+
+class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         root = module.split(".")[0]
-        if root == "numpy" and name in self.ARRAYS:
+        if (module, name) in ARRAYS:
             return super().find_class(module, name)
         if root == "optax" or (root == "flax" and name == "FrozenDict"):
             return _Ignored
@@ -56,7 +70,14 @@ class _Unpickler(pickle.Unpickler):
         raise pickle.UnpicklingError("it refers to something outside of itself")
 
 
-def read_shortcut(path: Path | str, average: bool = True) -> dict[str, np.ndarray]:
+def is_shortcut(path: Path | str) -> bool:
+    """Whether a file is a bare pickle, as these checkpoints are, and not one of torch's."""
+    with open(path, "rb") as file:
+        head = file.read(len(TORCH_LEGACY))
+    return head[:1] == b"\x80" and head != TORCH_LEGACY
+
+
+def read_shortcut(path: Path | str, average: bool = True) -> dict[str, Tensor]:
     """Parameters of a checkpoint, by names like `DiTBlock_0/Dense_1/kernel`.
 
     Args:
@@ -73,27 +94,26 @@ def read_shortcut(path: Path | str, average: bool = True) -> dict[str, np.ndarra
     except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, ValueError) as error:
         raise UserError(f"{path} is damaged, or holds more than weights: {error}. Fetch it again.") from error
     except (KeyError, TypeError) as error:
-        raise UserError(f"{path} is no checkpoint of shortcut models: it has no train_state with parameters.") from error
+        raise UserError(f"{path} is no shortcut checkpoint: it has no train_state. Give another file.") from error
     return dict(_flat(tree, ""))
 
 
-def _flat(tree: dict, prefix: str):
+def _flat(tree: dict, prefix: str) -> Iterator[tuple[str, Tensor]]:
     for name, value in tree.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name}/")
         else:
-            yield f"{prefix}{name}", value
+            yield f"{prefix}{name}", torch.from_numpy(np.array(value, dtype=np.float32))
 
 
-def convert_shortcut(parameters: dict[str, np.ndarray], num_heads: int) -> dict[str, Tensor]:
+def convert_shortcut(parameters: dict[str, Tensor], num_heads: int) -> dict[str, Tensor]:
     """Tensors of our DiT (`step=True`, `learn_sigma=False`) from parameters in the original's layout.
 
     Args:
         parameters: by `read_shortcut`'s names; dense kernels are (in, out), the convolution's (h, w, in, out).
         num_heads: heads of each attention.
     """
-    left = {name: torch.from_numpy(np.array(value, dtype=np.float32)) for name, value in parameters.items()}
-    left.pop(UNUSED, None)
+    left = {name: value for name, value in parameters.items() if name != UNUSED}
     tensors: dict[str, Tensor] = {}
 
     def dense(theirs: str, ours: str) -> None:
@@ -122,5 +142,5 @@ def convert_shortcut(parameters: dict[str, np.ndarray], num_heads: int) -> dict[
     dense("FinalLayer_0/Dense_0", "final_layer.adaLN_modulation.1")
     dense("FinalLayer_0/Dense_1", "final_layer.linear")
     if left:
-        raise UserError(f"The checkpoint has parameters that no shortcut network has: {', '.join(left)}. Fetch it again.")
+        raise UserError(f"The checkpoint has parameters of another network: {', '.join(left)}. Give another file.")
     return tensors

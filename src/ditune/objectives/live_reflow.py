@@ -1,4 +1,4 @@
-"""Reflow (Liu et al. 2022, arXiv 2209.03003) with pairs made while the network trains: a baseline of shortcut models."""
+"""Reflow (Liu et al. 2022, arXiv 2209.03003) with pairs that the live network makes: a baseline of shortcut models."""
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ class LiveReflow(FlowObjective):
     ):
         super().__init__(process, label_drop)
         if process.step == "none":
-            raise UserError("Live reflow tells two flows apart by the step. Set objective.process.step to log2 or size.")
+            raise UserError("Live reflow tells two flows apart by the step. Set objective.process.step=log2 (or size).")
         if reflow_every < 1 or steps < 1:
             raise UserError("Nothing can be straightened so. Set reflow_every and steps to 1 or more.")
         self.finest = levels_of(process)

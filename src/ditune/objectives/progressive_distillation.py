@@ -23,7 +23,9 @@ class ProgressiveDistillation(FlowObjective):
 
     has_teacher = True
 
-    def __init__(self, process: FlowProcess, guidance: float = 1.0, clamp: float | None = None, label_drop: float = 0.0):
+    def __init__(
+        self, process: FlowProcess, guidance: float = 1.0, clamp: float | None = None, label_drop: float = 0.0
+    ):
         if label_drop:
             raise UserError("A distilled network keeps its labels. Set objective.label_drop=0.")
         super().__init__(process, label_drop)

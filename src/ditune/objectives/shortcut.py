@@ -1,7 +1,7 @@
 """Shortcut models (Frans et al. 2024, arXiv 2410.12557): one network that draws in 1, 2, 4 ... 128 steps.
 
-The network is told the length d of its step and learns the mean velocity over it. Most samples are flow matching, at the
-finest level; the others are bootstrapped: a step of length d must end where two steps of d/2 end.
+The network is told the length d of its step and learns the mean velocity over it. Most samples are flow matching, at
+the finest level; the others are bootstrapped: a step of length d must end where two steps of d/2 end.
 Levels: d = 2^-level for level 0 (one step) to L = log2(M); level L stands for the velocity itself.
 """
 
@@ -56,9 +56,9 @@ class Shortcut(FlowObjective):
         if process.step == "none":
             raise UserError("A shortcut network must be told its steps. Set objective.process.step to log2 or size.")
         if bootstrap_every < 1 or (clamp is not None and clamp <= 0):
-            raise UserError("Nothing can be bootstrapped so. Set bootstrap_every to 1 or more, clamp above 0 or to null.")
+            raise UserError("Nothing is bootstrapped so. Set bootstrap_every to 1 or more, clamp above 0 or to null.")
         if dt_bias and levels != "code":
-            raise UserError("dt_bias belongs to the code's list of levels. Set objective.levels=code, or dt_bias=false.")
+            raise UserError("dt_bias belongs to the code's levels. Set objective.levels=code, or dt_bias=false.")
         self.finest = levels_of(process)  # L
         self.bootstrap_every, self.levels, self.dt_bias = bootstrap_every, levels, dt_bias
         self.target, self.guidance, self.clamp = target, guidance, clamp

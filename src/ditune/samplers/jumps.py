@@ -63,7 +63,7 @@ class Jumps:
 
 
 class Renoise:
-    """Jumps to the data and puts noise in again, as much as belongs to the next step (arXiv 2303.01469, algorithm 1)."""
+    """Jumps to the data and puts in the noise that belongs to the next step (arXiv 2303.01469, algorithm 1)."""
 
     process = FlowProcess
 
