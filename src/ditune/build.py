@@ -1,6 +1,7 @@
 """From a composed config to the parts of a run. The groups meet only here, so their contradictions show here."""
 
 import inspect
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +22,8 @@ from ditune.networks import DiT
 from ditune.objectives import Objective
 from ditune.peft import PeftMethod
 from ditune.samplers import check
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -112,12 +115,20 @@ def build_network(
 def _check_base(base: Path, class_names: list[str], autoencoder: Autoencoder, objective: Objective) -> None:
     header = read_header(base)
     theirs, ours = header["process"], objective.process.config
-    if theirs.get("kind") != ours.get("kind"):
+    if theirs.get("kind") == "flow" and ours.get("kind") != "flow":
         raise UserError(
-            f"The base network {base.name} was trained on {_kind(theirs)}, the objective is for {_kind(ours)}. "
-            "Choose an objective= as there."
+            f"The base network {base.name} was trained on a flow, the objective is for a diffusion. "
+            "Choose an objective= of flows."
         )
-    different = _differences(theirs, ours)
+    if ours.get("kind") == "flow" and theirs.get("kind") != "flow":
+        log.info("the base network %s was trained on a diffusion and is read as a flow", base.name)
+        objective.process = objective.process.on_diffusion(theirs)
+        theirs = objective.process.config
+    if theirs.get("step") == "none":  # it may learn to be told steps
+        theirs = {key: value for key, value in theirs.items() if key not in ("step", "base_steps")}
+    if theirs.get("diffusion"):
+        objective.process = objective.process.on_diffusion(theirs["diffusion"])
+    different = _differences(theirs, objective.process.config)
     if different:
         raise UserError(
             f"The base network {base.name} was trained on another process: {different}. Set objective.* as there."
@@ -130,10 +141,6 @@ def _check_base(base: Path, class_names: list[str], autoencoder: Autoencoder, ob
             f"The classes of the data have other names than those of the base network {base.name}. "
             "Name the same classes in the same order (data.classes)."
         )
-
-
-def _kind(process: Mapping) -> str:
-    return "a flow" if process.get("kind") == "flow" else "a diffusion"
 
 
 def _differences(theirs: Mapping, ours: Mapping) -> str:

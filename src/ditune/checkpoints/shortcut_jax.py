@@ -43,17 +43,7 @@ class _Ignored(dict):
 
 
 NUMPY = ("numpy", "numpy.core.multiarray", "numpy._core.multiarray", "numpy.core.numeric", "numpy._core.numeric")
-ARRAYS = {
-    (module, name)
-    for module in (
-        "numpy",
-        "numpy.core.multiarray",
-        "numpy._core.multiarray",
-        "numpy.core.numeric",
-        "numpy._core.numeric",
-    )
-    for name in ("_reconstruct", "ndarray", "dtype", "scalar", "_frombuffer")
-}
+ARRAYS = {(module, name) for module in NUMPY for name in ("_reconstruct", "ndarray", "dtype", "scalar", "_frombuffer")}
 TORCH_LEGACY = b"\x80\x02\x8a\n"  # torch's own pickles begin with a long number
 
 
