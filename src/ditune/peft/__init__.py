@@ -1,11 +1,26 @@
 """What trains: one file per method, behind one small interface."""
 
+from collections.abc import Callable
+from functools import partial
+
 from .base import PeftMethod
 from .bitfit import BitFit
+from .bottleneck import Adapter, AdaptFormer
 from .difffit import DiffFit
 from .full import Full
+from .norm import NormTuning
+from .vpt import VPT
 
-METHODS: dict[str, type[PeftMethod]] = {"full": Full, "bitfit": BitFit, "difffit": DiffFit}
+METHODS: dict[str, Callable[..., PeftMethod]] = {
+    "full": Full,
+    "bitfit": BitFit,
+    "difffit": DiffFit,
+    "adaptformer": AdaptFormer,
+    "adapter": Adapter,
+    "vpt_deep": partial(VPT, deep=True),
+    "vpt_shallow": partial(VPT, deep=False),
+    "norm": NormTuning,
+}
 
 
 def build_peft(name: str, **kwargs) -> PeftMethod:
@@ -13,4 +28,15 @@ def build_peft(name: str, **kwargs) -> PeftMethod:
     return METHODS[name](**kwargs)
 
 
-__all__ = ["METHODS", "BitFit", "DiffFit", "Full", "PeftMethod", "build_peft"]
+__all__ = [
+    "METHODS",
+    "VPT",
+    "AdaptFormer",
+    "Adapter",
+    "BitFit",
+    "DiffFit",
+    "Full",
+    "NormTuning",
+    "PeftMethod",
+    "build_peft",
+]

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from ditune.errors import UserError
 
+LABELS = "y_embedder."  # the label table, in every network
+
 
 class PeftMethod(ABC):
     """One way to adapt a pretrained network.
@@ -16,6 +18,8 @@ class PeftMethod(ABC):
         weight_decay: recommended weight decay.
         train_labels: the label table trains too, as every row of DiffFit's tables does.
     """
+
+    unmergeable: str | None = None  # why the method cannot become a plain network, where it cannot
 
     def __init__(self, lr: float, weight_decay: float = 0.0, train_labels: bool = True):
         self.lr, self.weight_decay, self.train_labels = lr, weight_decay, train_labels
@@ -31,10 +35,14 @@ class PeftMethod(ABC):
         """Fold injected parameters into the network's own and remove them."""
 
     def apply(self, network: nn.Module) -> None:
-        """Inject, then freeze all that the method does not select."""
+        """Inject, then freeze all that the method does not select.
+
+        Raises:
+            UserError: the method does not fit the network, or trains nothing of it.
+        """
         self.inject(network)
         for name, parameter in network.named_parameters():
-            parameter.requires_grad_(self.selects(name) or (self.train_labels and name.startswith("y_embedder.")))
+            parameter.requires_grad_(self.selects(name) or (self.train_labels and name.startswith(LABELS)))
         if not self.trainable(network):
             raise UserError(f"{type(self).__name__} trains no parameter of this network. Choose another method.")
 
@@ -70,7 +78,21 @@ class PeftMethod(ABC):
 
     @torch.no_grad()
     def merge(self, network: nn.Module) -> None:
-        """Turn an adapted network into a plain one with the same output, in fp32."""
+        """Turn an adapted network into a plain one with the same output, in fp32.
+
+        Raises:
+            UserError: the method cannot be merged; the network is as it was.
+        """
+        if self.unmergeable:
+            raise UserError(
+                f"{type(self).__name__} cannot be merged into a plain network: {self.unmergeable}. "
+                "Keep the adapter beside its base network."
+            )
         network.float()
         self.fold(network)
         network.requires_grad_(True)
+
+
+def mlp_name(block: nn.Module) -> str:
+    """What a block calls its second branch: `mlp` in DiT, `moe` in DiT-MoE."""
+    return "mlp" if hasattr(block, "mlp") else "moe"
