@@ -113,7 +113,7 @@ ALLOWED = {
     "processes": {"errors"},
     "objectives": {"errors", "processes"},
     "samplers": {"errors", "processes", "draws"},
-    "data": {"errors", "draws"},
+    "data": {"errors", "draws", "checkpoints.files"},
     "autoencoders": {"errors", "checkpoints.files"},
     "metrics": {"errors"},
     "peft": {"errors", "networks"},
