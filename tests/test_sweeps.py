@@ -67,7 +67,8 @@ def test_one_failing_rank_ends_the_others(tmp_path):
     running = tree(tmp_path, "if os.environ['RANK'] == '1': sys.exit('Error: no luck.')\ntime.sleep(60)", 3)
     assert finish(running) == [-signal.SIGTERM, 1, -signal.SIGTERM]
     assert time.monotonic() - start < 20
-    assert running.last_words(1) == "Error: no luck."
+    assert running.failed_first == [1]
+    assert running.reason(1) == "Error: no luck."
 
 
 def test_a_rank_that_does_not_listen_is_killed_with_its_children(tmp_path):

@@ -95,7 +95,7 @@ class Sweep:
             self.free_slots -= slots
             threads = None if job.on_gpu else max(1, cores() // self.slots)
             command = [sys.executable, str(self.script), *job.overrides, f"run_dir={job.folder}", "resume=auto"]
-            log.info("job %d begins in %s: %s", number, job.folder, " ".join(job.overrides))
+            log.info("job %d begins in %s", number, job.folder)
             job.status = "running"
             tree = Tree(command, job.processes, job.folder, devices if job.on_gpu else None, threads)
             self.running[number] = tree, job, devices, slots
@@ -120,10 +120,9 @@ class Sweep:
         if not any(codes) and said == "finished":
             job.status = "finished"
             return
-        bad = [rank for rank, code in enumerate(codes) if code]
-        killed = [rank for rank in bad if codes[rank] == -signal.SIGKILL]
-        job.status = "stopped" if said == "stopped" else "killed" if killed and killed == bad[:1] else "failed"
-        job.error = "; ".join(f"rank {r} ended with {codes[r]}: {tree.last_words(r)}" for r in bad) or "no result"
+        killed = any(codes[rank] < 0 for rank in tree.failed_first)
+        job.status = "stopped" if said == "stopped" else "killed" if killed else "failed"
+        job.error = "; ".join(f"rank {rank}: {tree.reason(rank)}" for rank in tree.failed_first) or "it left no result"
         if said in ("running", "trained"):
             write_json(path, result | {"status": job.status, "error": job.error})
 

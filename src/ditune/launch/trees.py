@@ -49,6 +49,7 @@ class Tree:
             env |= _rendezvous(processes)
         self.folder, self.started, self._deadline = folder, time.monotonic(), float("inf")
         self.ranks: list[subprocess.Popen] = []
+        self.failed_first: list[int] = []  # the ranks that were not ended from here
         try:
             for rank in range(processes):
                 self.ranks.append(self._start(command, rank, env if processes == 1 else env | _of_rank(rank)))
@@ -76,6 +77,7 @@ class Tree:
     def poll(self) -> list[int] | None:
         """Exit codes of all ranks once all have ended (-k: by signal k), else None. The rest end after one fails."""
         codes = [process.poll() for process in self.ranks]
+        self.failed_first = self.failed_first or [rank for rank, code in enumerate(codes) if code]
         if None not in codes:
             self._sweep_up()
             return codes
@@ -115,8 +117,11 @@ class Tree:
             except (ProcessLookupError, PermissionError):
                 continue  # nothing is left
 
-    def last_words(self, rank: int) -> str:
-        """The last error message of a rank, or the last line that it wrote."""
+    def reason(self, rank: int) -> str:
+        """Why a rank has failed: the signal that ended it, its last error message, or the last line that it wrote."""
+        code = self.ranks[rank].returncode
+        if code < 0:
+            return f"ended by {signal.Signals(-code).name}"
         lines = self.log(rank).read_text(encoding="utf-8", errors="replace").splitlines()
         lines = [line.strip() for line in lines if line.strip()]
         errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt): ", line)]
