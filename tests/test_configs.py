@@ -118,6 +118,7 @@ ALLOWED = {
     "metrics": {"errors"},
     "peft": {"errors", "networks"},
     "checkpoints": {"errors", "networks", "peft"},
+    "launch": {"errors", "checkpoints.files"},
 }
 
 
