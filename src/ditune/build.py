@@ -33,6 +33,7 @@ class Parts:
     objective: GaussianDiffusion
     base: Path | None  # file of the pretrained network; None = the network starts from scratch
     base_sha256: str | None
+    base_config: dict | None  # of the network in that file
 
 
 def make(config: DictConfig | None, what: str, **kwargs: object):
@@ -66,13 +67,14 @@ def build_parts(cfg: DictConfig) -> Parts:
     pictures = make(cfg.data.pictures, "data")
     autoencoder = make(cfg.autoencoder, "autoencoder")
     objective = make(cfg.objective, "objective")
-    method = make(cfg.peft, "peft")
-    network, base = build_network(cfg, pictures.class_names, autoencoder, objective)
-    method.apply(network)
+    method = make(cfg.peft, "peft", _convert_="all")
+    network, base, base_config = build_network(cfg, pictures.class_names, autoencoder, objective)
+    with seeded(cfg.seed):
+        method.apply(network)
     if uses_bf16(cfg):
         freeze_in_bf16(network)
     network.gradient_checkpointing = cfg.gradient_checkpointing
-    return Parts(pictures, autoencoder, network, method, objective, base, sha256(base) if base else None)
+    return Parts(pictures, autoencoder, network, method, objective, base, sha256(base) if base else None, base_config)
 
 
 def missing_keys(values: object, path: str = "") -> list[str]:

@@ -128,8 +128,8 @@ def describe(cfg: DictConfig, parts: Parts) -> dict[str, Any]:
     trainable, total = counts(parts.network)
     return {
         "name": cfg.name,
-        "method": type(parts.method).__name__,
-        "peft": {key: value for key, value in plain(cfg.peft).items() if key != "_target_"},
+        "method": parts.method.title,
+        "peft": parts.method.arguments,
         "parameters": {"trainable": trainable, "total": total, "share": trainable / total},
         "batch_size": cfg.batch_size,
         "max_steps": cfg.max_steps,
@@ -203,13 +203,5 @@ def save_trained(cfg: DictConfig, parts: Parts, folder: Path) -> None:
     if parts.base is None:
         save_network(folder / "network.safetensors", parts.network, process, **common)
         return
-    arguments = {k: v for k, v in plain(cfg.peft).items() if k != "_target_"}
-    save_adapter(
-        folder / "adapter",
-        parts.method.state_dict(parts.network),
-        peft=arguments,
-        network=parts.network.config,
-        process=process,
-        base={"file": parts.base.name, "sha256": parts.base_sha256},
-        **common,
-    )
+    base = {"file": parts.base.name, "sha256": parts.base_sha256, "network": parts.base_config}
+    save_adapter(parts.network, folder / "adapter", base=base, process=process, **common)
