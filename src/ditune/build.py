@@ -18,8 +18,9 @@ from ditune.drawing import Drawer
 from ditune.errors import UserError
 from ditune.evaluation import Evaluation
 from ditune.networks import DiT
-from ditune.objectives import GaussianDiffusion
+from ditune.objectives import Objective
 from ditune.peft import PeftMethod
+from ditune.samplers import check
 
 
 @dataclass
@@ -30,7 +31,7 @@ class Parts:
     autoencoder: Autoencoder
     network: DiT  # with the method applied to it
     method: PeftMethod
-    objective: GaussianDiffusion
+    objective: Objective
     base: Path | None  # file of the pretrained network; None = the network starts from scratch
     base_sha256: str | None
     base_config: dict | None  # of the network in that file
@@ -85,7 +86,7 @@ def missing_keys(values: object, path: str = "") -> list[str]:
 
 
 def build_network(
-    cfg: DictConfig, class_names: list[str], autoencoder: Autoencoder, objective: GaussianDiffusion
+    cfg: DictConfig, class_names: list[str], autoencoder: Autoencoder, objective: Objective
 ) -> tuple[DiT, Path | None]:
     """The network of the config, from its pretrained file where one is named, else from seeded initial weights."""
     channels, side, _ = autoencoder.latent_shape(cfg.data.resolution)
@@ -110,9 +111,15 @@ def build_network(
     return loaded, base
 
 
-def _check_base(base: Path, class_names: list[str], autoencoder: Autoencoder, objective: GaussianDiffusion) -> None:
+def _check_base(base: Path, class_names: list[str], autoencoder: Autoencoder, objective: Objective) -> None:
     header = read_header(base)
-    different = _differences(header["process"], objective.process.config)
+    theirs, ours = header["process"], objective.process.config
+    if theirs.get("kind") != ours.get("kind"):
+        raise UserError(
+            f"The base network {base.name} was trained on {_kind(theirs)}, the objective is for {_kind(ours)}. "
+            "Choose an objective= as there."
+        )
+    different = _differences(theirs, ours)
     if different:
         raise UserError(
             f"The base network {base.name} was trained on another process: {different}. Set objective.* as there."
@@ -125,6 +132,10 @@ def _check_base(base: Path, class_names: list[str], autoencoder: Autoencoder, ob
             f"The classes of the data have other names than those of the base network {base.name}. "
             "Name the same classes in the same order (data.classes)."
         )
+
+
+def _kind(process: Mapping) -> str:
+    return "a flow" if process.get("kind") == "flow" else "a diffusion"
 
 
 def _differences(theirs: Mapping, ours: Mapping) -> str:
@@ -147,15 +158,21 @@ def uses_bf16(cfg: DictConfig) -> bool:
 
 
 def build_drawer(cfg: DictConfig, parts: Parts, sampler: DictConfig | None = None) -> Drawer:
-    """How the run's pictures are drawn, by the config's sampler or another."""
+    """How the run's pictures are drawn, by the config's sampler or another.
+
+    Raises:
+        UserError: the sampler or its steps do not suit the objective's process.
+    """
     sampler = cfg.sampler if sampler is None else sampler
-    return Drawer(
+    drawer = Drawer(
         process=parts.objective.process,
         autoencoder=parts.autoencoder,
         resolution=cfg.data.resolution,
         bf16=uses_bf16(cfg),
         **make(sampler, "sampler"),
     )
+    check(drawer.sampler, drawer.process, drawer.steps)
+    return drawer
 
 
 def build_evaluation(cfg: DictConfig, drawer: Drawer, reference: Pictures, judge: object | None = None) -> Evaluation:

@@ -15,7 +15,7 @@ from ditune.checkpoints import load_adapter, load_network, read_adapter, read_he
 from ditune.drawing import Drawer
 from ditune.errors import UserError
 from ditune.networks import DiT
-from ditune.processes import GaussianProcess
+from ditune.processes import GaussianProcess, build_process
 
 STORED = ("process", "autoencoder", "resolution", "class_names")  # what a file must say about itself to be drawn from
 
@@ -149,5 +149,5 @@ def _official(path: Path, network: DiT, codec: Autoencoder) -> dict[str, Any]:
 def _build_drawer(source: Path, stored: dict[str, Any], codec: Autoencoder, sampler: DictConfig, bf16: bool) -> Drawer:
     if stored["autoencoder"] != codec.fingerprint:
         raise UserError(f"The network of {source} was trained on other latents. Choose its autoencoder=.")
-    process = GaussianProcess(**stored["process"])
+    process = build_process(stored["process"])
     return Drawer(process, codec, stored["resolution"], bf16=bf16, **make(sampler, "sampler"))

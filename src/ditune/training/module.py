@@ -12,10 +12,10 @@ from ditune.autoencoders import Autoencoder
 from ditune.data import from_uint8
 from ditune.draws import Draws
 from ditune.errors import UserError
-from ditune.objectives import GaussianDiffusion
+from ditune.objectives import Objective, State
 from ditune.peft import PeftMethod
 
-from .ema import Ema
+from .ema import Ema, with_weights
 
 LOSS_BINS = 4  # quarters of the process whose losses are logged apart: 0 next to the data, 3 next to noise
 
@@ -42,7 +42,7 @@ class GenerativeModule(pl.LightningModule):
     def __init__(
         self,
         network: nn.Module,
-        objective: GaussianDiffusion,
+        objective: Objective,
         method: PeftMethod,
         autoencoder: Autoencoder,
         optimizer: Callable[[Iterable[tuple[str, nn.Parameter]]], Optimizer],
@@ -73,10 +73,15 @@ class GenerativeModule(pl.LightningModule):
         draws = Draws(self.seed, step, (positions - step * self.batch_size).tolist(), self.device)
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             x0 = self.autoencoder.to_latent(from_uint8(pictures), lambda shape: draws.normal("posterior", shape))
-        loss = self.objective.loss(self.network, (x0, y), draws)
+        loss = self.objective.loss(self.network, (x0, y), draws, self._state(step))
         if (step + 1) % self.log_every == 0:
             self._log_loss(loss.parts, loss.time, len(y))
         return loss.total + self.method.penalty(self.network)
+
+    def _state(self, step: int) -> State:
+        self.ema.follow()
+        ema = with_weights(self.network, self.ema.average)
+        return State(step, self.trainer.max_steps, self.batch_size, ema, ema)
 
     def _log_loss(self, parts: dict[str, Tensor], time: Tensor, size: int) -> None:
         values = {f"train/{name}": part.mean() for name, part in parts.items()}
