@@ -135,10 +135,21 @@ def check_network(network: nn.Module, config: dict[str, Any], folder: Path | str
             f"Load it onto its own base, {base.get('file')}."
         )
     file = getattr(network, "file", None)
-    if file is not None and "sha256" in base and sha256(file) != base["sha256"]:
+    if file is not None:
+        check_file(file, config, folder)
+
+
+def check_file(file: Path, config: dict[str, Any], folder: Path | str) -> None:
+    """Refuse an adapter of another base, by the base's file.
+
+    Raises:
+        UserError: its hash differs from the adapter's.
+    """
+    base = config.get("base") or {}
+    if "sha256" in base and sha256(file) != base["sha256"]:
         raise UserError(
             f"{file} is another file than the base network {base['file']} that the adapter in {folder} was trained on. "
-            "Load the adapter onto its own base."
+            "Give the right one (in a run: put it back, or correct `pretrained` in the run's config.yaml)."
         )
 
 

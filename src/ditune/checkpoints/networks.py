@@ -74,6 +74,7 @@ def load_network(path: Path | str, **overrides) -> DiT:
         network.load_state_dict(tensors)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{path} does not fit the network: {error}. Check the overrides {overrides}.") from error
+    network.file = path
     return network
 
 

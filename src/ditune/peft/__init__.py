@@ -5,6 +5,8 @@ from functools import partial
 
 from torch import nn
 
+from ditune.errors import UserError
+
 from .adalora import AdaLora
 from .base import PeftMethod
 from .bitfit import BitFit
@@ -32,7 +34,14 @@ METHODS: dict[str, Callable[..., PeftMethod]] = {
 
 
 def build_peft(name: str, **kwargs) -> PeftMethod:
-    """The method called `name`, one of `METHODS`; `kwargs` go to its constructor, which refuses unknown ones."""
+    """The method called `name`, one of `METHODS`; `kwargs` go to its constructor, which refuses unknown ones.
+
+    Raises:
+        UserError: there is no method of that name, or its arguments have values that it cannot use.
+        TypeError: it does not know an argument.
+    """
+    if name not in METHODS:
+        raise UserError(f"There is no method {name!r}. Choose one of {', '.join(METHODS)}.")
     method = METHODS[name](**kwargs)
     method.arguments = {"name": name, **kwargs}
     return method

@@ -23,10 +23,10 @@ class PeftMethod(ABC):
     """
 
     unmergeable: str | None = None  # why the method cannot become a plain network, where it cannot
-    arguments: dict[str, Any] = {}  # name and keyword arguments that `build_peft` has made the method of
 
     def __init__(self, lr: float, weight_decay: float = 0.0, train_labels: bool = True):
         self.lr, self.weight_decay, self.train_labels = lr, weight_decay, train_labels
+        self.arguments: dict[str, Any] = {}  # name and keyword arguments that `build_peft` has made the method of
 
     @property
     def title(self) -> str:

@@ -14,6 +14,8 @@ from ditune.errors import UserError
 
 from .base import LABELS, PeftMethod
 
+QKV = r"blocks\.\d+\.attn\.qkv"
+FC2 = r"blocks\.\d+\.mlp\.fc2"
 # name: (peft's type, the arguments that make it this method)
 HUGGINGFACE: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("LORA", {}),
@@ -22,7 +24,7 @@ HUGGINGFACE: dict[str, tuple[str, dict[str, Any]]] = {
     "pissa": ("LORA", {"init_lora_weights": "pissa"}),
     "loha": ("LOHA", {}),
     "lokr": ("LOKR", {}),
-    "ia3": ("IA3", {}),
+    "ia3": ("IA3", {"target_modules": f"{QKV}|{FC2}", "feedforward_modules": FC2}),
     "vera": ("VERA", {}),
     "oft": ("OFT", {}),
     "boft": ("BOFT", {}),
@@ -42,7 +44,7 @@ class HuggingFace(PeftMethod):
     Args:
         peft_type: key of peft's table of methods, such as "LORA".
         lr, weight_decay, train_labels: see `PeftMethod`. The label table is in peft's `modules_to_save`.
-        arguments: of peft's config class, which refuses unknown ones.
+        arguments: of peft's config class, which refuses unknown ones. `target_modules` is the qkv layers by default.
     """
 
     def __init__(
@@ -51,7 +53,8 @@ class HuggingFace(PeftMethod):
         from peft import get_peft_config
 
         super().__init__(lr, weight_decay, train_labels)
-        if not isinstance(arguments.get("target_modules", ""), str):
+        arguments.setdefault("target_modules", QKV)
+        if not isinstance(arguments["target_modules"], str):
             arguments["target_modules"] = list(arguments["target_modules"])
         try:
             with quiet():

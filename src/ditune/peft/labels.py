@@ -13,9 +13,7 @@ WAYS = ("reinit", "reuse", "mean", "map")
 
 
 @torch.no_grad()
-def adapt_labels(
-    network: nn.Module, way: str, new: int | Sequence[str], old: Sequence[str] | None = None
-) -> None:
+def adapt_labels(network: nn.Module, way: str, new: int | Sequence[str], old: Sequence[str] | None = None) -> None:
     """Give a network the label table of other classes; the row of the null class, the last, is carried over.
 
     Args:
