@@ -113,11 +113,12 @@ ALLOWED = {
     "processes": {"errors"},
     "objectives": {"errors", "processes"},
     "samplers": {"errors", "processes", "draws"},
-    "data": {"errors", "draws"},
+    "data": {"errors", "draws", "checkpoints.files"},
     "autoencoders": {"errors", "checkpoints.files"},
     "metrics": {"errors"},
     "peft": {"errors", "networks"},
     "checkpoints": {"errors", "networks", "peft"},
+    "launch": {"errors", "checkpoints.files"},
 }
 
 

@@ -3,6 +3,7 @@
 import os
 import zipfile
 import zlib
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from ditune.errors import UserError
@@ -22,10 +23,13 @@ def is_hidden(name: str) -> bool:
 
 
 class Folder:
-    """A folder and all below it; `names` are sorted and relative, with slashes."""
+    """A folder and all below it; `names` are sorted and relative, with slashes (None = looked up)."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, names: list[str] | None = None) -> None:
         self.path = path
+        if names is not None:
+            self.names = names
+            return
         files = (Path(top, file) for top, _, found in os.walk(path, followlinks=True) for file in found)
         names = (file.relative_to(path).as_posix() for file in files)
         self.names = sorted(name for name in names if not is_hidden(name))
@@ -63,6 +67,17 @@ class Zip:
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_archive": None, "_process": None}
+
+
+@dataclass(frozen=True, eq=False)
+class Item:
+    """One picture and what its source says about it."""
+
+    source: Folder | Zip
+    name: str  # path inside the source
+    class_name: str
+    split: str
+    row: dict[str, str]  # the row of metadata.csv, or only file_name
 
 
 def open_source(path: str | Path) -> Folder | Zip:

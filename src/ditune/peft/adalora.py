@@ -35,7 +35,7 @@ class AdaLora(HuggingFace):
             self.tuner.resize_modules_by_rank_pattern(self.config.rank_pattern, ADAPTER)
 
     def penalty(self, network: nn.Module) -> Tensor:
-        """orth_reg_weight times the mean of ||P^T P - I||_F and ||Q Q^T - I||_F (eq. 4), over all P and Q as in peft."""
+        """orth_reg_weight times the mean of ||P^T P - I||_F and ||Q Q^T - I||_F, over all P and Q (eq. 4)."""
         grams = []
         for layer in layers(network).values():
             a, b = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]

@@ -18,6 +18,7 @@ from ditune.data.stream import PictureStream, micro_batch_size
 from ditune.denoising import denoising_loss
 from ditune.errors import UserError
 from ditune.judging import Comparison, build_comparison
+from ditune.launch.jobs import config_hash
 from ditune.peft import Full
 
 from .callbacks import peak_memory_mib
@@ -37,8 +38,11 @@ def train(cfg: DictConfig) -> int:
     Raises:
         UserError: the config or a file is wrong.
     """
-    torch.set_flush_denormal(True)  # every result in docs/results was made with it; no speed was gained by it
     folder = Path(cfg.paths.output_dir)
+    if in_sweep() and has_finished(folder, config_hash(cfg)):
+        log.info("%s already holds the result of this config", folder)
+        return 0
+    torch.set_flush_denormal(True)  # every result in docs/results was made with it; no speed was gained by it
     parts = build_parts(cfg)
     check_combination(cfg, parts)
     trainer, clock, stop = build_trainer(cfg, parts, folder)
@@ -107,13 +111,24 @@ def check_combination(cfg: DictConfig, parts: Parts) -> None:
 
 
 def check_processes(cfg: DictConfig, trainer: pl.Trainer) -> None:
-    """Refuse a batch that cannot be shared, and sweeps whose processes would start sweeps of their own."""
+    """Refuse a batch that cannot be shared, and launchers whose jobs would start the whole sweep again."""
     micro_batch_size(cfg.batch_size, trainer.accumulate_grad_batches, trainer.world_size)
-    if in_sweep() and trainer.world_size > 1:
+    strategy = trainer.strategy
+    alone = trainer.world_size == 1 or strategy.cluster_environment.creates_processes_externally
+    if in_sweep() and not alone:
         raise UserError(
-            "A sweep (-m) runs its jobs in one process and cannot start several for each. "
-            "Set trainer.devices=1, or start the jobs one by one."
+            "This hydra/launcher runs jobs in its own process, which cannot start others for them. "
+            "Leave hydra/launcher out, or give every process a task (docs/sweeps.md)."
         )
+
+
+def has_finished(folder: Path, key: str) -> bool:
+    """Whether the folder holds the result of a finished run of the config with this hash."""
+    path = folder / "result.json"
+    if not path.is_file():
+        return False
+    result = read_json(path)
+    return (result.get("status"), result.get("config_hash")) == ("finished", key)
 
 
 def earlier_seconds(folder: Path, resumed: Resumed) -> float:
@@ -128,6 +143,7 @@ def describe(cfg: DictConfig, parts: Parts) -> dict[str, Any]:
     trainable, total = counts(parts.network)
     return {
         "name": cfg.name,
+        "config_hash": config_hash(cfg),
         "method": parts.method.title,
         "peft": parts.method.arguments,
         "parameters": {"trainable": trainable, "total": total, "share": trainable / total},
