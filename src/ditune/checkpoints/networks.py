@@ -84,6 +84,7 @@ def load_network(path: Path | str, **overrides: Any) -> nn.Module:
         network.load_state_dict(tensors)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{path} does not fit the network: {error}. Check the overrides {overrides}.") from error
+    network.file = source.path if source.path.is_file() else None
     return network
 
 

@@ -76,7 +76,7 @@ class GenerativeModule(pl.LightningModule):
         loss = self.objective.loss(self.network, (x0, y), draws, self._state(step))
         if (step + 1) % self.log_every == 0:
             self._log_loss(loss.parts, loss.time, len(y))
-        return loss.total
+        return loss.total + self.method.penalty(self.network)
 
     def _state(self, step: int) -> State:
         self.ema.follow()
@@ -111,6 +111,7 @@ class GenerativeModule(pl.LightningModule):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
+        self.method.after_step(self.network, self.global_step + 1)
         self.ema.update(self.global_step)
 
     # Checkpoints: only what trains, its average, and what they belong to
@@ -118,11 +119,13 @@ class GenerativeModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = {f"network.{k}": v for k, v in self.method.state_dict(self.network).items()}
         checkpoint["ema"] = self.ema.state_dict()
+        checkpoint["method"] = self.method.training_state()
         checkpoint["identity"] = self.identity
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         trained = {name.removeprefix("network."): value for name, value in checkpoint["state_dict"].items()}
         self.method.load_state_dict(self.network, trained)  # refuses what Lightning, not strict here, would let pass
+        self.method.load_training_state(checkpoint["method"])
         self.ema.load_state_dict(checkpoint["ema"])
         # a run may stop between micro-steps; it goes on with the first one of the step that was not finished
         loop = checkpoint["loops"]["fit_loop"]
