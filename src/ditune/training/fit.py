@@ -40,15 +40,12 @@ def train(cfg: DictConfig) -> int:
         UserError: the config or a file is wrong.
     """
     folder = Path(cfg.paths.output_dir)
-<<<<<<< HEAD
     if in_sweep() and has_finished(folder, config_hash(cfg)):
         log.info("%s already holds the result of this config", folder)
         return 0
     torch.set_flush_denormal(True)  # every result in docs/results was made with it; no speed was gained by it
-=======
     if not cfg.dry_run:
         ensure(cfg)
->>>>>>> data
     parts = build_parts(cfg)
     check_combination(cfg, parts)
     trainer, clock, stop = build_trainer(cfg, parts, folder)
