@@ -2,7 +2,8 @@
 
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from ditune.errors import UserError
 from ditune.evaluation import Evaluation
 from ditune.networks import DiT
 from ditune.objectives import Objective
-from ditune.peft import PeftMethod
+from ditune.peft import PeftMethod, adapt_labels
 from ditune.samplers import check
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,8 @@ class Parts:
     objective: Objective
     base: Path | None  # file of the pretrained network; None = the network starts from scratch
     base_sha256: str | None
+    base_config: dict | None  # of the network in that file
+    reshaped: bool  # whether the network has other classes than the base, or another resolution
 
 
 def make(config: DictConfig | None, what: str, **kwargs: object):
@@ -70,13 +73,20 @@ def build_parts(cfg: DictConfig) -> Parts:
     pictures = make(cfg.data.pictures, "data")
     autoencoder = make(cfg.autoencoder, "autoencoder")
     objective = make(cfg.objective, "objective")
-    method = make(cfg.peft, "peft")
-    network, base = build_network(cfg, pictures.class_names, autoencoder, objective)
-    method.apply(network)
+    method = make(cfg.peft, "peft", _convert_="all")
+    network, base, base_config = build_network(cfg, pictures.class_names, autoencoder, objective)
+    reshaped = cfg.classes is not None or base_config not in (None, network.config)
+    if cfg.classes is not None and not (method.train_labels and base):
+        raise UserError(
+            "classes= makes a new label table of a pretrained one. Set pretrained= and peft.train_labels=true."
+        )
+    with seeded(cfg.seed):
+        method.apply(network)
     if uses_bf16(cfg):
         freeze_in_bf16(network)
     network.gradient_checkpointing = cfg.gradient_checkpointing
-    return Parts(pictures, autoencoder, network, method, objective, base, sha256(base) if base else None)
+    hashed = sha256(base) if base else None
+    return Parts(pictures, autoencoder, network, method, objective, base, hashed, base_config, reshaped)
 
 
 def missing_keys(values: object, path: str = "") -> list[str]:
@@ -88,32 +98,65 @@ def missing_keys(values: object, path: str = "") -> list[str]:
 
 def build_network(
     cfg: DictConfig, class_names: list[str], autoencoder: Autoencoder, objective: Objective
-) -> tuple[DiT, Path | None]:
-    """The network of the config, from its pretrained file where one is named, else from seeded initial weights."""
+) -> tuple[DiT, Path | None, dict | None]:
+    """The network of the config, from its pretrained file where one is named, else from seeded initial weights.
+
+    With it, the file and the config of the network in it: new classes and another resolution change that.
+    """
     channels, side, _ = autoencoder.latent_shape(cfg.data.resolution)
     shape = {"in_channels": channels, "input_size": side, "num_classes": len(class_names)}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(cfg.seed)
-        network = make(cfg.network, "network", **shape, **objective.process.network)
-        if cfg.pretrained is None:
-            return network, None
-        base = Path(cfg.pretrained)
-        loaded = load_network(base, **objective.process.network)
+    told = objective.process.network
+    with seeded(cfg.seed):
+        network = make(cfg.network, "network", **shape, **told)
+    if cfg.pretrained is None:
+        return network, None, None
+    base = Path(cfg.pretrained)
+    with seeded(cfg.seed):
+        loaded = load_network(base, **told)
+    header = read_header(base) if base.suffix == ".safetensors" else None
+    base_config = loaded.config
+    if cfg.new_resolution:
+        loaded = at_resolution(loaded, network.config["input_size"], network.config["pos_embed_scale"])
+    if cfg.classes is not None:
+        names = header and header["provenance"]["class_names"]
+        with seeded(cfg.seed):
+            adapt_labels(loaded, cfg.classes, class_names, names)
     if loaded.num_classes != len(class_names):
         raise UserError(
             f"The base network {base.name} knows {loaded.num_classes} classes, the data has {len(class_names)}. "
-            "Give data with the base's classes (data.classes), or train without a base (pretrained=null peft=full)."
+            "Give data with the base's classes (data.classes), adapt its label table (classes=reinit, reuse, mean or "
+            "map), or train without a base (pretrained=null peft=full)."
         )
     different = _differences(loaded.config, network.config)
     if different:
-        raise UserError(f"The base network {base.name} is another than network=: {different}. Choose its network=.")
-    if base.suffix == ".safetensors":
-        _check_base(base, class_names, autoencoder, objective)
-    return loaded, base
+        raise UserError(
+            f"The base network {base.name} is another than network=: {different}. Choose its network=, "
+            "or new_resolution=true where only input_size and pos_embed_scale differ."
+        )
+    if header is not None:
+        _check_base(base, header, class_names if cfg.classes is None else None, autoencoder, objective)
+    return loaded, base, base_config
 
 
-def _check_base(base: Path, class_names: list[str], autoencoder: Autoencoder, objective: Objective) -> None:
-    header = read_header(base)
+def at_resolution(network: DiT, input_size: int, pos_embed_scale: float) -> DiT:
+    """The same weights for pictures of another size; the position table is computed anew."""
+    other = type(network)(**(network.config | {"input_size": input_size, "pos_embed_scale": pos_embed_scale}))
+    other.load_state_dict({key: value for key, value in network.state_dict().items() if key != "pos_embed"})
+    other.fresh = network.fresh
+    return other
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Initial values inside of the block are a function of the seed, and nothing outside of it changes."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def _check_base(
+    base: Path, header: dict, class_names: list[str] | None, autoencoder: Autoencoder, objective: Objective
+) -> None:
     theirs, ours = header["process"], objective.process.config
     if theirs.get("kind") == "flow" and ours.get("kind") != "flow":
         raise UserError(
@@ -136,10 +179,10 @@ def _check_base(base: Path, class_names: list[str], autoencoder: Autoencoder, ob
     provenance = header["provenance"]
     if provenance["autoencoder"] != autoencoder.fingerprint:
         raise UserError(f"The base network {base.name} was trained on other latents. Choose its autoencoder=.")
-    if provenance["class_names"] != class_names:
+    if class_names not in (None, provenance["class_names"]):
         raise UserError(
             f"The classes of the data have other names than those of the base network {base.name}. "
-            "Name the same classes in the same order (data.classes)."
+            "Name the same classes in the same order (data.classes), or set classes=map."
         )
 
 

@@ -89,7 +89,7 @@ def of_run(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
     path = run.folder / "result.json"
     result = read_json(path)
     network = run.network.to(best_device())
-    metrics = build_comparison(run.cfg, run.drawer)(network, run.base, run.folder / "samples")
+    metrics = build_comparison(run.cfg, run.drawer)(network, None if run.reshaped else run.base, run.folder / "samples")
     write_json(path, result | {"metrics": result.get("metrics", {}) | metrics})
     return path, metrics
 

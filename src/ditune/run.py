@@ -11,9 +11,8 @@ from yaml import YAMLError
 
 from ditune.autoencoders import Autoencoder
 from ditune.build import make, uses_bf16
-from ditune.checkpoints import load_adapter, load_network, read_adapter, read_header, sha256
-from ditune.checkpoints.shortcut_jax import PROCESS as SHORTCUT_PROCESS
-from ditune.checkpoints.shortcut_jax import is_shortcut
+from ditune.checkpoints import check_file, load_adapter, load_network, read_adapter, read_header, shortcut_jax
+from ditune.checkpoints.source import Source
 from ditune.drawing import Drawer
 from ditune.errors import UserError
 from ditune.networks import DiT
@@ -38,6 +37,7 @@ class Run(Trained):
     folder: Path
     cfg: DictConfig
     base: Path | None
+    reshaped: bool  # whether it has other classes than the base, or another resolution
 
 
 def load_run(folder: Path | str) -> Run:
@@ -60,7 +60,8 @@ def load_run(folder: Path | str) -> Run:
             f"Let it finish: python src/train.py with its settings, run_dir={folder} and resume=auto."
         )
     drawer = _build_drawer(folder, stored, make(cfg.autoencoder, "autoencoder"), cfg.sampler, uses_bf16(cfg))
-    return Run(network.eval(), drawer, stored["class_names"], folder, cfg, base)
+    reshaped = base is not None and (stored["base"].get("classes") or stored["base"]["network"] != stored["network"])
+    return Run(network.eval(), drawer, stored["class_names"], folder, cfg, base, bool(reshaped))
 
 
 def load_checkpoint(path: Path | str, autoencoder: DictConfig, sampler: DictConfig, bf16: bool) -> Trained:
@@ -114,12 +115,9 @@ def _load_adapted(folder: Path, base: Path) -> tuple[DiT, dict[str, Any]]:
         raise UserError(
             f"The run's base network {base} is missing. Put it back, or correct `pretrained` in the run's config.yaml."
         )
-    if sha256(base) != config["base"]["sha256"]:
-        raise UserError(
-            f"{base} is another file than the base network {config['base']['file']} that the adapter in {folder} was "
-            "trained on. Put the right one back, or correct `pretrained` in the run's config.yaml."
-        )
-    network = load_network(base, **build_process(config["process"]).network)
+    check_file(base, config, folder)
+    resolution = {key: config["network"][key] for key in ("input_size", "pos_embed_scale")}
+    network = load_network(base, **resolution, **build_process(config["process"]).network)
     load_adapter(network, folder)
     return network, config
 
@@ -141,7 +139,7 @@ def _official(path: Path, network: DiT, codec: Autoencoder) -> dict[str, Any]:
             "Official DiT files need the decoder of their latents (the VAE of Stable Diffusion) as autoencoder=."
         )
     return {
-        "process": SHORTCUT_PROCESS if is_shortcut(path) else GaussianProcess().config,
+        "process": shortcut_jax.PROCESS if shortcut_jax.recognises(Source(path)) else GaussianProcess().config,
         "autoencoder": codec.fingerprint,
         "resolution": network.config["input_size"] * codec.downsample,
         "class_names": None,

@@ -15,6 +15,10 @@ import torch
 from torch import Tensor
 
 from ditune.errors import UserError
+from ditune.networks import DiT
+from ditune.networks.dit import SIZES
+
+from .source import Content, Source
 
 # how its networks are told time and step; a config of ditune.processes
 PROCESS = {
@@ -60,11 +64,36 @@ class _Unpickler(pickle.Unpickler):
         raise pickle.UnpicklingError("it refers to something outside of itself")
 
 
-def is_shortcut(path: Path | str) -> bool:
-    """Whether a file is a bare pickle, as these checkpoints are, and not one of torch's."""
-    with open(path, "rb") as file:
+def recognises(source: Source) -> bool:
+    """A bare pickle, as these checkpoints are, and not one of torch's."""
+    if not source.path.is_file():
+        return False
+    with open(source.path, "rb") as file:
         head = file.read(len(TORCH_LEGACY))
     return head[:1] == b"\x80" and head != TORCH_LEGACY
+
+
+def read(source: Source, num_heads: int | None = None, input_size: int = 32, **_: Any) -> Content:
+    """The position table is not stored; all published networks are of 32 x 32 latents and patches of 2."""
+    parameters = read_shortcut(source.path)
+    patch_size, _, in_channels, hidden_size = parameters["PatchEmbed_0/Conv_0/kernel"].shape
+    published = {hidden: heads for hidden, _, heads in SIZES.values()}
+    num_heads = num_heads or published.get(hidden_size)
+    if num_heads is None:
+        raise UserError(f"{source.path} has the unpublished hidden size {hidden_size}. Give its num_heads.")
+    tensors = convert_shortcut(parameters, num_heads)
+    config = {
+        "input_size": input_size,
+        "patch_size": patch_size,
+        "in_channels": in_channels,
+        "hidden_size": hidden_size,
+        "depth": 1 + max(int(key.split(".")[1]) for key in tensors if key.startswith("blocks.")),
+        "num_heads": num_heads,
+        "num_classes": tensors["y_embedder.embedding_table.weight"].shape[0] - 1,
+        "learn_sigma": False,
+        "step": True,
+    }
+    return Content(DiT, config, tensors)
 
 
 def read_shortcut(path: Path | str, average: bool = True) -> dict[str, Tensor]:

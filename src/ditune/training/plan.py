@@ -24,7 +24,7 @@ def parameter_table(network: nn.Module, method: PeftMethod) -> Table:
         kind = re.sub(r"^blocks\.\d+\.", "blocks.*.", name)
         counts.setdefault(kind, [0, 0])[0 if parameter.requires_grad else 1] += parameter.numel()
     trainable, frozen = (sum(column) for column in zip(*counts.values(), strict=True))
-    table = Table(title=f"{type(method).__name__}: {trainable:,} of {trainable + frozen:,} parameters train")
+    table = Table(title=f"{method.title}: {trainable:,} of {trainable + frozen:,} parameters train")
     table.add_column("parameter")
     table.add_column("trains", justify="right")
     table.add_column("frozen", justify="right")
