@@ -2,7 +2,8 @@
 
 A step from t to r = t - d is cut at s = t - alpha d. Its mean velocity is that of its two parts, weighted by length:
 
-    u(x_t, t, d) = alpha u(x_t, t, alpha d) + (1 - alpha) u(x_s, s, (1 - alpha) d),  x_s = x_t - alpha d u(x_t, t, alpha d)
+    u(x_t, t, d) = alpha u(x_t, t, alpha d) + (1 - alpha) u(x_s, s, (1 - alpha) d)
+    with x_s = x_t - alpha d u(x_t, t, alpha d).
 
 alpha-Flow puts the path's own velocity v = epsilon - x_0 for the first part's, and divides the error by alpha:
 

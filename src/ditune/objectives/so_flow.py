@@ -1,7 +1,7 @@
 """SoFlow (Luo et al. 2025, arXiv 2512.15657): the solution f(x_t, t, s) of the flow's equation, no derivatives.
 
-f(x_t, t, s) = x_t - (t - s) u(x_t, t, t - s) should equal f(x_l, l, s) from the path's own point x_l = x_t + (l - t) v at
-l = t + (s - t) r, near t. Divided by t - s that is alpha-Flow's equation with alpha = r (objectives/alpha_flow.py):
+f(x_t, t, s) = x_t - (t - s) u(x_t, t, t - s) should equal f(x_l, l, s) from the path's own point x_l = x_t + (l - t) v
+at l = t + (s - t) r, near t. Divided by t - s that is alpha-Flow's equation with alpha = r (objectives/alpha_flow.py):
 
     u(x_t, t, t - s) = r v + (1 - r) sg u(x_l, l, l - s)
 

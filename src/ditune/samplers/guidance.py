@@ -31,8 +31,8 @@ def guided(
         channels: number of leading channels that are guided, None for all predicted ones; facebookresearch/DiT guides
             3. The others, and a learned variance, are the conditional ones.
         timesteps: length of the time, by which t becomes a part of the process.
-        rescale: phi of arXiv 2305.08891, section 3.4: the guided output is scaled towards the conditional one's standard
-            deviation, wholly at 1.
+        rescale: phi of arXiv 2305.08891, section 3.4: the guided output is scaled towards the conditional one's
+            standard deviation, wholly at 1.
     """
     low, high = interval
     everywhere = low <= 0 and high >= 1

@@ -1,4 +1,4 @@
-"""Multistep methods on a flow, by diffusers' schedulers: one network evaluation a step, and the memory of the last ones.
+"""Multistep methods on a flow, by diffusers' schedulers: one network evaluation a step, and a memory.
 
 diffusers counts sigma = t and gives the network 1000 sigma; its "flow prediction" is epsilon - x_0, our velocity.
 """
@@ -40,7 +40,7 @@ class Multistep:
         """Any number of steps will do."""
 
     def scheduler(self, times: np.ndarray):  # (steps + 1,), from 1 to 0
-        """diffusers' scheduler on our times: its own grid would not end in even steps, and shifts twice when told to."""
+        """diffusers' scheduler on our times: its own grid does not end in even steps, and may shift twice."""
         from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
         kind = {"dpm_solver": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler}[self.method]
