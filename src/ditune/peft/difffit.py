@@ -66,7 +66,11 @@ class DiffFit(PeftMethod):
             _scale_rows(block.attn.qkv, block.attn.gamma1)
             _scale_rows(block.attn.proj, block.attn.gamma2)
             _scale_rows(block.attn.proj, block.gamma1)
-            _scale_rows(getattr(block, mlp_name(block)).fc2, block.gamma2)
+            if hasattr(block, "mlp"):
+                _scale_rows(block.mlp.fc2, block.gamma2)
+            else:  # experts have no bias that could take the factor for all of them: the branch's gate takes it
+                gate_mlp = slice(5 * len(block.norm2.normalized_shape), None)
+                _scale_rows(block.adaLN_modulation[1], block.gamma2, gate_mlp)
             block.attn.gamma1 = block.attn.gamma2 = block.gamma1 = block.gamma2 = None
         if self.affine_norms:
             fold_affine_norms(network)
