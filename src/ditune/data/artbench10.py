@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from ditune.data.benchmark import Archive, Benchmark, Record, pictures_below
+from ditune.data.archives import Archive
+from ditune.data.benchmark import Benchmark, Record, pictures_below
 from ditune.errors import UserError
 
 

@@ -4,6 +4,7 @@ A data set is a file with one class: its official layout becomes labelled pictur
 """
 
 import csv
+import logging
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,31 +16,12 @@ import numpy as np
 from scipy.io import loadmat
 from scipy.io.matlab import MatReadError
 
+from ditune.data.archives import Archive, install
 from ditune.data.pictures import BROKEN, Pictures
 from ditune.data.sources import Folder, Item, is_picture
 from ditune.errors import UserError
 
-
-@dataclass(frozen=True)
-class Archive:
-    """A published file of a data set.
-
-    file    its name
-    makes   path that is there once it has been unpacked (a file that needs no unpacking is itself), below the root
-    urls    where it can be fetched; none = by hand only
-    md5     as published; None = nobody has published one, and its hash is recorded at the first use
-    into    folder below the root that it is unpacked into
-    inner   an archive inside of it that holds the pictures, by the end of its name
-    needed  False = the data set can be read without it
-    """
-
-    file: str
-    makes: str
-    urls: tuple[str, ...] = ()
-    md5: str | None = None
-    into: str = "."
-    inner: str | None = None
-    needed: bool = True
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -116,6 +98,24 @@ class Benchmark(Pictures):
                     f"{cls.title} gives {record.name} the label {record.label}, which is not one of 0 to "
                     f"{len(class_names) - 1}. Fetch its annotations again."
                 )
+
+    @classmethod
+    def fetch(cls, root: Path, download: bool) -> None:
+        """Bring the data set to `root`: from archives that lie there, or from its address; what is there is left.
+
+        Raises:
+            UserError: a file is missing (with what to put where), cannot be fetched, or is damaged.
+        """
+        top = cls.find(root)
+        if top is not None and top != root / cls.tops[0]:
+            return  # its top folder itself, or another of its layouts
+        absent = [archive for archive in cls.archives if not (root / archive.makes).exists()]
+        if any(archive.find(root) is None and archive.urls for archive in absent) and download:
+            log.warning("%s will be fetched. %s See %s.", cls.title, cls.licence, cls.homepage)
+        for archive in absent:
+            install(archive, root, download)
+        if cls.find(root) is None:
+            raise UserError(cls.missing(root))
 
     @classmethod
     def missing(cls, root: Path) -> str:

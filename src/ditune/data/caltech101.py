@@ -5,7 +5,8 @@ There is no official split: a tenth of the pictures, by a hash of the path, is '
 
 from pathlib import Path
 
-from ditune.data.benchmark import Archive, Benchmark, Record, pictures_below
+from ditune.data.archives import Archive
+from ditune.data.benchmark import Benchmark, Record, pictures_below
 from ditune.data.pictures import hashed_split
 
 BACKGROUND = "BACKGROUND_Google"

@@ -5,7 +5,8 @@ The split is CelebA's own, by the number of the original file: 1 to 162770 train
 
 from pathlib import Path
 
-from ditune.data.benchmark import Archive, Benchmark, Record, number, read_table
+from ditune.data.archives import Archive
+from ditune.data.benchmark import Benchmark, Record, number, read_table
 
 LAST_TRAIN, LAST_VAL = 162770, 182637
 

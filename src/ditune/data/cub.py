@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from ditune.data.benchmark import Archive, Benchmark, Record, number, read_table
+from ditune.data.archives import Archive
+from ditune.data.benchmark import Benchmark, Record, number, read_table
 from ditune.errors import UserError
 
 

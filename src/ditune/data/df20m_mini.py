@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from ditune.data.benchmark import AGAIN, Archive, Benchmark, Record, number, read_csv
+from ditune.data.archives import Archive
+from ditune.data.benchmark import AGAIN, Benchmark, Record, number, read_csv
 from ditune.errors import UserError
 
 ADDRESS = "http://ptak.felk.cvut.cz/plants/DanishFungiDataset"

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from torchvision.datasets import Flowers102 as Torchvision
 
-from ditune.data.benchmark import AGAIN, Archive, Benchmark, Record, read_mat
+from ditune.data.archives import Archive
+from ditune.data.benchmark import AGAIN, Benchmark, Record, read_mat
 from ditune.errors import UserError
 
 ADDRESS = "https://www.robots.ox.ac.uk/~vgg/data/flowers/102"

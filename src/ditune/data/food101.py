@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-from ditune.data.benchmark import AGAIN, Archive, Benchmark, Record, read_lines
+from ditune.data.archives import Archive
+from ditune.data.benchmark import AGAIN, Benchmark, Record, read_lines
 from ditune.errors import UserError
 
 

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from ditune.data.benchmark import AGAIN, Archive, Benchmark, Record, number, pictures_below, read_lines, read_mat
+from ditune.data.archives import Archive
+from ditune.data.benchmark import AGAIN, Benchmark, Record, number, pictures_below, read_lines, read_mat
 from ditune.errors import UserError
 
 DEVKIT = "ILSVRC2012_devkit_t12"

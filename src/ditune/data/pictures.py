@@ -133,6 +133,13 @@ class Pictures(Dataset):
             return self.load()[index], self.labels[index]
         return torch.stack([self._decode(self._items[i]) for i in index.tolist()]), self.labels[index]
 
+    def take(self, indices: Sequence[int], mirrored: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As `__getitems__`; where `mirrored` (B,) is True, left and right are exchanged."""
+        pictures, labels = self.__getitems__(indices)
+        if mirrored is not None:
+            pictures = torch.where(mirrored[:, None, None, None], pictures.flip(-1), pictures)
+        return pictures, labels
+
     def _decode(self, item: Item) -> Tensor:
         try:
             return decode(item.source.read(item.name), self.resolution)

@@ -37,6 +37,13 @@ class Folder:
     def read(self, name: str) -> bytes:
         return (self.path / name).read_bytes()
 
+    def size(self, name: str) -> int:
+        """Bytes; -1 when there is no such file."""
+        try:
+            return (self.path / name).stat().st_size
+        except OSError:
+            return -1
+
     def crc(self, name: str) -> int:
         """CRC-32 of the bytes; reads the file."""
         return zlib.crc32(self.read(name))
@@ -60,6 +67,10 @@ class Zip:
         if self._process != os.getpid():
             self._archive, self._process = zipfile.ZipFile(self.path), os.getpid()
         return self._archive.read(self._entries[name])
+
+    def size(self, name: str) -> int:
+        """Bytes of the picture."""
+        return self._entries[name].file_size
 
     def crc(self, name: str) -> int:
         """CRC-32 of the bytes, as the directory of the zip file gives it."""

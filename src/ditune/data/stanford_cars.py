@@ -6,7 +6,8 @@ car_ims/ cars_annos.mat                                           (the whole, wi
 
 from pathlib import Path
 
-from ditune.data.benchmark import Archive, Benchmark, Record, find_top, read_mat
+from ditune.data.archives import Archive
+from ditune.data.benchmark import Benchmark, Record, find_top, read_mat
 
 WHOLE = "cars_annos.mat"
 

@@ -6,7 +6,8 @@ a tenth of all pictures, by a hash of the path, is 'test' and the rest 'train', 
 
 from pathlib import Path
 
-from ditune.data.benchmark import Archive, Benchmark, Record, pictures_below, read_lines
+from ditune.data.archives import Archive
+from ditune.data.benchmark import Benchmark, Record, pictures_below, read_lines
 from ditune.data.pictures import hashed_split
 from ditune.errors import UserError
 

@@ -20,6 +20,7 @@ from ditune.errors import UserError
 from ditune.judging import Comparison, build_comparison
 from ditune.launch.jobs import config_hash
 from ditune.peft import Full
+from ditune.preparing import ensure, training_source
 
 from .callbacks import peak_memory_mib
 from .loggers import close_loggers
@@ -43,6 +44,8 @@ def train(cfg: DictConfig) -> int:
         log.info("%s already holds the result of this config", folder)
         return 0
     torch.set_flush_denormal(True)  # every result in docs/results was made with it; no speed was gained by it
+    if not cfg.dry_run:
+        ensure(cfg)
     parts = build_parts(cfg)
     check_combination(cfg, parts)
     trainer, clock, stop = build_trainer(cfg, parts, folder)
@@ -56,7 +59,8 @@ def train(cfg: DictConfig) -> int:
         return 0
     judged = trainer.is_global_zero and cfg.metrics.n > 0
     comparison = build_comparison(cfg, build_drawer(cfg, parts)) if judged else None
-    stream = PictureStream(parts.pictures, cfg.seed, cfg.data.flip)
+    source = training_source(cfg, parts.pictures, parts.autoencoder)
+    stream = PictureStream(source, cfg.seed, cfg.data.flip)
     result = {"status": "running", **describe(cfg, parts)}
     before = earlier_seconds(folder, resumed)
     write_result(trainer, folder, result)

@@ -1,6 +1,6 @@
 """The one LightningModule: a network, an objective, a PEFT method and an autoencoder, composed by the config."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -72,7 +72,7 @@ class GenerativeModule(pl.LightningModule):
         step = int(positions[0]) // self.batch_size
         draws = Draws(self.seed, step, (positions - step * self.batch_size).tolist(), self.device)
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            x0 = self.autoencoder.to_latent(from_uint8(pictures), lambda shape: draws.normal("posterior", shape))
+            x0 = self.latents(pictures, draws)
         loss = self.objective.loss(self.network, (x0, y), draws, self._state(step))
         if (step + 1) % self.log_every == 0:
             self._log_loss(loss.parts, loss.time, len(y))
@@ -82,6 +82,17 @@ class GenerativeModule(pl.LightningModule):
         self.ema.follow()
         ema = with_weights(self.network, self.ema.average)
         return State(step, self.trainer.max_steps, self.batch_size, ema, ema)
+
+    def latents(self, x: Tensor, draws: Draws) -> Tensor:
+        """What is learned, (N, C, h, w): of pictures, or of their cached mean and log-variance, sampled anew."""
+
+        def normal(shape: Sequence[int]) -> Tensor:
+            return draws.normal("posterior", shape)
+
+        if x.dtype == torch.uint8:
+            return self.autoencoder.to_latent(from_uint8(x), normal)
+        mean, *logvar = x.float().unbind(1)  # (N, M, C, h, w)
+        return self.autoencoder.from_moments(mean, logvar[0] if logvar else None, normal)
 
     def _log_loss(self, parts: dict[str, Tensor], time: Tensor, size: int) -> None:
         values = {f"train/{name}": part.mean() for name, part in parts.items()}
