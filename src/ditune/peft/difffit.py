@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ditune.errors import UserError
 
-from .base import PeftMethod, mlp_name
+from .base import PeftMethod
 from .norm import add_affine_norms, fold_affine_norms, ones
 
 GAMMAS = ("qkv", "proj", "branches")
@@ -69,15 +69,14 @@ class DiffFit(PeftMethod):
             if hasattr(block, "mlp"):
                 _scale_rows(block.mlp.fc2, block.gamma2)
             else:  # experts have no bias that could take the factor for all of them: the branch's gate takes it
-                gate_mlp = slice(5 * len(block.norm2.normalized_shape), None)
-                _scale_rows(block.adaLN_modulation[1], block.gamma2, gate_mlp)
+                _scale_rows(block.adaLN_modulation[1], block.gamma2, slice(-block.attn.proj.out_features, None))
             block.attn.gamma1 = block.attn.gamma2 = block.gamma1 = block.gamma2 = None
         if self.affine_norms:
             fold_affine_norms(network)
 
 
-def _scale_rows(linear: nn.Linear, gamma: Tensor | None) -> None:
-    """gamma * (W x + b) as one linear layer."""
+def _scale_rows(linear: nn.Linear, gamma: Tensor | None, rows: slice = slice(None)) -> None:
+    """gamma * (W x + b) as one linear layer, for all of its rows or some."""
     if gamma is not None:
-        linear.weight.mul_(gamma[:, None])
-        linear.bias.mul_(gamma)
+        linear.weight[rows] *= gamma[:, None]
+        linear.bias[rows] *= gamma
