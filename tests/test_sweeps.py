@@ -211,7 +211,7 @@ def test_one_of_four_jobs_fails_on_rank_1_and_one_is_killed(tmp_path, pictures):
         return done, [job["status"] for job in json.loads((sweep / "summary.json").read_text())["jobs"]]
 
     first, status = start(faults="1")
-    assert status == ["finished", "finished", "failed", "killed"], first.stdout
+    assert status == ["finished", "finished", "failed", "killed"], first.stdout + (sweep / "summary.json").read_text()
     assert first.returncode == 1
     assert "2 of 4 jobs have no result" in first.stderr
     assert "Traceback" not in first.stderr
