@@ -169,7 +169,7 @@ def test_gpus_are_shared_and_never_given_twice(tmp_path):
     script.write_text(
         "import json, os, sys, time\n"
         "folder = next(a for a in sys.argv if a.startswith('run_dir=')).split('=')[1]\n"
-        "start = time.time(); time.sleep(0.5)\n"
+        "start = time.time(); time.sleep(1.5)\n"
         "if os.environ.get('RANK', '0') == '0':\n"
         "    gpus = os.environ['CUDA_VISIBLE_DEVICES'].split(',')\n"
         "    content = {'status': 'finished', 'gpus': gpus, 'start': start, 'end': time.time()}\n"

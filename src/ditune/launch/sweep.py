@@ -115,7 +115,7 @@ class Sweep:
         return len(self.running) < before
 
     def _end(self, tree: Tree, job: Job, codes: list[int]) -> None:
-        """What the exit codes and the result say about a job; a result that still says 'running' is put right."""
+        """What the exit codes and the result say about a job; the result is made to say the same."""
         job.exit_codes, job.seconds = codes, round(time.monotonic() - tree.started, 1)
         path = job.folder / "result.json"
         result = read_json(path) if path.is_file() else {}
@@ -126,7 +126,7 @@ class Sweep:
         killed = any(codes[rank] < 0 for rank in tree.failed_first)
         job.status = "stopped" if said == "stopped" else "killed" if killed else "failed"
         job.error = "; ".join(f"rank {rank}: {tree.reason(rank)}" for rank in tree.failed_first) or "it left no result"
-        if said in ("running", "trained"):
+        if said is not None:  # rank 0 knows only that another rank was gone
             write_json(path, result | {"status": job.status, "error": job.error})
 
 
