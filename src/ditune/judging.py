@@ -111,7 +111,7 @@ def of_run(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
         raise UserError(f"The run {run.folder} was made with metrics.n=0. Set a number of pictures in its config.yaml.")
     network, start = run.network.to(best_device()), time.perf_counter()
     comparison = build_comparison(settings, run.drawer, run.folder / "evaluation")
-    metrics = comparison(network, run.base, run.folder / "samples")
+    metrics = comparison(network, None if run.reshaped else run.base, run.folder / "samples")
     if rank() != 0:
         return path, metrics
     finish_blocks(comparison.evaluation.blocks(network), run.folder / "samples.npz", start)

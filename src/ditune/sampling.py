@@ -65,8 +65,8 @@ def load(cfg: DictConfig, source: str) -> Trained:
     if source == "run":
         return load_run(cfg.run)
     # a bare network has no sampler of its own, as a run has; this is the one that all configs begin with
-    ddim = OmegaConf.load(Path(CONFIGS) / "sampler" / "ddim.yaml")
-    return load_checkpoint(cfg.checkpoint, cfg.autoencoder, ddim, cfg.bf16)
+    sampler = OmegaConf.load(Path(CONFIGS) / "sampler" / "auto.yaml")
+    return load_checkpoint(cfg.checkpoint, cfg.autoencoder, sampler, cfg.bf16)
 
 
 def with_settings(drawer: Drawer, cfg: DictConfig) -> Drawer:

@@ -23,6 +23,7 @@ class Autoencoder(nn.Module, ABC):
 
     shift: Tensor
     scale: Tensor
+    moments = 1  # of the posterior: 1 = its mean, 2 = mean and log-variance
 
     def __init__(self, channels: int, downsample: int) -> None:
         super().__init__()
@@ -45,7 +46,14 @@ class Autoencoder(nn.Module, ABC):
 
         The posterior's mean, or a sample where `normal`, (C, h, w) -> standard normal (N, C, h, w), is given.
         """
-        z, logvar = self.encode(x)
+        return self.from_moments(*self.encode(x), normal)
+
+    @final
+    def from_moments(
+        self, mean: Tensor, logvar: Tensor | None, normal: Callable[[Sequence[int]], Tensor] | None = None
+    ) -> Tensor:
+        """What `encode` gives, perhaps long ago -> (N, C, h, w) for the network; `normal` as in `to_latent`."""
+        z = mean
         if normal is not None and logvar is not None:
             z = z + torch.exp(logvar / 2) * normal(z.shape[1:])
         return (z - self._per_channel(self.shift)) * self._per_channel(self.scale)
@@ -65,6 +73,11 @@ class Autoencoder(nn.Module, ABC):
             )
         side = resolution // self.downsample
         return self.channels, side, side
+
+    @property
+    def name(self) -> str:
+        """For the names of files."""
+        return f"{type(self).__name__.lower()}_{self.channels}"
 
     @property
     def fingerprint(self) -> str:

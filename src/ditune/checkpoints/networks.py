@@ -1,21 +1,25 @@
-"""Networks as files: ours (safetensors that explain themselves) and the official DiT `.pt` files."""
+"""Networks as files: ours (safetensors that explain themselves), and those of others, one module for each format."""
 
 import json
-import pickle
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ditune.errors import UserError
 from ditune.networks import DiT
-from ditune.networks.dit import SIZES
 
+from . import diffusers_dit, official_dit
 from .files import atomic
+from .source import Content, Source
 
 FORMAT = "ditune-network-1"
+# The formats of others, asked in this order. Each module has `recognises(source)` and `read(source, **overrides)`.
+FOREIGN: tuple[ModuleType, ...] = (diffusers_dit, official_dit)
+LABELS = "y_embedder.embedding_table.weight"
 
 
 def save_network(path: Path | str, network: DiT, process: dict, **provenance) -> None:
@@ -40,79 +44,65 @@ def read_header(path: Path | str) -> dict:
     Raises:
         UserError: the file is missing, damaged, or not one of ours.
     """
-    path = _existing(path)
+    source = Source(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("ditune", "{}"))
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is damaged ({error}). Fetch or train it again.") from error
+        header = json.loads(source.header.get("ditune", "{}"))
+    except json.JSONDecodeError as error:
+        raise source.damaged(error) from error
     if header.get("format") != FORMAT:
         raise UserError(f"{path} is no network file of this project. Give one written by save_network.")
     return header
 
 
-def load_network(path: Path | str, **overrides) -> DiT:
+def is_ours(path: Path | str) -> bool:
+    """True for a file by `save_network`, whose header says what the others leave unsaid."""
+    return "ditune" in Source(path).header
+
+
+def load_network(path: Path | str, **overrides: Any) -> nn.Module:
     """Build the network that a file holds, with its weights.
 
     Args:
-        path: our `.safetensors`, or an official DiT `.pt` (bare, or with "ema" or "model" inside, "ema" first).
-        overrides: constructor arguments that replace those of the file (`input_size` for another resolution).
+        path: our `.safetensors`; an official DiT `.pt` (bare, or with "ema" or "model" inside, "ema" first); a folder
+            of diffusers' DiTTransformer2DModel or DiTPipeline.
+        overrides: constructor arguments that replace those of the file. `input_size` is for another resolution. With
+            another `num_classes` the label table is drawn anew, always the same, and keeps the null class.
 
     Raises:
         UserError: the file is missing, damaged, of an unknown kind, or does not fit the overrides.
     """
-    path = _existing(path)
-    if path.suffix == ".safetensors":
-        config = read_header(path)["network"]
-        with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    source = Source(path)
+    if "ditune" in source.header:
+        content = Content(DiT, read_header(path)["network"], source.content)
     else:
-        tensors = _read_official(path)
-        config = _infer_config(tensors, path, **overrides)
-    network = DiT(**(config | overrides))
+        content = _read_foreign(source, overrides)
+    network = content.build(**(content.config | overrides))
+    tensors = content.tensors
+    if overrides.get("num_classes", content.config["num_classes"]) != content.config["num_classes"]:
+        tensors = tensors | {LABELS: _new_labels(tensors[LABELS], network)}
     try:
         network.load_state_dict(tensors)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{path} does not fit the network: {error}. Check the overrides {overrides}.") from error
+    network.file = source.path if source.path.is_file() else None
     return network
 
 
-def _existing(path: Path | str) -> Path:
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"There is no network file {path}. Check the path, or restore the file from the repository.")
-    return path
+def _read_foreign(source: Source, overrides: dict[str, Any]) -> Content:
+    found = next((module for module in FOREIGN if module.recognises(source)), None)
+    if found is None:
+        known = ", ".join(module.__name__.rpartition(".")[2] for module in FOREIGN)
+        raise UserError(
+            f"{source.path} is of no kind that is known ({known}, and this project's own). "
+            "An official DiT file has x_embedder.proj.weight; a folder of diffusers has a config.json."
+        )
+    return found.read(source, **overrides)
 
 
-def _read_official(path: Path) -> dict[str, Tensor]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise UserError(f"{path} is damaged, or holds more than tensors: {error}. Fetch it again.") from error
-    content = content.get("ema", content.get("model", content))
-    if "x_embedder.proj.weight" not in content:
-        raise UserError(f"{path} is no DiT checkpoint: it has no x_embedder.proj.weight. Give an official DiT file.")
-    return content
-
-
-def _infer_config(tensors: dict[str, Tensor], path: Path, input_size: int | None = None, **_) -> dict:
-    """Constructor arguments from shapes; the number of heads from the published sizes."""
-    hidden_size, in_channels, patch_size, _ = tensors["x_embedder.proj.weight"].shape
-    heads = {hidden: num_heads for hidden, _, num_heads in SIZES.values()}
-    if hidden_size not in heads:
-        raise UserError(f"{path} has the unpublished hidden size {hidden_size}. Save it in this project's format.")
-    if input_size is None:
-        if "pos_embed" not in tensors:
-            raise UserError(f"{path} has no pos_embed, which would tell its resolution. Give input_size.")
-        input_size = round(tensors["pos_embed"].shape[1] ** 0.5) * patch_size
-    out = tensors["final_layer.linear.bias"].numel() // patch_size**2
-    return {
-        "input_size": input_size,
-        "patch_size": patch_size,
-        "in_channels": in_channels,
-        "hidden_size": hidden_size,
-        "depth": 1 + max(int(key.split(".")[1]) for key in tensors if key.startswith("blocks.")),
-        "num_heads": heads[hidden_size],
-        "num_classes": tensors["y_embedder.embedding_table.weight"].shape[0] - 1,
-        "learn_sigma": out == 2 * in_channels,
-    }
+def _new_labels(old: Tensor, network: nn.Module) -> Tensor:
+    """A label table for other classes, as a new network has it (std 0.02); the null class is the old one's."""
+    rows, width = network.y_embedder.embedding_table.weight.shape
+    table = torch.empty(rows, width).normal_(std=0.02, generator=torch.Generator().manual_seed(0))
+    if rows == network.num_classes + 1:
+        table[-1] = old[-1]
+    return table

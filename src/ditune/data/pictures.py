@@ -13,7 +13,6 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
@@ -23,25 +22,15 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ditune.data.sources import METADATA, SPLIT_FOLDERS, Folder, Zip, is_picture, open_source
+from ditune.data.manifest import apply_manifest
+from ditune.data.sources import METADATA, SPLIT_FOLDERS, Folder, Item, Zip, is_picture, open_source
 from ditune.data.transforms import center_crop, to_rgb
 from ditune.errors import UserError
 
 ONE_CLASS = "all"  # class of pictures that lie in no folder
-# What Pillow and zipfile raise for damaged, truncated, encrypted or absurdly large files.
+# What Pillow, zipfile and the file system raise for damaged, truncated, missing, encrypted or absurdly large files.
 BROKEN = (OSError, ValueError, SyntaxError, RuntimeError, EOFError, TypeError, IndexError)
 BROKEN += (struct.error, zlib.error, zipfile.BadZipFile, Image.DecompressionBombError)
-
-
-@dataclass(frozen=True)
-class Item:
-    """One picture and what its source says about it."""
-
-    source: Folder | Zip
-    name: str  # path inside the source
-    class_name: str
-    split: str
-    row: dict[str, str]  # the row of metadata.csv, or only file_name
 
 
 class Pictures(Dataset):
@@ -57,6 +46,7 @@ class Pictures(Dataset):
     in_memory     decode everything at the first access, or in `load()`; call that before worker processes start,
                   else each of them decodes for itself. False = decode what is asked for.
     limit         keep this many (at least 1), evenly spaced over the sorted pictures; None = all
+    manifest      file written by src/prepare.py; where it is there, pictures that it skips are left out
 
     Sorted by (source, file name). `labels` (N,) int64; `class_names`, `num_classes`; `names` and `rows` (N entries).
     A DataLoader over it needs `collate_fn` to be the identity, since `__getitems__` returns a batch.
@@ -72,11 +62,26 @@ class Pictures(Dataset):
         classes: str | Path | Sequence[str] | None = None,
         in_memory: bool = True,
         limit: int | None = None,
+        manifest: str | Path | None = None,
     ) -> None:
         paths = [sources] if isinstance(sources, (str, Path)) else list(sources)
         found = [item for path in paths for item in _read_items(open_source(path), class_column)]
-        self.class_names = _class_names(classes, found)
-        items = found if split is None else [item for item in found if item.split == split]
+        self.fill(found, _class_names(classes, found), resolution, split, in_memory, limit, manifest)
+
+    def fill(
+        self,
+        found: list[Item],
+        class_names: list[str],
+        resolution: int,
+        split: str | None,
+        in_memory: bool,
+        limit: int | None,
+        manifest: str | Path | None,
+    ) -> None:
+        """Take the pictures of one split out of all that were found."""
+        self.class_names, self.everything = class_names, found
+        self.hashes, kept = apply_manifest(found, manifest)
+        items = kept if split is None else [item for item in kept if item.split == split]
         if not items:
             splits = ", ".join(sorted({item.split for item in found}))
             raise UserError(f"There is no picture in the split '{split}'. The sources have these splits: {splits}.")
@@ -98,9 +103,9 @@ class Pictures(Dataset):
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of what is in this data set, wherever it lies: names, CRCs, labels, classes, resolution and split."""
+        """sha256 of what is in this data set, wherever it lies: names, hashes, labels, classes, resolution, split."""
         contents = [
-            (item.name, item.source.crc(item.name), label)
+            (item.name, self.hashes[item] if self.hashes else item.source.crc(item.name), label)
             for item, label in zip(self._items, self.labels.tolist(), strict=True)
         ]
         text = json.dumps([contents, self.class_names, self.resolution, self.split])
@@ -128,15 +133,28 @@ class Pictures(Dataset):
             return self.load()[index], self.labels[index]
         return torch.stack([self._decode(self._items[i]) for i in index.tolist()]), self.labels[index]
 
+    def take(self, indices: Sequence[int], mirrored: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As `__getitems__`; where `mirrored` (B,) is True, left and right are exchanged."""
+        pictures, labels = self.__getitems__(indices)
+        if mirrored is not None:
+            pictures = torch.where(mirrored[:, None, None, None], pictures.flip(-1), pictures)
+        return pictures, labels
+
     def _decode(self, item: Item) -> Tensor:
         try:
-            with Image.open(io.BytesIO(item.source.read(item.name))) as image:
-                square = center_crop(to_rgb(image), self.resolution)
+            return decode(item.source.read(item.name), self.resolution)
         except BROKEN as error:
             raise UserError(
-                f"The picture {item.name} in {item.source.path} cannot be read ({error}). Replace it or take it out."
+                f"The picture {item.name} in {item.source.path} cannot be read ({error}). Replace it or take it out; "
+                "`python src/prepare.py` with policy=skip leaves out all that are broken."
             ) from error
-        return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()  # (3, R, R)
+
+
+def decode(content: bytes, resolution: int) -> Tensor:
+    """The picture in a file's bytes, uint8 (3, R, R); one of `BROKEN` when there is none."""
+    with Image.open(io.BytesIO(content)) as image:
+        square = center_crop(to_rgb(image), resolution)
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()  # (3, R, R)
 
 
 def _read_items(source: Folder | Zip, class_column: str | None) -> list[Item]:
@@ -177,7 +195,7 @@ def _from_metadata(source: Folder | Zip, class_column: str | None) -> list[Item]
                 f"Row {line} of {METADATA} in {source.path} has nothing in the column '{class_column}'. "
                 "Fill it in or remove the row."
             )
-        split = row["split"] if "split" in columns else _hashed_split(name)
+        split = row["split"] if "split" in columns else hashed_split(name)
         items.append(Item(source, name, class_name, split, row))
     return items
 
@@ -189,7 +207,7 @@ def _from_folders(source: Folder | Zip) -> list[Item]:
     items = []
     for name in names:
         inside = name.partition("/")[2] if has_splits else name
-        split = name.partition("/")[0] if has_splits else _hashed_split(name)
+        split = name.partition("/")[0] if has_splits else hashed_split(name)
         items.append(Item(source, name, _first_folder(inside), split, {"file_name": name}))
     loose = [item for item in items if item.class_name == ONE_CLASS]
     if 0 < len(loose) < len(items):
@@ -205,7 +223,7 @@ def _first_folder(name: str) -> str:
     return folder if slash else ONE_CLASS
 
 
-def _hashed_split(name: str) -> str:
+def hashed_split(name: str) -> str:
     """The same for a path on every machine, whatever else is in the source."""
     return "test" if int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) % 10 == 0 else "train"
 

@@ -3,6 +3,7 @@
 import os
 import zipfile
 import zlib
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from ditune.errors import UserError
@@ -22,16 +23,26 @@ def is_hidden(name: str) -> bool:
 
 
 class Folder:
-    """A folder and all below it; `names` are sorted and relative, with slashes."""
+    """A folder and all below it; `names` are sorted and relative, with slashes (None = looked up)."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, names: list[str] | None = None) -> None:
         self.path = path
+        if names is not None:
+            self.names = names
+            return
         files = (Path(top, file) for top, _, found in os.walk(path, followlinks=True) for file in found)
         names = (file.relative_to(path).as_posix() for file in files)
         self.names = sorted(name for name in names if not is_hidden(name))
 
     def read(self, name: str) -> bytes:
         return (self.path / name).read_bytes()
+
+    def size(self, name: str) -> int:
+        """Bytes; -1 when there is no such file."""
+        try:
+            return (self.path / name).stat().st_size
+        except OSError:
+            return -1
 
     def crc(self, name: str) -> int:
         """CRC-32 of the bytes; reads the file."""
@@ -57,12 +68,27 @@ class Zip:
             self._archive, self._process = zipfile.ZipFile(self.path), os.getpid()
         return self._archive.read(self._entries[name])
 
+    def size(self, name: str) -> int:
+        """Bytes of the picture."""
+        return self._entries[name].file_size
+
     def crc(self, name: str) -> int:
         """CRC-32 of the bytes, as the directory of the zip file gives it."""
         return self._entries[name].CRC
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_archive": None, "_process": None}
+
+
+@dataclass(frozen=True, eq=False)
+class Item:
+    """One picture and what its source says about it."""
+
+    source: Folder | Zip
+    name: str  # path inside the source
+    class_name: str
+    split: str
+    row: dict[str, str]  # the row of metadata.csv, or only file_name
 
 
 def open_source(path: str | Path) -> Folder | Zip:

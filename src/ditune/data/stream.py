@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ditune.data.latents import Latents
 from ditune.data.pictures import Pictures
 from ditune.draws import generator, mix
 from ditune.errors import UserError
@@ -16,12 +17,12 @@ class PictureStream(Dataset):
     """An endless, shuffled sequence of pictures; position p stands in pass p // N over the N pictures.
 
     Args:
-        pictures: what is drawn from.
+        pictures: what is drawn from, or the cache of their latents.
         seed: the run's seed.
         flip: half of the positions are mirrored left to right. Off for flags, signs and letters.
     """
 
-    def __init__(self, pictures: Pictures, seed: int, flip: bool = False):
+    def __init__(self, pictures: Pictures | Latents, seed: int, flip: bool = False):
         self.pictures, self.seed, self.flip = pictures, seed, flip
         self._order = lru_cache(maxsize=2)(self._permutation)
 
@@ -36,13 +37,11 @@ class PictureStream(Dataset):
         self._order = lru_cache(maxsize=2)(self._permutation)
 
     def __getitems__(self, positions: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """uint8 pictures (B, 3, R, R), labels (B,), positions (B,)."""
+        """uint8 pictures (B, 3, R, R) or float16 latents (B, M, C, h, w); labels (B,), positions (B,)."""
         passes = [divmod(position, len(self.pictures)) for position in positions]
-        pictures, labels = self.pictures.__getitems__([self._order(epoch)[item] for epoch, item in passes])
-        if self.flip:
-            mirrored = torch.tensor([mix(self.seed, 1, position) % 2 == 1 for position in positions])
-            pictures = torch.where(mirrored[:, None, None, None], pictures.flip(-1), pictures)
-        return pictures, labels, torch.tensor(positions)
+        indices = [self._order(epoch)[item] for epoch, item in passes]
+        mirrored = torch.tensor([mix(self.seed, 1, p) % 2 == 1 for p in positions]) if self.flip else None
+        return *self.pictures.take(indices, mirrored), torch.tensor(positions)
 
 
 class MicroBatches(Sampler[list[int]]):

@@ -11,7 +11,7 @@ import torch
 from omegaconf import DictConfig
 
 import ditune
-from ditune.build import Parts, build_drawer, build_parts, make, plain, uses_bf16
+from ditune.build import Parts, build_drawer, build_parts, make, uses_bf16
 from ditune.checkpoints import load_network, read_json, save_adapter, save_network, write_json
 from ditune.cli import in_sweep
 from ditune.data.stream import PictureStream, micro_batch_size
@@ -20,6 +20,7 @@ from ditune.errors import UserError
 from ditune.judging import Comparison, build_comparison
 from ditune.launch.jobs import config_hash
 from ditune.peft import Full
+from ditune.preparing import ensure, training_source
 
 from .callbacks import peak_memory_mib
 from .loggers import close_loggers
@@ -43,6 +44,8 @@ def train(cfg: DictConfig) -> int:
         log.info("%s already holds the result of this config", folder)
         return 0
     torch.set_flush_denormal(True)  # every result in docs/results was made with it; no speed was gained by it
+    if not cfg.dry_run:
+        ensure(cfg)
     parts = build_parts(cfg)
     check_combination(cfg, parts)
     trainer, clock, stop = build_trainer(cfg, parts, folder)
@@ -56,7 +59,8 @@ def train(cfg: DictConfig) -> int:
         return 0
     judged = trainer.is_global_zero and cfg.metrics.n > 0
     comparison = build_comparison(cfg, build_drawer(cfg, parts)) if judged else None
-    stream = PictureStream(parts.pictures, cfg.seed, cfg.data.flip)
+    source = training_source(cfg, parts.pictures, parts.autoencoder)
+    stream = PictureStream(source, cfg.seed, cfg.data.flip)
     result = {"status": "running", **describe(cfg, parts)}
     before = earlier_seconds(folder, resumed)
     write_result(trainer, folder, result)
@@ -144,8 +148,8 @@ def describe(cfg: DictConfig, parts: Parts) -> dict[str, Any]:
     return {
         "name": cfg.name,
         "config_hash": config_hash(cfg),
-        "method": type(parts.method).__name__,
-        "peft": {key: value for key, value in plain(cfg.peft).items() if key != "_target_"},
+        "method": parts.method.title,
+        "peft": parts.method.arguments,
         "parameters": {"trainable": trainable, "total": total, "share": trainable / total},
         "batch_size": cfg.batch_size,
         "max_steps": cfg.max_steps,
@@ -178,12 +182,13 @@ def finish(
 ) -> None:
     """Save what was trained, then judge it and the base by the same protocol."""
     folder = Path(cfg.paths.output_dir)
+    base = None if parts.reshaped else parts.base  # a network of another shape is no better or worse than its base
     parts.network.to(trainer.strategy.root_device)  # Lightning has put it back on the CPU
     with module.ema.applied():
         start = time.perf_counter()
         save_trained(cfg, parts, folder)
         result["denoising"] = denoising(cfg, parts)
-        result["metrics"] = {} if comparison is None else comparison(parts.network, parts.base, folder / "samples")
+        result["metrics"] = {} if comparison is None else comparison(parts.network, base, folder / "samples")
         result["seconds"]["evaluation"] = time.perf_counter() - start
     result["status"] = "finished"
     after = result["metrics"].get("after", {})
@@ -199,7 +204,7 @@ def denoising(cfg: DictConfig, parts: Parts) -> dict[str, float]:
         log.info("no loss on a test split: %s", error)
         return {}
     networks = {"after": parts.network.eval()}
-    if parts.base is not None:
+    if parts.base is not None and not parts.reshaped:
         networks["before"] = load_network(parts.base).to(next(parts.network.parameters()).device).eval()
     return {
         name: denoising_loss(network, parts.objective, parts.autoencoder, pictures, cfg.metrics.seed, uses_bf16(cfg))
@@ -219,13 +224,5 @@ def save_trained(cfg: DictConfig, parts: Parts, folder: Path) -> None:
     if parts.base is None:
         save_network(folder / "network.safetensors", parts.network, process, **common)
         return
-    arguments = {k: v for k, v in plain(cfg.peft).items() if k != "_target_"}
-    save_adapter(
-        folder / "adapter",
-        parts.method.state_dict(parts.network),
-        peft=arguments,
-        network=parts.network.config,
-        process=process,
-        base={"file": parts.base.name, "sha256": parts.base_sha256},
-        **common,
-    )
+    base = {"file": parts.base.name, "sha256": parts.base_sha256, "network": parts.base_config, "classes": cfg.classes}
+    save_adapter(parts.network, folder / "adapter", base=base, process=process, **common)

@@ -1,0 +1,44 @@
+"""Caltech-UCSD Birds-200-2011 (Wah et al. 2011, CNS-TR-2011-001): 200 species of birds."""
+
+from pathlib import Path
+
+from ditune.data.archives import Archive
+from ditune.data.benchmark import Benchmark, Record, number, read_table
+from ditune.errors import UserError
+
+
+class CUB(Benchmark):
+    title = "CUB-200-2011"
+    homepage = "https://www.vision.caltech.edu/datasets/cub_200_2011/"
+    licence = "The licence is not stated; photographs from Flickr whose rights are their authors'. Research use."
+    archives = (
+        Archive(
+            "CUB_200_2011.tgz",
+            makes="CUB_200_2011",
+            urls=("https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz",),
+            md5="97eceeb196236b17998738112f37df78",
+        ),
+    )
+    tops = ("CUB_200_2011",)
+    marker = "images.txt"
+    published = {"train": 5994, "test": 5794, "classes": 200}
+
+    @classmethod
+    def read(cls, top: Path) -> tuple[list[str], list[Record]]:
+        classes = read_table(top / "classes.txt", 2)  # 1 001.Black_footed_Albatross
+        paths = dict(read_table(top / "images.txt", 2))
+        labels = dict(read_table(top / "image_class_labels.txt", 2))  # 1 .. 200
+        splits = dict(read_table(top / "train_test_split.txt", 2))  # 1 = train
+        for name, table in (("image_class_labels.txt", labels), ("train_test_split.txt", splits)):
+            if table.keys() != paths.keys():
+                different = sorted(table.keys() ^ paths.keys())[0]
+                raise UserError(f"{top / name} and images.txt differ at picture {different}. Unpack the archive again.")
+        records = [
+            Record(
+                f"images/{path}",
+                number(labels[i], top / "image_class_labels.txt") - 1,
+                "train" if splits[i] == "1" else "test",
+            )
+            for i, path in paths.items()
+        ]
+        return [name.partition(".")[2].replace("_", " ") for _, name in classes], records

@@ -1,0 +1,65 @@
+"""Stanford Cars (Krause et al. 2013): 196 models of cars, in one of its two published layouts.
+
+cars_train/ cars_test/ devkit/ cars_test_annos_withlabels.mat     (the challenge's)
+car_ims/ cars_annos.mat                                           (the whole, with a test flag)
+"""
+
+from pathlib import Path
+
+from ditune.data.archives import Archive
+from ditune.data.benchmark import Benchmark, Record, find_top, read_mat
+
+WHOLE = "cars_annos.mat"
+
+
+class StanfordCars(Benchmark):
+    title = "Stanford Cars"
+    homepage = "https://github.com/pytorch/vision/issues/7545"
+    licence = "The licence is not stated; photographs from the web whose rights are their authors'. Research use."
+    archives = (
+        Archive("car_devkit.tgz", makes="stanford_cars/devkit", into="stanford_cars"),
+        Archive("cars_train.tgz", makes="stanford_cars/cars_train", into="stanford_cars"),
+        Archive("cars_test.tgz", makes="stanford_cars/cars_test", into="stanford_cars"),
+        Archive(
+            "cars_test_annos_withlabels.mat",
+            makes="stanford_cars/cars_test_annos_withlabels.mat",
+            into="stanford_cars",
+        ),
+    )
+    by_hand = (
+        "Stanford's address has been dead since 2023. Mirrors: "
+        "https://www.kaggle.com/datasets/rickyyyyyyy/torchvision-stanford-cars has this layout; car_ims/ with "
+        "cars_annos.mat is read too; of https://www.kaggle.com/datasets/cyizhuo/stanford-cars-by-classes-folder "
+        "use data=folder data.root=<folder>."
+    )
+    tops = ("stanford_cars",)
+    marker = "devkit/cars_meta.mat"
+    published = {"train": 8144, "test": 8041, "classes": 196}
+
+    @classmethod
+    def find(cls, root: Path) -> Path | None:
+        return find_top(root, cls.tops, cls.marker) or find_top(root, cls.tops, WHOLE)
+
+    @classmethod
+    def read(cls, top: Path) -> tuple[list[str], list[Record]]:
+        if not (top / cls.marker).exists():
+            return cls._read_whole(top / WHOLE)
+        names = [str(name) for name in read_mat(top / "devkit" / "cars_meta.mat", "class_names")]
+        labelled = top / "cars_test_annos_withlabels.mat"
+        annotations = {
+            "train": top / "devkit" / "cars_train_annos.mat",
+            "test": labelled if labelled.exists() else top / "devkit" / labelled.name,
+        }
+        return names, [
+            Record(f"cars_{split}/{row['fname']}", int(row["class"]) - 1, split)  # classes are 1 .. 196
+            for split, path in annotations.items()
+            for row in read_mat(path, "annotations")
+        ]
+
+    @classmethod
+    def _read_whole(cls, path: Path) -> tuple[list[str], list[Record]]:
+        names = [str(name) for name in read_mat(path, "class_names")]
+        return names, [
+            Record(str(row["relative_im_path"]), int(row["class"]) - 1, "test" if row["test"] else "train")
+            for row in read_mat(path, "annotations")
+        ]

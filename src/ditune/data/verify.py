@@ -1,0 +1,123 @@
+"""Every picture of a data set is read, hashed and decoded once; the manifest says which ones are sound."""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+from ditune.checkpoints.files import atomic, write_json
+from ditune.data.manifest import describe, is_current, read_manifest, write_manifest
+from ditune.data.pictures import BROKEN, Pictures, decode
+from ditune.data.sources import Item
+from ditune.errors import UserError
+from ditune.sharing import locked, share
+
+log = logging.getLogger(__name__)
+
+PIECE = 512  # pictures that one process checks at a time
+SHOWN = 5  # problems in a message; all are in the report
+
+
+def verify(pictures: Pictures, path: Path, policy: str, again: bool = False) -> None:
+    """Write the manifest of all splits of `pictures` to `path`, and report.json beside it.
+
+    What was found is kept in checked.csv beside it; while that is valid, nothing is read again.
+
+    Args:
+        pictures: as they are, without a manifest.
+        policy: 'skip' = leave broken pictures out and report them; 'raise' = stop at them.
+        again: read everything again.
+
+    Raises:
+        UserError: pictures are broken and the policy is 'raise'; they are listed in report.json.
+    """
+    if policy not in ("skip", "raise"):
+        raise UserError(f"policy is '{policy}'. Set skip (leave broken pictures out) or raise (stop at them).")
+    items, checked, report = pictures.everything, path.with_name("checked.csv"), path.with_name("report.json")
+    if again:
+        checked.unlink(missing_ok=True)
+    if not is_valid(items, checked):
+        _check_all(items, checked, pictures.resolution)
+    rows = read_manifest(checked)
+    problems = {f"{row['source']}:{row['file_name']}": row["problem"] for row in rows if row["problem"]}
+    write_json(report, _report(pictures, rows, problems))
+    for sentence in getattr(pictures, "incomplete", []):
+        log.warning("%s", sentence)
+    if problems and policy == "raise":
+        first = "; ".join(f"{name.partition(':')[2]}: {text}" for name, text in list(problems.items())[:SHOWN])
+        raise UserError(
+            f"{len(problems):,} of {len(rows):,} pictures are broken: {first}. Put whole files there, or leave them "
+            f"out with `python src/prepare.py` and policy=skip. All are listed in {report}."
+        )
+    if problems:
+        log.warning("%d broken pictures are left out; see %s", len(problems), report)
+    if not path.is_file() or path.read_bytes() != checked.read_bytes():
+        with atomic(path) as temporary:
+            shutil.copyfile(checked, temporary)
+
+
+def is_valid(items: list[Item], path: Path) -> bool:
+    """True when the file lists these pictures, with the sizes of their files."""
+    if not path.is_file():
+        return False
+    try:
+        rows = read_manifest(path)
+    except UserError as error:
+        log.warning("%s", error)
+        return False
+    if not is_current(items, rows):
+        return False
+    return all(str(item.source.size(item.name)) == row["bytes"] for item, row in zip(items, rows, strict=True))
+
+
+def _check_all(items: list[Item], path: Path, resolution: int) -> None:
+    pieces = -(-len(items) // PIECE)
+    listing = json.dumps([(who, item.source.size(item.name)) for who, item in zip(describe(items), items, strict=True)])
+    folder = path.with_name(f".checking-{hashlib.sha256(listing.encode()).hexdigest()[:16]}")
+
+    def work(i: int) -> None:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            part = list(pool.map(partial(check, resolution=resolution), items[i * PIECE : (i + 1) * PIECE]))
+        with atomic(folder / f"{i}.json") as temporary:
+            temporary.write_text(json.dumps(part), encoding="utf-8")
+
+    share(folder, pieces, work, lambda: is_valid(items, path), "checking pictures")
+    with locked(path.with_name(".checked.lock")):
+        if not is_valid(items, path):
+            parts = (json.loads((folder / f"{i}.json").read_text(encoding="utf-8")) for i in range(pieces))
+            write_manifest(path, items, [tuple(entry) for part in parts for entry in part])
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def check(item: Item, resolution: int) -> tuple[int, str, str]:
+    """Bytes, sha256 and problem of a picture ('' = none; -1 bytes = there is no file)."""
+    try:
+        content = item.source.read(item.name)
+    except FileNotFoundError:
+        return -1, "", "there is no such file"
+    except BROKEN as error:
+        return item.source.size(item.name), "", f"cannot be read ({error})"
+    digest = hashlib.sha256(content).hexdigest()
+    if not content:
+        return 0, digest, "the file is empty"
+    try:
+        decode(content, resolution)
+    except BROKEN as error:
+        return len(content), digest, " ".join(str(error).split()) or type(error).__name__
+    return len(content), digest, ""
+
+
+def _report(pictures: Pictures, rows: list[dict[str, str]], problems: dict[str, str]) -> dict:
+    sound = [row for row in rows if not row["problem"]]
+    splits = sorted({row["split"] for row in rows})
+    return {
+        "pictures": {split: sum(row["split"] == split for row in sound) for split in splits},
+        "classes": len(pictures.class_names),
+        "copies": len(sound) - len({row["sha256"] for row in sound}),  # of another picture, byte by byte
+        "differs_from_published": getattr(pictures, "incomplete", []),
+        "left_out": problems,
+    }
