@@ -19,6 +19,7 @@ from .checkpoint_io import AtomicCheckpointIO, newest_checkpoint
 from .metrics_csv import MetricsCsv
 from .module import GenerativeModule
 from .progress import TrainingProgress
+from .strips import DrawStrips
 
 log = logging.getLogger(__name__)
 
@@ -139,6 +140,10 @@ def build_trainer(cfg: DictConfig, parts: Parts, folder: Path) -> tuple[pl.Train
             save_on_train_epoch_end=False,
         ),
     ]
+    if drawer.process.network.get("step"):
+        strips = cfg.callbacks.strips
+        arguments = (strips.n, list(strips.steps), cfg.seed, folder / "samples", sheets.every_n_steps)
+        callbacks.append(DrawStrips(drawer, parts.pictures, *arguments))
     trainer = make(cfg.trainer, "trainer", callbacks=callbacks, logger=False, plugins=[AtomicCheckpointIO()])
     return trainer, clock, stop
 
