@@ -154,7 +154,7 @@ def test_configs_that_are_not_ours(saved):
     for change, message in (
         ({"format": "ditune-adapter-9"}, "format 'ditune-adapter-9'"),
         ({"peft": {"name": "difffit", "lr": 1, "size": 3}}, r"does not know.*size"),
-        ({"peft": {"name": "diffit"}}, "no method 'diffit'"),
+        ({"peft": {"name": "diffit"}}, "no method.*diffit"),
         ({"peft_type": "NEXTLORA"}, "no method 'NEXTLORA'"),
     ):
         file.write_text(json.dumps(config | change))
@@ -209,7 +209,7 @@ def test_a_network_is_adapted_once():
 def test_adapters_by_name(saved):
     path, folder = saved
     adapters = load_adapters(load_network(path), {"one": folder})
-    with pytest.raises(UserError, match="no adapter 'two'. Choose of one"):
+    with pytest.raises(UserError, match=r"no adapter 'two'\. Choose of one"):
         adapters.use("two")
     with pytest.raises(UserError, match="already"):
         adapters.add("one", build_method("bitfit"), {})

@@ -153,7 +153,8 @@ class HuggingFace(PeftMethod):
         path, _, attribute = key.removeprefix(PREFIX).rpartition(".")
         found = layers(network)
         layer = next(iter(found.values())) if path == "base_model" else found.get(path)
-        return getattr(layer, attribute, {}).get(ADAPTER)
+        by_adapter = getattr(layer, attribute, ())
+        return by_adapter[ADAPTER] if hasattr(by_adapter, "__contains__") and ADAPTER in by_adapter else None
 
     @property
     def _changes_the_base(self) -> bool:
