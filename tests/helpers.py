@@ -30,6 +30,8 @@ SMALL = [
     "callbacks.samples.n=2",
     "metrics.n=0",
 ]
+# The same by flow matching.
+SMALL_FLOW = [override for override in SMALL if not override.startswith("objective.")] + ["objective=flow_matching"]
 
 
 def golden(name: str) -> dict[str, Tensor]:

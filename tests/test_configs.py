@@ -1,6 +1,7 @@
 """Every config composes, builds and explains itself; the package's arrows point one way."""
 
 import ast
+import copy
 import inspect
 from pathlib import Path
 
@@ -33,24 +34,25 @@ def test_every_option_of_every_group_composes(tmp_path, group, option):
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-@pytest.mark.parametrize("method", METHODS)
-def test_every_experiment_builds_with_every_method(tmp_path, experiment, method):
+def test_every_experiment_builds_with_every_method(tmp_path, experiment):
     """With a small network; its base file is written in the shape that the experiment asks for."""
-    overrides = [f"experiment={experiment}", f"peft={method}", "network=tiny", "data.pictures.in_memory=false"]
-    cfg = compose(tmp_path, *overrides, "pretrained=null")
-    if method != "full" and cfg.network.learn_sigma != ("learned" in cfg.objective.process.variance):
-        cfg.network.learn_sigma = not cfg.network.learn_sigma
-    parts = build_parts(cfg)
-    base = tmp_path / "base.safetensors"
+    overrides = [f"experiment={experiment}", "network=tiny", "data.pictures.in_memory=false"]
+    cfg = compose(tmp_path, *overrides, "peft=full", "pretrained=null")
+    if cfg.network.learn_sigma != ("learned" in cfg.objective.process.variance):
+        overrides.append(f"network.learn_sigma={not cfg.network.learn_sigma}")
+    parts = build_parts(compose(tmp_path, *overrides, "peft=full", "pretrained=null"))
     parts.method.merge(parts.network)
+    base = tmp_path / "base.safetensors"
     names = {"class_names": parts.pictures.class_names, "autoencoder": parts.autoencoder.fingerprint}
     save_network(base, parts.network, parts.objective.process.config, **names)
-    adapted = build_parts(compose(tmp_path, *overrides, f"pretrained={base}"))
-    assert type(adapted.method) is METHODS[method]
-    assert adapted.base == base
-    optimizer = make(cfg.optimizer, "optimizer")
-    make(cfg.scheduler, "scheduler")
-    assert optimizer.keywords["lr"] == cfg.optimizer.lr
+    assert build_parts(compose(tmp_path, *overrides, "peft=difffit", f"pretrained={base}")).base == base
+    for name in METHODS:
+        cfg = compose(tmp_path, *overrides, f"peft={name}", f"pretrained={base}")
+        method = make(cfg.peft, "peft")
+        method.apply(copy.deepcopy(parts.network))
+        assert type(method) is type(build_peft(name, lr=1.0))
+        assert make(cfg.optimizer, "optimizer").keywords["lr"] == cfg.optimizer.lr
+        make(cfg.scheduler, "scheduler")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -86,7 +88,7 @@ def test_constructors_refuse_unknown_keys(tmp_path, pictures):
 
 PLAIN = ("_target_", "_partial_", "defaults", "- ", "# ")
 # groups whose head line, or the library that is called, explains every key
-EXPLAINED_BY_THEIR_HEAD = {"experiment", "hydra", "debug", "logger"}
+EXPLAINED_BY_THEIR_HEAD = {"experiment", "hydra", "debug", "logger", "sweep"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(CONFIGS)))
@@ -112,11 +114,14 @@ ALLOWED = {
     "processes": {"errors"},
     "objectives": {"errors", "processes"},
     "samplers": {"errors", "processes", "draws"},
-    "data": {"errors", "draws", "checkpoints.files"},
+    "fetch": {"errors", "checkpoints.files"},
+    "sharing": set(),
+    "data": {"errors", "draws", "fetch", "sharing", "checkpoints.files"},
     "autoencoders": {"errors", "checkpoints.files"},
     "metrics": {"errors"},
     "peft": {"errors", "networks"},
-    "checkpoints": {"errors", "networks", "peft"},
+    "checkpoints": {"errors", "networks", "peft", "fetch"},
+    "launch": {"errors", "checkpoints.files"},
 }
 
 

@@ -29,7 +29,7 @@ MISTAKES = {
     "empty batch": (["batch_size=0"], "batch_size is the global batch, 0"),
     "resume by a path": (["resume=last.ckpt"], "resume=auto"),
     "no such network": (["network.name=dit_xxl_2"], "there is no network 'dit_xxl_2'"),
-    "no such method": (["peft.name=dora"], "dora"),
+    "no such method": (["peft.name=diffit"], "There is no method 'diffit'"),
     "key of another method": (["peft=bitfit", "+peft.gamma_depth=1"], "gamma_depth"),
     "key that AdamW does not have": (["+optimizer.momentum=0.9"], "momentum"),
     "too many gammas": (["peft=difffit", "peft.gamma_depth=3"], "Set 0 to 2"),

@@ -1,7 +1,8 @@
 """From a composed config to the parts of a run. The groups meet only here, so their contradictions show here."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,14 +13,15 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from ditune.autoencoders import Autoencoder
-from ditune.checkpoints import load_network, read_header, sha256
+from ditune.checkpoints import is_ours, load_network, locate, read_header, sha256
 from ditune.data import Pictures
 from ditune.drawing import Drawer
 from ditune.errors import UserError
 from ditune.evaluation import Evaluation
 from ditune.networks import DiT
-from ditune.objectives import GaussianDiffusion
-from ditune.peft import PeftMethod
+from ditune.objectives import Objective
+from ditune.peft import PeftMethod, adapt_labels
+from ditune.samplers import check
 
 
 @dataclass
@@ -30,9 +32,11 @@ class Parts:
     autoencoder: Autoencoder
     network: DiT  # with the method applied to it
     method: PeftMethod
-    objective: GaussianDiffusion
+    objective: Objective
     base: Path | None  # file of the pretrained network; None = the network starts from scratch
     base_sha256: str | None
+    base_config: dict | None  # of the network in that file
+    reshaped: bool  # whether the network has other classes than the base, or another resolution
 
 
 def make(config: DictConfig | None, what: str, **kwargs: object):
@@ -66,13 +70,20 @@ def build_parts(cfg: DictConfig) -> Parts:
     pictures = make(cfg.data.pictures, "data")
     autoencoder = make(cfg.autoencoder, "autoencoder")
     objective = make(cfg.objective, "objective")
-    method = make(cfg.peft, "peft")
-    network, base = build_network(cfg, pictures.class_names, autoencoder, objective)
-    method.apply(network)
+    method = make(cfg.peft, "peft", _convert_="all")
+    network, base, base_config = build_network(cfg, pictures.class_names, autoencoder, objective)
+    reshaped = cfg.classes is not None or base_config not in (None, network.config)
+    if cfg.classes is not None and not (method.train_labels and base):
+        raise UserError(
+            "classes= makes a new label table of a pretrained one. Set pretrained= and peft.train_labels=true."
+        )
+    with seeded(cfg.seed):
+        method.apply(network)
     if uses_bf16(cfg):
         freeze_in_bf16(network)
     network.gradient_checkpointing = cfg.gradient_checkpointing
-    return Parts(pictures, autoencoder, network, method, objective, base, sha256(base) if base else None)
+    hashed = sha256(base) if base else None
+    return Parts(pictures, autoencoder, network, method, objective, base, hashed, base_config, reshaped)
 
 
 def missing_keys(values: object, path: str = "") -> list[str]:
@@ -83,34 +94,69 @@ def missing_keys(values: object, path: str = "") -> list[str]:
 
 
 def build_network(
-    cfg: DictConfig, class_names: list[str], autoencoder: Autoencoder, objective: GaussianDiffusion
-) -> tuple[DiT, Path | None]:
-    """The network of the config, from its pretrained file where one is named, else from seeded initial weights."""
+    cfg: DictConfig, class_names: list[str], autoencoder: Autoencoder, objective: Objective
+) -> tuple[DiT, Path | None, dict | None]:
+    """The network of the config, from its pretrained file where one is named, else from seeded initial weights.
+
+    With it, the file and the config of the network in it: new classes and another resolution change that.
+    """
     channels, side, _ = autoencoder.latent_shape(cfg.data.resolution)
     shape = {"in_channels": channels, "input_size": side, "num_classes": len(class_names)}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(cfg.seed)
+    with seeded(cfg.seed):
         network = make(cfg.network, "network", **shape)
     if cfg.pretrained is None:
-        return network, None
-    base = Path(cfg.pretrained)
-    loaded = load_network(base)
+        return network, None, None
+    base = locate(cfg.pretrained, Path(cfg.paths.cache_dir) / "networks", download=not cfg.dry_run)
+    loaded, header = load_network(base), read_header(base) if is_ours(base) else None
+    base_config = loaded.config
+    if cfg.new_resolution:
+        loaded = at_resolution(loaded, network.config["input_size"], network.config["pos_embed_scale"])
+    if cfg.classes is not None:
+        names = header and header["provenance"]["class_names"]
+        with seeded(cfg.seed):
+            adapt_labels(loaded, cfg.classes, class_names, names)
     if loaded.num_classes != len(class_names):
         raise UserError(
             f"The base network {base.name} knows {loaded.num_classes} classes, the data has {len(class_names)}. "
-            "Give data with the base's classes (data.classes), or train without a base (pretrained=null peft=full)."
+            "Give data with the base's classes (data.classes), adapt its label table (classes=reinit, reuse, mean or "
+            "map), or train without a base (pretrained=null peft=full)."
         )
     different = _differences(loaded.config, network.config)
     if different:
-        raise UserError(f"The base network {base.name} is another than network=: {different}. Choose its network=.")
-    if base.suffix == ".safetensors":
-        _check_base(base, class_names, autoencoder, objective)
-    return loaded, base
+        raise UserError(
+            f"The base network {base.name} is another than network=: {different}. Choose its network=, "
+            "or new_resolution=true where only input_size and pos_embed_scale differ."
+        )
+    if header is not None:
+        _check_base(base, header, class_names if cfg.classes is None else None, autoencoder, objective)
+    return loaded, base, base_config
 
 
-def _check_base(base: Path, class_names: list[str], autoencoder: Autoencoder, objective: GaussianDiffusion) -> None:
-    header = read_header(base)
-    different = _differences(header["process"], objective.process.config)
+def at_resolution(network: DiT, input_size: int, pos_embed_scale: float) -> DiT:
+    """The same weights for pictures of another size; the position table is computed anew."""
+    other = type(network)(**(network.config | {"input_size": input_size, "pos_embed_scale": pos_embed_scale}))
+    other.load_state_dict({key: value for key, value in network.state_dict().items() if key != "pos_embed"})
+    return other
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Initial values inside of the block are a function of the seed, and nothing outside of it changes."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def _check_base(
+    base: Path, header: dict, class_names: list[str] | None, autoencoder: Autoencoder, objective: Objective
+) -> None:
+    theirs, ours = header["process"], objective.process.config
+    if theirs.get("kind") != ours.get("kind"):
+        raise UserError(
+            f"The base network {base.name} was trained on {_kind(theirs)}, the objective is for {_kind(ours)}. "
+            "Choose an objective= as there."
+        )
+    different = _differences(theirs, ours)
     if different:
         raise UserError(
             f"The base network {base.name} was trained on another process: {different}. Set objective.* as there."
@@ -118,11 +164,15 @@ def _check_base(base: Path, class_names: list[str], autoencoder: Autoencoder, ob
     provenance = header["provenance"]
     if provenance["autoencoder"] != autoencoder.fingerprint:
         raise UserError(f"The base network {base.name} was trained on other latents. Choose its autoencoder=.")
-    if provenance["class_names"] != class_names:
+    if class_names not in (None, provenance["class_names"]):
         raise UserError(
             f"The classes of the data have other names than those of the base network {base.name}. "
-            "Name the same classes in the same order (data.classes)."
+            "Name the same classes in the same order (data.classes), or set classes=map."
         )
+
+
+def _kind(process: Mapping) -> str:
+    return "a flow" if process.get("kind") == "flow" else "a diffusion"
 
 
 def _differences(theirs: Mapping, ours: Mapping) -> str:
@@ -145,15 +195,21 @@ def uses_bf16(cfg: DictConfig) -> bool:
 
 
 def build_drawer(cfg: DictConfig, parts: Parts, sampler: DictConfig | None = None) -> Drawer:
-    """How the run's pictures are drawn, by the config's sampler or another."""
+    """How the run's pictures are drawn, by the config's sampler or another.
+
+    Raises:
+        UserError: the sampler or its steps do not suit the objective's process.
+    """
     sampler = cfg.sampler if sampler is None else sampler
-    return Drawer(
+    drawer = Drawer(
         process=parts.objective.process,
         autoencoder=parts.autoencoder,
         resolution=cfg.data.resolution,
         bf16=uses_bf16(cfg),
         **make(sampler, "sampler"),
     )
+    check(drawer.sampler, drawer.process, drawer.steps)
+    return drawer
 
 
 def build_evaluation(cfg: DictConfig, drawer: Drawer, reference: Pictures, judge: object | None = None) -> Evaluation:

@@ -21,6 +21,8 @@ USER_ERROR = 2  # exit code
 def prepare() -> None:
     """Tell the configs where the repository is; quiet what the libraries say at every start."""
     os.environ.setdefault("DITUNE_ROOT", str(ROOT))
+    # processes that submitit starts find the package as this one does
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT / "src"), os.environ.get("PYTHONPATH"))))
     logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(_is_worth_reading)
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # between Lightning and torch
     warnings.filterwarnings("ignore", message=".*module\\(s\\) in eval mode.*")  # the autoencoder is, on purpose

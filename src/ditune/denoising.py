@@ -6,7 +6,7 @@ from torch import nn
 from ditune.autoencoders import Autoencoder
 from ditune.data import Pictures, from_uint8
 from ditune.draws import Draws
-from ditune.objectives import GaussianDiffusion
+from ditune.objectives import Objective
 
 REPEATS = 4  # noise levels for each picture
 BATCH = 128
@@ -15,7 +15,7 @@ BATCH = 128
 @torch.inference_mode()
 def denoising_loss(
     network: nn.Module,
-    objective: GaussianDiffusion,
+    objective: Objective,
     autoencoder: Autoencoder,
     pictures: Pictures,
     seed: int,
@@ -41,5 +41,5 @@ def denoising_loss(
             draws = Draws(seed, repeat, rows, device)
             x0 = autoencoder.to(device).to_latent(from_uint8(batch.to(device)))
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                losses.append(objective.loss(network, (x0, y.to(device)), draws).parts["loss"])
+                losses.append(objective.denoising(network, (x0, y.to(device)), draws))
     return torch.cat(losses).double().mean().item()

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from ditune.autoencoders import Autoencoder
 from ditune.data import to_uint8
 from ditune.draws import mix
-from ditune.processes import GaussianProcess
-from ditune.samplers import DDIM, DDPM, NoiseStream, sample
+from ditune.processes import Process
+from ditune.samplers import NoiseStream, Sampler, default_sampler, sample
 
 log = logging.getLogger(__name__)
 
@@ -23,21 +23,25 @@ class Drawer:
     Args:
         process, autoencoder: of the network.
         resolution: side of the pictures, in pixels.
-        sampler, steps, guidance, guidance_interval, guidance_channels: see `ditune.samplers.sample`.
+        sampler: how, None = as suits the process.
+        steps, guidance, guidance_interval, guidance_channels: see `ditune.samplers.sample`.
         batch_size: pictures at once; every batch is padded to it, so that rounding does not depend on their number.
         bf16: the network runs under bf16 autocast.
     """
 
-    process: GaussianProcess
+    process: Process
     autoencoder: Autoencoder
     resolution: int
-    sampler: DDPM | DDIM
+    sampler: Sampler | None
     steps: int
     guidance: float = 1.0
     guidance_interval: Sequence[float] = (0.0, 1.0)
     guidance_channels: int | None = None
     batch_size: int = 64
     bf16: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sampler", self.sampler or default_sampler(self.process))
 
     def draw(
         self,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ditune.checkpoints import read_json, sha256, write_json
 from ditune.data import Pictures
 from ditune.drawing import Drawer, label_plan
-from ditune.metrics import Judge, nearest
+from ditune.metrics import Judge
 from ditune.visuals import grid, neighbours_sheet
 
 log = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ def judge_pictures(judge: Judge, reference: Pictures, pictures: Tensor, folder: 
         folder.mkdir(parents=True, exist_ok=True)
         grid(pictures[:SHOWN], columns=8).save(folder / "grid.png")
         chosen = torch.arange(min(NEIGHBOURS, len(pictures)))
-        distance, index = nearest(features[chosen], reference_features, k=4)
+        distance, index = judge.nearest(features[chosen], reference_features, k=4)
         neighbours_sheet(pictures[chosen], reference, index, distance).save(folder / "nearest.png")
     return judge.compare(features, reference_features)
 

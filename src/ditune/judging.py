@@ -11,7 +11,7 @@ from rich.table import Table
 from torch import nn
 
 from ditune.build import build_evaluation, make
-from ditune.checkpoints import load_network, read_json, sha256, write_json
+from ditune.checkpoints import load_network, locate, read_json, sha256, write_json
 from ditune.data import Pictures
 from ditune.drawing import Drawer
 from ditune.errors import UserError
@@ -89,22 +89,23 @@ def of_run(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
     path = run.folder / "result.json"
     result = read_json(path)
     network = run.network.to(best_device())
-    metrics = build_comparison(run.cfg, run.drawer)(network, run.base, run.folder / "samples")
+    metrics = build_comparison(run.cfg, run.drawer)(network, None if run.reshaped else run.base, run.folder / "samples")
     write_json(path, result | {"metrics": result.get("metrics", {}) | metrics})
     return path, metrics
 
 
 def of_checkpoint(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
-    trained = load_checkpoint(cfg.checkpoint, cfg.autoencoder, cfg.sampler, cfg.bf16)
+    checkpoint = locate(cfg.checkpoint, f"{cfg.paths.cache_dir}/networks")
+    trained = load_checkpoint(checkpoint, cfg.autoencoder, cfg.sampler, cfg.bf16)
     reference = make(cfg.metrics.reference, "metrics")
     check_reference(trained, reference)
     record, folder = Record(cfg.record), Path(cfg.out)
     evaluation = build_evaluation(cfg, trained.drawer, reference)
     values = evaluation(trained.network.to(best_device()), folder)
     if cfg.record is not None:
-        record.add(cfg.checkpoint, evaluation, values)
+        record.add(checkpoint, evaluation, values)
     metrics = {"protocol": evaluation.protocol, "values": values}
-    facts = {"checkpoint": str(cfg.checkpoint), "sha256": sha256(cfg.checkpoint), "protocol_key": evaluation.key}
+    facts = {"checkpoint": str(cfg.checkpoint), "sha256": sha256(checkpoint), "protocol_key": evaluation.key}
     write_json(folder / "result.json", facts | {"metrics": metrics})
     return folder / "result.json", metrics
 

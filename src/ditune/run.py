@@ -11,11 +11,11 @@ from yaml import YAMLError
 
 from ditune.autoencoders import Autoencoder
 from ditune.build import make, uses_bf16
-from ditune.checkpoints import load_adapter, load_network, read_adapter, read_header, sha256
+from ditune.checkpoints import check_file, is_ours, load_adapter, load_network, locate, read_adapter, read_header
 from ditune.drawing import Drawer
 from ditune.errors import UserError
 from ditune.networks import DiT
-from ditune.processes import GaussianProcess
+from ditune.processes import GaussianProcess, build_process
 
 STORED = ("process", "autoencoder", "resolution", "class_names")  # what a file must say about itself to be drawn from
 
@@ -36,6 +36,7 @@ class Run(Trained):
     folder: Path
     cfg: DictConfig
     base: Path | None
+    reshaped: bool  # whether it has other classes than the base, or another resolution
 
 
 def load_run(folder: Path | str) -> Run:
@@ -47,7 +48,7 @@ def load_run(folder: Path | str) -> Run:
     folder = Path(folder)
     cfg = _read_config(folder)
     if (folder / "adapter").is_dir():
-        base = Path(cfg.pretrained)
+        base = locate(cfg.pretrained, Path(cfg.paths.cache_dir) / "networks")
         network, stored = _load_adapted(folder / "adapter", base)
     elif (folder / "network.safetensors").is_file():
         base = None
@@ -58,11 +59,12 @@ def load_run(folder: Path | str) -> Run:
             f"Let it finish: python src/train.py with its settings, run_dir={folder} and resume=auto."
         )
     drawer = _build_drawer(folder, stored, make(cfg.autoencoder, "autoencoder"), cfg.sampler, uses_bf16(cfg))
-    return Run(network.eval(), drawer, stored["class_names"], folder, cfg, base)
+    reshaped = base is not None and (stored["base"].get("classes") or stored["base"]["network"] != stored["network"])
+    return Run(network.eval(), drawer, stored["class_names"], folder, cfg, base, bool(reshaped))
 
 
 def load_checkpoint(path: Path | str, autoencoder: DictConfig, sampler: DictConfig, bf16: bool) -> Trained:
-    """A bare network file, ours or an official DiT `.pt`.
+    """A bare network: a file of ours or of another format that `load_network` knows.
 
     Args:
         autoencoder, sampler: config groups; the autoencoder must be the one that the network was trained with.
@@ -73,7 +75,7 @@ def load_checkpoint(path: Path | str, autoencoder: DictConfig, sampler: DictConf
     """
     path, codec = Path(path), make(autoencoder, "autoencoder")
     network = load_network(path)
-    stored = _stored(path) if path.suffix == ".safetensors" else _official(path, network, codec)
+    stored = _stored(path) if is_ours(path) else _official(path, network, codec)
     drawer = _build_drawer(path, stored, codec, sampler, bf16)
     return Trained(network.eval(), drawer, stored["class_names"])
 
@@ -108,16 +110,13 @@ def _read_config(folder: Path) -> DictConfig:
 
 def _load_adapted(folder: Path, base: Path) -> tuple[DiT, dict[str, Any]]:
     config, _ = read_adapter(folder)
-    if not base.is_file():
+    if not base.exists():
         raise UserError(
             f"The run's base network {base} is missing. Put it back, or correct `pretrained` in the run's config.yaml."
         )
-    if sha256(base) != config["base"]["sha256"]:
-        raise UserError(
-            f"{base} is another file than the base network {config['base']['file']} that the adapter in {folder} was "
-            "trained on. Put the right one back, or correct `pretrained` in the run's config.yaml."
-        )
-    network = load_network(base)
+    check_file(base, config, folder)
+    resolution = {key: config["network"][key] for key in ("input_size", "pos_embed_scale")}
+    network = load_network(base, **resolution)
     load_adapter(network, folder)
     return network, config
 
@@ -149,5 +148,5 @@ def _official(path: Path, network: DiT, codec: Autoencoder) -> dict[str, Any]:
 def _build_drawer(source: Path, stored: dict[str, Any], codec: Autoencoder, sampler: DictConfig, bf16: bool) -> Drawer:
     if stored["autoencoder"] != codec.fingerprint:
         raise UserError(f"The network of {source} was trained on other latents. Choose its autoencoder=.")
-    process = GaussianProcess(**stored["process"])
+    process = build_process(stored["process"])
     return Drawer(process, codec, stored["resolution"], bf16=bf16, **make(sampler, "sampler"))

@@ -1,19 +1,38 @@
 """How far generated pictures are from real ones: features, KID, Frechet distance, nearest neighbours."""
 
-from ditune.metrics.distances import frechet_distance, kid, kid_with_deviation, self_test
-from ditune.metrics.features import EfficientNetLite0, PictureSet, extract
+from ditune.metrics.dinov2 import DINOv2
+from ditune.metrics.distances import (
+    frechet_distance,
+    frechet_from_statistics,
+    kid,
+    kid_with_deviation,
+    self_test,
+    statistics,
+)
+from ditune.metrics.features import EfficientNetLite0, Extractor, PictureSet, extract
+from ditune.metrics.inception import Inception2015, InceptionJudge, inception_score
 from ditune.metrics.judge import Judge
+from ditune.metrics.manifold import density_coverage, precision_recall
 from ditune.metrics.nearest import nearest, nearest_pixels
 
 __all__ = [
+    "DINOv2",
     "EfficientNetLite0",
+    "Extractor",
+    "Inception2015",
+    "InceptionJudge",
     "Judge",
     "PictureSet",
+    "density_coverage",
     "extract",
     "frechet_distance",
+    "frechet_from_statistics",
+    "inception_score",
     "kid",
     "kid_with_deviation",
     "nearest",
     "nearest_pixels",
+    "precision_recall",
     "self_test",
+    "statistics",
 ]

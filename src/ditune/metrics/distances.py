@@ -87,6 +87,25 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
     return ((x.mean(0) - y.mean(0)).square().sum() + traces - 2 * trace_root).item()
 
 
+def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (D,) and covariance (D, D) of features (N, D), float64, with 1/(N-1)."""
+    (x, _) = check(x, x, least=2)
+    return x.mean(0), torch.cov(x.T)
+
+
+def frechet_from_statistics(mean_x: Tensor, cov_x: Tensor, mean_y: Tensor, cov_y: Tensor) -> float:
+    """The same distance where only the statistics are known, as in published reference files; float64.
+
+    Tr (S_x S_y)^(1/2) is the sum of the roots of the eigenvalues of the symmetric S_x^(1/2) S_y S_x^(1/2).
+    """
+    values, vectors = torch.linalg.eigh(cov_x.double())
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    product = root @ cov_y.double() @ root
+    trace_root = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
+    shift = (mean_x.double() - mean_y.double()).square().sum()
+    return (shift + cov_x.double().trace() + cov_y.double().trace() - 2 * trace_root).item()
+
+
 def check(x: Tensor, y: Tensor, least: int) -> tuple[Tensor, Tensor]:
     """Both sets in float64. Raises UserError for fewer than `least` samples, for NaN and for infinity."""
     for features in (x, y):

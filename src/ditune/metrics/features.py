@@ -1,6 +1,8 @@
 """Pictures -> feature vectors. Distances carry the extractor's name: those of two extractors are not comparable."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -23,6 +25,29 @@ class PictureSet(Protocol):
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]: ...  # (B, 3, H, W) uint8, (B,) labels
 
 
+class Extractor(Protocol):
+    """A frozen network that makes features: uint8 (N, 3, H, W) -> float32 (N, D)."""
+
+    name: str  # in the names of its distances
+    columns: dict[str, slice]  # of its output; "features" are what sets are compared by
+    identity: dict[str, str | int]  # everything that changes the features
+
+    def __call__(self, pictures: Tensor) -> Tensor: ...
+
+
+@contextmanager
+def exact(device: torch.device) -> Iterator[None]:
+    """No TF32 and no autocast: they would make a distance depend on the machine and on the caller."""
+    precise = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False), precise:
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 class EfficientNetLite0(nn.Module):
     """ImageNet features of timm's `tf_efficientnet_lite0`: uint8 (N, 3, H, W) RGB -> float32 (N, 1280).
 
@@ -35,10 +60,12 @@ class EfficientNetLite0(nn.Module):
 
     name = "efflite0"
     channels = 1280
+    columns = {"features": slice(None)}  # noqa: RUF012
 
     def __init__(self, weights: str | Path, sha256: str, resolution: int = 128) -> None:
         super().__init__()
-        check_file(Path(weights), sha256)
+        remedy = "Copy it again from assets/extractors/ of the DiTune repository (see assets/README.md)."
+        check_file(Path(weights), sha256, remedy)
         self.sha256 = sha256
         self.resolution = resolution
         self.network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
@@ -61,9 +88,7 @@ class EfficientNetLite0(nn.Module):
     def forward(self, pictures: Tensor) -> Tensor:
         if pictures.dtype != torch.uint8:
             raise TypeError(f"The extractor reads uint8 pictures, not {pictures.dtype}.")
-        # TF32 and autocast would make a distance depend on the machine and on the caller
-        exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-        with torch.autocast(pictures.device.type, enabled=False), exact:
+        with exact(pictures.device):
             x = pictures.float() / 255  # (N, 3, H, W)
             size = (self.resolution, self.resolution)
             x = F.interpolate(x, size, mode="bicubic", align_corners=False, antialias=False).clamp(0, 1)
@@ -72,11 +97,12 @@ class EfficientNetLite0(nn.Module):
             return self.network.forward_head(x, pre_logits=True)  # (N, 1280)
 
 
-def check_file(path: Path, sha256: str) -> None:
-    """Raises UserError unless `path` is a file with this SHA-256 (hex)."""
-    remedy = "Copy it again from assets/extractors/ of the DiTune repository (see assets/README.md)."
+def check_file(path: Path, sha256: str, remedy: str) -> None:
+    """Raises UserError with the `remedy` unless `path` is a file with this SHA-256 (hex)."""
     if not path.is_file():
-        raise UserError(f"The feature extractor's weights are missing: {path} is not a file. {remedy}")
+        raise UserError(
+            f"The feature extractor's weights are missing: {path} is not a file (SHA-256 {sha256}). {remedy}"
+        )
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != sha256:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ditune.errors import UserError
 from ditune.metrics.distances import frechet_distance, kid_with_deviation, self_test
-from ditune.metrics.features import EfficientNetLite0, PictureSet, extract
+from ditune.metrics.features import Extractor, PictureSet, extract
+from ditune.metrics.manifold import density_coverage, precision_recall
 from ditune.metrics.nearest import nearest
 
 log = logging.getLogger(__name__)
@@ -27,30 +28,38 @@ class Judge:
     extractor's. Raises RuntimeError at once where the machine's linear algebra is broken.
     """
 
-    def __init__(self, extractor: EfficientNetLite0, cache: str | Path | None = None, batch_size: int = 64) -> None:
+    def __init__(self, extractor: Extractor, cache: str | Path | None = None, batch_size: int = 64) -> None:
         self_test()
         self.extractor = extractor
         self.cache = None if cache is None else Path(cache)
         self.batch_size = batch_size
 
     def __call__(self, pictures: Tensor | PictureSet, reference: PictureSet) -> dict[str, float | int]:
-        """{kid_<name>, kid_<name>_std, fd_<name>, n, n_reference, nearest_mean, nearest_min}; see `compare`."""
+        """Distances of pictures to a reference; see `compare`."""
         return self.compare(self.features(pictures), self.reference(reference))
 
     def compare(self, x: Tensor, y: Tensor) -> dict[str, float | int]:
-        """Distances of features x (N, D) to the reference's y (M, D).
+        """Distances of an extractor's output x (N, D) for pictures to the reference's y (M, D).
 
-        KID with its standard error; the Frechet distance, comparable only at equal n and n_reference; the mean and
-        the least cosine distance to the nearest reference: near zero, pictures are copies.
-        Raises UserError for fewer than four pictures.
+        KID with its standard error (over all pictures, unbiased); the Frechet distance; precision, recall, density
+        and coverage. All but KID are comparable only at equal n and n_reference. Then the mean and the least cosine
+        distance to the nearest reference: near zero, pictures are copies.
+        Raises UserError for fewer than four pictures, and for fewer than six of the reference.
         """
+        x, y = (output[:, self.extractor.columns["features"]] for output in (x, y))
         value, deviation = kid_with_deviation(x, y)
+        precision, recall = precision_recall(x, y)
+        density, coverage = density_coverage(x, y)
         distance, _ = nearest(x, y)
         name = self.extractor.name
         return {
             f"kid_{name}": value,
             f"kid_{name}_std": deviation,
             f"fd_{name}": frechet_distance(x, y),
+            f"precision_{name}": precision,
+            f"recall_{name}": recall,
+            f"density_{name}": density,
+            f"coverage_{name}": coverage,
             "n": len(x),
             "n_reference": len(y),
             "nearest_mean": distance.mean().item(),
@@ -63,7 +72,12 @@ class Judge:
 
     def neighbours(self, pictures: Tensor, reference: PictureSet, k: int = 4) -> tuple[Tensor, Tensor]:
         """Cosine distance and index (N, k) of the k nearest reference pictures."""
-        return nearest(self.features(pictures), self.reference(reference), k)
+        return self.nearest(self.features(pictures), self.reference(reference), k)
+
+    def nearest(self, x: Tensor, y: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The same for the extractor's output x (N, D) and y (M, D)."""
+        columns = self.extractor.columns["features"]
+        return nearest(x[:, columns], y[:, columns], k)
 
     def reference(self, pictures: PictureSet) -> Tensor:
         """Features (M, D) of the reference, from the cache where they are there.

@@ -1,6 +1,7 @@
 """What every objective takes and returns."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
@@ -20,13 +21,15 @@ class Network(Protocol):
 
     num_classes: int  # also the null class
 
-    def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """x (N, C, H, W), t (N,), y (N,) -> (N, C or 2C, H, W)."""
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor, *step: Tensor) -> Tensor:
+        """x (N, C, H, W), t (N,), y (N,), and where it is told steps step (N,) -> (N, C or 2C, H, W)."""
         ...
 
 
 class Draws(Protocol):
     """Random numbers of one step, each a function of (seed, purpose, step, position in the global batch)."""
+
+    positions: Sequence[int]  # in the global batch
 
     def normal(self, purpose: str, shape: Sequence[int]) -> Tensor:
         """(N, *shape) standard normal."""
@@ -38,6 +41,48 @@ class Draws(Protocol):
 
     def uniform(self, purpose: str) -> Tensor:
         """(N,) in [0, 1)."""
+        ...
+
+
+@dataclass(frozen=True)
+class State:
+    """Where the training stands.
+
+    Args:
+        step: optimizer step, from 0.
+        max_steps: of the whole training.
+        batch_size: global batch.
+        ema: the network with its averaged weights; no gradient is asked of it.
+        teacher: the network with the weights of `Objective.renews_teacher`; `ema` where an objective has no teacher.
+    """
+
+    step: int
+    max_steps: int
+    batch_size: int
+    ema: Network
+    teacher: Network
+
+
+class Objective(Protocol):
+    """What is learned."""
+
+    process: object
+    has_teacher: bool  # a copy of the weights is kept, in checkpoints too
+
+    def check(self, batch_size: int) -> None:
+        """Refuse what cannot work, before a training begins."""
+        ...
+
+    def renews_teacher(self, step: int, max_steps: int) -> bool:
+        """Whether the average becomes the teacher before this step."""
+        ...
+
+    def loss(self, network: Network, batch: tuple[Tensor, Tensor], draws: Draws, state: State) -> Loss:
+        """Loss of one micro-batch (x_0 (N, C, H, W), labels (N,))."""
+        ...
+
+    def denoising(self, network: Network, batch: tuple[Tensor, Tensor], draws: Draws) -> Tensor:  # (N,)
+        """How well each sample is denoised: the same quantity for every objective on one process."""
         ...
 
 

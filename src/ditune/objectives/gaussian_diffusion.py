@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ditune.errors import UserError
-from ditune.objectives.base import Draws, Loss, Network, drop_labels
+from ditune.objectives.base import Draws, Loss, Network, State, drop_labels
 from ditune.objectives.likelihood import bound_term, mean_flat, prior_term
 from ditune.processes import GaussianProcess, Tables
 
@@ -64,7 +64,7 @@ class GaussianDiffusion:
         self.vb_scale = process.steps / 1000 if loss == "rescaled_mse" else 1.0
         self.weights = Tables(weight=error_weights(process, weight, max_weight, gamma))
 
-    def loss(self, network: Network, batch: tuple[Tensor, Tensor], draws: Draws, state: object = None) -> Loss:
+    def loss(self, network: Network, batch: tuple[Tensor, Tensor], draws: Draws, state: State | None = None) -> Loss:
         """Loss of one micro-batch (x_0 (N, C, H, W), labels (N,)); `state` is not needed by this objective."""
         x0, y = batch
         noise = draws.normal("noise", x0.shape[1:]).to(x0)
@@ -73,6 +73,19 @@ class GaussianDiffusion:
         losses = self.losses(network, x0, t, y, noise)
         parts = {name: values.detach() for name, values in losses.items()}
         return Loss(losses["loss"].mean(), parts, self.process.network_time(t) / self.process.timesteps)
+
+    has_teacher = False
+
+    def check(self, batch_size: int) -> None:
+        """Nothing of this objective depends on the batch."""
+
+    def renews_teacher(self, step: int, max_steps: int) -> bool:
+        return False
+
+    @torch.no_grad()
+    def denoising(self, network: Network, batch: tuple[Tensor, Tensor], draws: Draws) -> Tensor:  # (N,)
+        """The loss of each sample."""
+        return self.loss(network, batch, draws).parts["loss"]
 
     def losses(self, network: Network, x0: Tensor, t: Tensor, y: Tensor, noise: Tensor) -> dict[str, Tensor]:
         """Losses of each sample, (N,) each: 'loss' = weight 'mse' + vb_weight 'vb', or the bound alone for 'kl'.

@@ -1,16 +1,77 @@
 """What trains: one file per method, behind one small interface."""
 
+from collections.abc import Callable
+from functools import partial
+
+from torch import nn
+
+from ditune.errors import UserError
+
+from .adalora import AdaLora
 from .base import PeftMethod
 from .bitfit import BitFit
+from .bottleneck import Adapter, AdaptFormer
 from .difffit import DiffFit
 from .full import Full
+from .huggingface import HUGGINGFACE, HuggingFace, from_peft_config
+from .labels import adapt_labels
+from .norm import NormTuning
+from .switch import Adapters
+from .vpt import VPT
 
-METHODS: dict[str, type[PeftMethod]] = {"full": Full, "bitfit": BitFit, "difffit": DiffFit}
+METHODS: dict[str, Callable[..., PeftMethod]] = {
+    "full": Full,
+    "bitfit": BitFit,
+    "difffit": DiffFit,
+    "adaptformer": AdaptFormer,
+    "adapter": Adapter,
+    "vpt_deep": partial(VPT, deep=True),
+    "vpt_shallow": partial(VPT, deep=False),
+    "norm": NormTuning,
+    "adalora": AdaLora,
+    **{name: partial(HuggingFace, peft_type, **fixed) for name, (peft_type, fixed) in HUGGINGFACE.items()},
+}
 
 
 def build_peft(name: str, **kwargs) -> PeftMethod:
-    """The method called `name`, one of `METHODS`; `kwargs` go to its constructor, which refuses unknown ones."""
-    return METHODS[name](**kwargs)
+    """The method called `name`, one of `METHODS`; `kwargs` go to its constructor, which refuses unknown ones.
+
+    Raises:
+        UserError: there is no method of that name, or its arguments have values that it cannot use.
+        TypeError: it does not know an argument.
+    """
+    if name not in METHODS:
+        raise UserError(f"There is no method {name!r}. Choose one of {', '.join(METHODS)}.")
+    method = METHODS[name](**kwargs)
+    method.arguments = {"name": name, **kwargs}
+    return method
 
 
-__all__ = ["METHODS", "BitFit", "DiffFit", "Full", "PeftMethod", "build_peft"]
+def merge(network: nn.Module) -> None:
+    """Turn an adapted network into a plain one, by its own method.
+
+    Raises:
+        UserError: its method cannot be merged; the network is as it was.
+    """
+    method = getattr(network, "adaptation", None)
+    if method is not None:
+        method.merge(network)
+
+
+__all__ = [
+    "METHODS",
+    "VPT",
+    "AdaptFormer",
+    "Adapter",
+    "Adapters",
+    "BitFit",
+    "DiffFit",
+    "Full",
+    "HuggingFace",
+    "NormTuning",
+    "PeftMethod",
+    "adapt_labels",
+    "build_peft",
+    "from_peft_config",
+    "merge",
+]

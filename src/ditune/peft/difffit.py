@@ -4,12 +4,16 @@ The paper's Fig. 4 gives what trains; where gamma goes follows the two public re
 (thuml/Diffusion-Tuning and vimar-gu/MinimaxDiffusion), which agree to the bit.
 """
 
-import torch
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from ditune.errors import UserError
 
-from .base import PeftMethod
+from .base import PeftMethod, mlp_name
+from .norm import add_affine_norms, fold_affine_norms, ones
+
+GAMMAS = ("qkv", "proj", "branches")
 
 
 class DiffFit(PeftMethod):
@@ -17,6 +21,7 @@ class DiffFit(PeftMethod):
 
     Args:
         gamma_depth: blocks that get gammas, counted from the input; None = the first half, as 14 of 28 in DiT-XL.
+        gammas: where in these blocks, of `GAMMAS`.
         affine_norms: norm1 and norm2 of every block get a trained weight and bias (the paper's "LN"; DiT has none).
         lr, weight_decay, train_labels: see `PeftMethod`.
     """
@@ -27,10 +32,14 @@ class DiffFit(PeftMethod):
         weight_decay: float = 0.0,
         train_labels: bool = True,
         gamma_depth: int | None = None,
+        gammas: Sequence[str] = GAMMAS,
         affine_norms: bool = False,
     ):
         super().__init__(lr, weight_decay, train_labels)
-        self.gamma_depth, self.affine_norms = gamma_depth, affine_norms
+        unknown = sorted(set(gammas) - set(GAMMAS))
+        if unknown:
+            raise UserError(f"peft.gammas has {', '.join(unknown)}. Choose of {', '.join(GAMMAS)}.")
+        self.gamma_depth, self.gammas, self.affine_norms = gamma_depth, tuple(gammas), affine_norms
 
     def selects(self, name: str) -> bool:
         return any(word in name for word in ("bias", "norm", "gamma"))
@@ -42,46 +51,29 @@ class DiffFit(PeftMethod):
             raise UserError(f"peft.gamma_depth is {gamma_depth}, the network has {depth} blocks. Set 0 to {depth}.")
         for block in network.blocks[:gamma_depth]:
             qkv, proj = block.attn.qkv, block.attn.proj
-            block.attn.gamma1 = _ones(qkv.out_features, qkv.weight)
-            block.attn.gamma2 = _ones(proj.out_features, proj.weight)
-            block.gamma1 = _ones(proj.out_features, proj.weight)
-            block.gamma2 = _ones(block.mlp.fc2.out_features, proj.weight)
+            if "qkv" in self.gammas:
+                block.attn.gamma1 = ones(qkv.out_features, qkv.weight)
+            if "proj" in self.gammas:
+                block.attn.gamma2 = ones(proj.out_features, proj.weight)
+            if "branches" in self.gammas:
+                block.gamma1 = ones(proj.out_features, proj.weight)
+                block.gamma2 = ones(proj.out_features, proj.weight)
         if self.affine_norms:
-            for norm in (norm for block in network.blocks for norm in (block.norm1, block.norm2)):
-                norm.weight = _ones(norm.normalized_shape[0], network.blocks[0].attn.proj.weight)
-                norm.bias = nn.Parameter(torch.zeros_like(norm.weight))
+            add_affine_norms(network)
 
     def fold(self, network: nn.Module) -> None:
         for block in network.blocks:
-            if block.gamma1 is not None:
-                _scale_rows(block.attn.qkv, block.attn.gamma1)
-                _scale_rows(block.attn.proj, block.gamma1 * block.attn.gamma2)
-                _scale_rows(block.mlp.fc2, block.gamma2)
-                block.attn.gamma1 = block.attn.gamma2 = block.gamma1 = block.gamma2 = None
-            if self.affine_norms:
-                modulation = block.adaLN_modulation[1]
-                shift_msa, scale_msa, _, shift_mlp, scale_mlp, _ = range(6)
-                _fold_norm(block.norm1, modulation, shift_msa, scale_msa)
-                _fold_norm(block.norm2, modulation, shift_mlp, scale_mlp)
+            _scale_rows(block.attn.qkv, block.attn.gamma1)
+            _scale_rows(block.attn.proj, block.attn.gamma2)
+            _scale_rows(block.attn.proj, block.gamma1)
+            _scale_rows(getattr(block, mlp_name(block)).fc2, block.gamma2)
+            block.attn.gamma1 = block.attn.gamma2 = block.gamma1 = block.gamma2 = None
+        if self.affine_norms:
+            fold_affine_norms(network)
 
 
-def _ones(size: int, like: Tensor) -> nn.Parameter:
-    return nn.Parameter(torch.ones(size, device=like.device, dtype=torch.float32))
-
-
-def _scale_rows(linear: nn.Linear, gamma: Tensor) -> None:
+def _scale_rows(linear: nn.Linear, gamma: Tensor | None) -> None:
     """gamma * (W x + b) as one linear layer."""
-    linear.weight.mul_(gamma[:, None])
-    linear.bias.mul_(gamma)
-
-
-def _fold_norm(norm: nn.LayerNorm, modulation: nn.Linear, shift: int, scale: int) -> None:
-    """(w*n + b)(1 + s) + h  =  n(1 + s') + h'  with  s' = w*s + w - 1  and  h' = h + b(1 + s)."""
-    w, b, size = norm.weight, norm.bias, norm.normalized_shape[0]
-    rows = [slice(k * size, (k + 1) * size) for k in (shift, scale)]
-    (w_h, w_s), (b_h, b_s) = ([part[r] for r in rows] for part in (modulation.weight, modulation.bias))
-    w_h += b[:, None] * w_s
-    b_h += b * (1 + b_s)
-    w_s *= w[:, None]
-    b_s.copy_(w * b_s + w - 1)
-    norm.weight = norm.bias = None
+    if gamma is not None:
+        linear.weight.mul_(gamma[:, None])
+        linear.bias.mul_(gamma)

@@ -1,6 +1,27 @@
-"""Diffusion processes: how data become noise, and how a network's output is read on the way back."""
+"""Processes: how data become noise, and how a network's output is read on the way back."""
 
+from ditune.processes.flow import FlowProcess, expanded, shifted
 from ditune.processes.gaussian import GaussianProcess, Prediction
 from ditune.processes.schedules import BETAS, Tables, kept_timesteps
 
-__all__ = ["BETAS", "GaussianProcess", "Prediction", "Tables", "kept_timesteps"]
+Process = GaussianProcess | FlowProcess
+
+
+def build_process(config: dict) -> Process:
+    """The process of a `config` that is stored with a network; without a `kind` it is a Gaussian diffusion."""
+    arguments = {key: value for key, value in config.items() if key != "kind"}
+    return (FlowProcess if config.get("kind") == "flow" else GaussianProcess)(**arguments)
+
+
+__all__ = [
+    "BETAS",
+    "FlowProcess",
+    "GaussianProcess",
+    "Prediction",
+    "Process",
+    "Tables",
+    "build_process",
+    "expanded",
+    "kept_timesteps",
+    "shifted",
+]

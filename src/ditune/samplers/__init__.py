@@ -6,55 +6,75 @@ import torch
 from torch import Tensor
 
 from ditune.errors import UserError
-from ditune.processes import GaussianProcess
+from ditune.processes import FlowProcess, GaussianProcess, Process
 from ditune.samplers.ddim import DDIM
 from ditune.samplers.ddpm import DDPM
+from ditune.samplers.euler import Euler
 from ditune.samplers.guidance import ModelFn, guided
 from ditune.samplers.noise import NoiseStream
 
-__all__ = ["DDIM", "DDPM", "ModelFn", "NoiseStream", "guided", "sample"]
+Sampler = DDPM | DDIM | Euler
+NAMES = {GaussianProcess: "a diffusion", FlowProcess: "a flow"}
+
+__all__ = ["DDIM", "DDPM", "Euler", "ModelFn", "NoiseStream", "Sampler", "check", "default_sampler", "guided", "sample"]
+
+
+def default_sampler(process: Process) -> Sampler:
+    """What draws a network of this process where nothing else is asked for."""
+    return Euler() if isinstance(process, FlowProcess) else DDIM()
+
+
+def check(sampler: Sampler, process: Process, steps: int) -> None:
+    """Whether the sampler can draw from networks of the process in so many steps.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if not isinstance(process, sampler.process):
+        fitting = {FlowProcess: "euler", GaussianProcess: "ddim or ddpm"}[type(process)]
+        raise UserError(
+            f"The network was trained on {NAMES[type(process)]}, and {type(sampler).__name__} draws from "
+            f"{NAMES[sampler.process]}. Set sampler=auto, or sampler={fitting}."
+        )
+    process.in_steps(steps)
 
 
 @torch.inference_mode()
 def sample(
-    network: Callable[[Tensor, Tensor, Tensor], Tensor],
-    process: GaussianProcess,
+    network: Callable[..., Tensor],
+    process: Process,
     noise: Tensor,
     y: Tensor,
     *,
-    sampler: DDPM | DDIM,
+    sampler: Sampler,
     steps: int,
     guidance: float = 1.0,
     guidance_interval: Sequence[float] = (0.0, 1.0),
     guidance_channels: int | None = None,
     next_noise: Callable[[], Tensor] | None = None,
-    on_step: Callable[[int, Tensor, Tensor], None] | None = None,
+    on_step: Callable[[float, Tensor, Tensor], None] | None = None,
 ) -> Tensor:  # (N, C, H, W)
     """Draw one image for every label.
 
     Args:
         network: (x, t, y) -> raw output, in evaluation mode; its `num_classes` is the null class.
-        process: the process that the network was trained on; it is respaced to `steps`.
-        noise: (N, C, H, W) standard normal x_T, on the network's device.
+        process: the process that the network was trained on.
+        noise: (N, C, H, W) standard normal noise, on the network's device.
         y: (N,) int64 labels.
-        sampler: `DDPM()` or `DDIM()`.
-        steps: network evaluations, 1..`process.timesteps` (each on twice the batch where guidance is on), spread
-            from t = 0 to the last; a single step stands at t = 0 and cannot make an image out of noise.
+        sampler: one that suits the process.
+        steps: of the sampler, from end to end of the process. A diffusion has 1..`process.timesteps` of them, and a
+            single one stands at t = 0 and cannot make an image out of noise.
         guidance: scale of classifier-free guidance; 1 is none.
         guidance_interval: part of the process, 0 = data and 1 = noise, in which guidance is on.
         guidance_channels: number of leading channels that are guided; None guides all.
         next_noise: gives the noise (N, C, H, W) of each step of a random sampler; torch's global generator otherwise.
-        on_step: called after every step with (timestep of the network, x, predicted x_0).
+        on_step: called after every step with (time at its beginning, x, predicted x_0).
 
     Raises:
-        UserError: `steps` lies outside the process.
+        UserError: the sampler or the steps do not suit the process.
     """
-    if not 1 <= steps <= process.timesteps:
-        raise UserError(f"The process cannot be drawn in {steps} steps. Set steps between 1 and {process.timesteps}.")
+    check(sampler, process, steps)
     model_fn = guided(
-        network, y, network.num_classes, guidance, guidance_interval, guidance_channels, process.timesteps
+        process.bind(network), y, network.num_classes, guidance, guidance_interval, guidance_channels, process.length
     )
-    # Both ends of the process belong to it: a stride ("ddim25") would begin at t = 960, where the noise that is put in
-    # does not look like x_960 yet; KID was 0.27 instead of 0.21 (docs/base_network.md)
-    respaced = process.respaced(str(steps))
-    return sampler(model_fn, respaced, noise, next_noise or (lambda: torch.randn_like(noise)), on_step)
+    return sampler(model_fn, process.in_steps(steps), noise, next_noise or (lambda: torch.randn_like(noise)), on_step)

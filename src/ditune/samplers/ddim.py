@@ -21,6 +21,8 @@ class DDIM:
         UserError: eta lies outside 0..1.
     """
 
+    process = GaussianProcess
+
     def __init__(self, eta: float = 0.0, clip: float = 0.0):
         if not 0 <= eta <= 1:
             raise UserError(

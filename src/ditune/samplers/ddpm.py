@@ -16,6 +16,8 @@ class DDPM:
         clip: hold the predicted x_0 in [-clip, clip]; 0 = not. For pixels in [-1, 1] times a scale: that scale.
     """
 
+    process = GaussianProcess
+
     def __init__(self, clip: float = 0.0):
         self.clip = clip
 

@@ -5,22 +5,23 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-ModelFn = Callable[[Tensor, Tensor], Tensor]  # x (N, C, H, W), network time (N,) -> raw output (N, C or 2C, H, W)
+# x (N, C, H, W), time (N,) and for networks that are told steps their length (N,) -> output (N, C or 2C, H, W)
+ModelFn = Callable[..., Tensor]
 
 
 def guided(
-    network: Callable[[Tensor, Tensor, Tensor], Tensor],
+    network: Callable[..., Tensor],
     y: Tensor,
     null_class: int,
     scale: float,
     interval: Sequence[float] = (0.0, 1.0),
     channels: int | None = None,
-    timesteps: int = 1000,
+    timesteps: float = 1000,
 ) -> ModelFn:
     """A network bound to labels, its prediction pushed away from the unconditional one.
 
     Args:
-        network: (x, t, y) -> raw output.
+        network: (x, t, y) -> output, and (x, t, y, step) where the sampler gives steps.
         y: (N,) labels.
         null_class: label that means no class.
         scale: guidance scale s: unconditional + s (conditional - unconditional). At 1 the network runs once.
@@ -28,17 +29,19 @@ def guided(
             the network runs once.
         channels: number of leading channels that are guided, None for all predicted ones; facebookresearch/DiT guides
             3. The others, and a learned variance, are the conditional ones.
-        timesteps: length of the network's time, by which t becomes a part of the process.
+        timesteps: length of the time, by which t becomes a part of the process.
     """
     low, high = interval
     everywhere = low <= 0 and high >= 1
     both_labels = torch.cat([y, torch.full_like(y, null_class)])  # (2N,)
 
-    def model_fn(x: Tensor, t: Tensor) -> Tensor:
+    def model_fn(x: Tensor, t: Tensor, *step: Tensor) -> Tensor:
         inside = (low * timesteps <= t) & (t <= high * timesteps)  # (N,)
         if scale == 1 or not (everywhere or inside.any()):
-            return network(x, t, y)
-        conditional, unconditional = network(torch.cat([x, x]), torch.cat([t, t]), both_labels).chunk(2)
+            return network(x, t, y, *step)
+        doubled = (torch.cat([value, value]) for value in step)
+        both = network(torch.cat([x, x]), torch.cat([t, t]), both_labels, *doubled)
+        conditional, unconditional = both.chunk(2)
         guided_channels = x.shape[1] if channels is None else channels
         difference = (conditional - unconditional)[:, :guided_channels]
         extra = torch.where(inside, scale - 1.0, 0.0).to(difference.dtype).view(-1, 1, 1, 1)

@@ -1,6 +1,6 @@
 """Exponential moving average of what trains, and of nothing else: what is frozen is its own average."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -23,11 +23,15 @@ class Ema:
     @torch.no_grad()
     def update(self, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
-        for name, parameter in self.parameters.items():  # moves once, when the trainer moves the network
-            if self.average[name].device != parameter.device:
-                self.average[name] = self.average[name].to(parameter.device)
+        self.follow()
         values = [p.detach() for p in self.parameters.values()]
         torch._foreach_lerp_(list(self.average.values()), values, 1 - decay)
+
+    def follow(self) -> None:
+        """Move to the network's device; once, when the trainer has moved the network."""
+        for name, parameter in self.parameters.items():
+            if self.average[name].device != parameter.device:
+                self.average[name] = self.average[name].to(parameter.device)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -50,3 +54,8 @@ class Ema:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         for name, value in self.average.items():
             value.copy_(state[name])
+
+
+def with_weights(network: nn.Module, weights: dict[str, Tensor]) -> Callable[..., Tensor]:
+    """The network's function with other weights (of what trains); the network itself stays as it is."""
+    return lambda *inputs: torch.func.functional_call(network, weights, inputs)

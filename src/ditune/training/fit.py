@@ -11,13 +11,14 @@ import torch
 from omegaconf import DictConfig
 
 import ditune
-from ditune.build import Parts, build_drawer, build_parts, make, plain, uses_bf16
+from ditune.build import Parts, build_drawer, build_parts, make, uses_bf16
 from ditune.checkpoints import load_network, read_json, save_adapter, save_network, write_json
 from ditune.cli import in_sweep
 from ditune.data.stream import PictureStream, micro_batch_size
 from ditune.denoising import denoising_loss
 from ditune.errors import UserError
 from ditune.judging import Comparison, build_comparison
+from ditune.launch.jobs import config_hash
 from ditune.peft import Full
 from ditune.preparing import ensure, training_source
 
@@ -38,8 +39,11 @@ def train(cfg: DictConfig) -> int:
     Raises:
         UserError: the config or a file is wrong.
     """
-    torch.set_flush_denormal(True)  # every result in docs/results was made with it; no speed was gained by it
     folder = Path(cfg.paths.output_dir)
+    if in_sweep() and has_finished(folder, config_hash(cfg)):
+        log.info("%s already holds the result of this config", folder)
+        return 0
+    torch.set_flush_denormal(True)  # every result in docs/results was made with it; no speed was gained by it
     if not cfg.dry_run:
         ensure(cfg)
     parts = build_parts(cfg)
@@ -111,13 +115,24 @@ def check_combination(cfg: DictConfig, parts: Parts) -> None:
 
 
 def check_processes(cfg: DictConfig, trainer: pl.Trainer) -> None:
-    """Refuse a batch that cannot be shared, and sweeps whose processes would start sweeps of their own."""
+    """Refuse a batch that cannot be shared, and launchers whose jobs would start the whole sweep again."""
     micro_batch_size(cfg.batch_size, trainer.accumulate_grad_batches, trainer.world_size)
-    if in_sweep() and trainer.world_size > 1:
+    strategy = trainer.strategy
+    alone = trainer.world_size == 1 or strategy.cluster_environment.creates_processes_externally
+    if in_sweep() and not alone:
         raise UserError(
-            "A sweep (-m) runs its jobs in one process and cannot start several for each. "
-            "Set trainer.devices=1, or start the jobs one by one."
+            "This hydra/launcher runs jobs in its own process, which cannot start others for them. "
+            "Leave hydra/launcher out, or give every process a task (docs/sweeps.md)."
         )
+
+
+def has_finished(folder: Path, key: str) -> bool:
+    """Whether the folder holds the result of a finished run of the config with this hash."""
+    path = folder / "result.json"
+    if not path.is_file():
+        return False
+    result = read_json(path)
+    return (result.get("status"), result.get("config_hash")) == ("finished", key)
 
 
 def earlier_seconds(folder: Path, resumed: Resumed) -> float:
@@ -132,8 +147,9 @@ def describe(cfg: DictConfig, parts: Parts) -> dict[str, Any]:
     trainable, total = counts(parts.network)
     return {
         "name": cfg.name,
-        "method": type(parts.method).__name__,
-        "peft": {key: value for key, value in plain(cfg.peft).items() if key != "_target_"},
+        "config_hash": config_hash(cfg),
+        "method": parts.method.title,
+        "peft": parts.method.arguments,
         "parameters": {"trainable": trainable, "total": total, "share": trainable / total},
         "batch_size": cfg.batch_size,
         "max_steps": cfg.max_steps,
@@ -166,12 +182,13 @@ def finish(
 ) -> None:
     """Save what was trained, then judge it and the base by the same protocol."""
     folder = Path(cfg.paths.output_dir)
+    base = None if parts.reshaped else parts.base  # a network of another shape is no better or worse than its base
     parts.network.to(trainer.strategy.root_device)  # Lightning has put it back on the CPU
     with module.ema.applied():
         start = time.perf_counter()
         save_trained(cfg, parts, folder)
         result["denoising"] = denoising(cfg, parts)
-        result["metrics"] = {} if comparison is None else comparison(parts.network, parts.base, folder / "samples")
+        result["metrics"] = {} if comparison is None else comparison(parts.network, base, folder / "samples")
         result["seconds"]["evaluation"] = time.perf_counter() - start
     result["status"] = "finished"
     after = result["metrics"].get("after", {})
@@ -187,7 +204,7 @@ def denoising(cfg: DictConfig, parts: Parts) -> dict[str, float]:
         log.info("no loss on a test split: %s", error)
         return {}
     networks = {"after": parts.network.eval()}
-    if parts.base is not None:
+    if parts.base is not None and not parts.reshaped:
         networks["before"] = load_network(parts.base).to(next(parts.network.parameters()).device).eval()
     return {
         name: denoising_loss(network, parts.objective, parts.autoencoder, pictures, cfg.metrics.seed, uses_bf16(cfg))
@@ -207,13 +224,5 @@ def save_trained(cfg: DictConfig, parts: Parts, folder: Path) -> None:
     if parts.base is None:
         save_network(folder / "network.safetensors", parts.network, process, **common)
         return
-    arguments = {k: v for k, v in plain(cfg.peft).items() if k != "_target_"}
-    save_adapter(
-        folder / "adapter",
-        parts.method.state_dict(parts.network),
-        peft=arguments,
-        network=parts.network.config,
-        process=process,
-        base={"file": parts.base.name, "sha256": parts.base_sha256},
-        **common,
-    )
+    base = {"file": parts.base.name, "sha256": parts.base_sha256, "network": parts.base_config, "classes": cfg.classes}
+    save_adapter(parts.network, folder / "adapter", base=base, process=process, **common)

@@ -12,10 +12,10 @@ from ditune.autoencoders import Autoencoder
 from ditune.data import from_uint8
 from ditune.draws import Draws
 from ditune.errors import UserError
-from ditune.objectives import GaussianDiffusion
+from ditune.objectives import Objective, State
 from ditune.peft import PeftMethod
 
-from .ema import Ema
+from .ema import Ema, with_weights
 
 LOSS_BINS = 4  # quarters of the process whose losses are logged apart: 0 next to the data, 3 next to noise
 
@@ -42,7 +42,7 @@ class GenerativeModule(pl.LightningModule):
     def __init__(
         self,
         network: nn.Module,
-        objective: GaussianDiffusion,
+        objective: Objective,
         method: PeftMethod,
         autoencoder: Autoencoder,
         optimizer: Callable[[Iterable[tuple[str, nn.Parameter]]], Optimizer],
@@ -73,10 +73,15 @@ class GenerativeModule(pl.LightningModule):
         draws = Draws(self.seed, step, (positions - step * self.batch_size).tolist(), self.device)
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             x0 = self.latents(pictures, draws)
-        loss = self.objective.loss(self.network, (x0, y), draws)
+        loss = self.objective.loss(self.network, (x0, y), draws, self._state(step))
         if (step + 1) % self.log_every == 0:
             self._log_loss(loss.parts, loss.time, len(y))
-        return loss.total
+        return loss.total + self.method.penalty(self.network)
+
+    def _state(self, step: int) -> State:
+        self.ema.follow()
+        ema = with_weights(self.network, self.ema.average)
+        return State(step, self.trainer.max_steps, self.batch_size, ema, ema)
 
     def latents(self, x: Tensor, draws: Draws) -> Tensor:
         """What is learned, (N, C, h, w): of pictures, or of their cached mean and log-variance, sampled anew."""
@@ -117,6 +122,7 @@ class GenerativeModule(pl.LightningModule):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
+        self.method.after_step(self.network, self.global_step + 1)
         self.ema.update(self.global_step)
 
     # Checkpoints: only what trains, its average, and what they belong to
@@ -124,11 +130,13 @@ class GenerativeModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = {f"network.{k}": v for k, v in self.method.state_dict(self.network).items()}
         checkpoint["ema"] = self.ema.state_dict()
+        checkpoint["method"] = self.method.training_state()
         checkpoint["identity"] = self.identity
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         trained = {name.removeprefix("network."): value for name, value in checkpoint["state_dict"].items()}
         self.method.load_state_dict(self.network, trained)  # refuses what Lightning, not strict here, would let pass
+        self.method.load_training_state(checkpoint["method"])
         self.ema.load_state_dict(checkpoint["ema"])
         # a run may stop between micro-steps; it goes on with the first one of the step that was not finished
         loop = checkpoint["loops"]["fit_loop"]

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ditune.build import Parts, uses_bf16
 from ditune.data.stream import micro_batch_size
-from ditune.objectives import GaussianDiffusion
+from ditune.draws import Draws
+from ditune.objectives import Objective, State
 from ditune.peft import PeftMethod
 
 
@@ -23,7 +24,7 @@ def parameter_table(network: nn.Module, method: PeftMethod) -> Table:
         kind = re.sub(r"^blocks\.\d+\.", "blocks.*.", name)
         counts.setdefault(kind, [0, 0])[0 if parameter.requires_grad else 1] += parameter.numel()
     trainable, frozen = (sum(column) for column in zip(*counts.values(), strict=True))
-    table = Table(title=f"{type(method).__name__}: {trainable:,} of {trainable + frozen:,} parameters train")
+    table = Table(title=f"{method.title}: {trainable:,} of {trainable + frozen:,} parameters train")
     table.add_column("parameter")
     table.add_column("trains", justify="right")
     table.add_column("frozen", justify="right")
@@ -44,7 +45,7 @@ def counts(network: nn.Module) -> tuple[int, int]:
 
 
 def expected_memory(
-    network: nn.Module, objective: GaussianDiffusion, latent_shape: tuple[int, ...], micro_batch: int, bf16: bool
+    network: nn.Module, objective: Objective, latent_shape: tuple[int, ...], micro_batch: int, bf16: bool
 ) -> dict[str, float]:
     """MiB of parameters, of gradients with optimizer state and EMA, and of what one micro-batch saves for its backward.
 
@@ -65,7 +66,8 @@ def expected_memory(
     zeros = torch.zeros(2, dtype=torch.int64, device=device)
     hooks = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
     with hooks, torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        objective.losses(network, x0, zeros, zeros, torch.ones_like(x0))["loss"].sum()
+        state = State(step=0, max_steps=1, batch_size=2, ema=network, teacher=network)
+        objective.loss(network, (x0, zeros), Draws(0, 0, range(2), device), state)
     weights = sum(p.numel() * p.element_size() for p in parameters)
     training = sum(4 * 4 * p.numel() for p in parameters if p.requires_grad)  # gradient, two moments, EMA in fp32
     activations = sum(saved.values()) / 2 * micro_batch

@@ -91,6 +91,7 @@ def identity(cfg: DictConfig, parts: Parts) -> dict[str, Any]:
         "scheduler": scheduler,
         "ema": plain(cfg.ema),
         "base_sha256": parts.base_sha256,
+        "classes": cfg.classes,
         "data": parts.pictures.fingerprint,
         "flip": cfg.data.flip,
         "batch_size": cfg.batch_size,

@@ -1,0 +1,121 @@
+"""The jobs of a sweep: what each one is (by a hash of its config), where it goes and what it needs."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from ditune.checkpoints.files import read_json
+from ditune.errors import UserError
+
+# keys that say where a run's files go, how it is shown or started, and nothing about what it computes
+NOT_OF_THE_RESULT = ("hydra", "launcher", "logger", "run_dir", "sweep_dir", "tags", "resume", "dry_run", "traceback")
+OF_THE_SWEEP = ("hydra/launcher", "hydra.launcher", "hydra/sweeper", "hydra.sweep", "hydra.mode", "hydra.run")
+
+
+@dataclass
+class Job:
+    """One training of a sweep.
+
+    Args:
+        overrides: of its command line.
+        key: hash of its config.
+        folder: its run folder.
+        processes: its ranks.
+        on_gpu: whether every rank needs a GPU.
+    """
+
+    overrides: list[str]
+    key: str = ""
+    folder: Path | None = None
+    processes: int = 1
+    on_gpu: bool = False
+    status: str = "waiting"  # running; at last finished, skipped, stopped, failed, killed or refused
+    error: str = ""
+    exit_codes: list[int] = field(default_factory=list)  # one for each rank
+    seconds: float = 0.0
+
+    @property
+    def succeeded(self) -> bool:
+        return self.status in ("finished", "skipped")
+
+
+def config_hash(cfg: DictConfig) -> str:
+    """Hash of all that decides the result of a training, wherever its files go.
+
+    Raises:
+        OmegaConfBaseException: a reference in the config leads nowhere.
+    """
+    cfg = cfg.copy()
+    OmegaConf.set_struct(cfg, False)
+    for key in NOT_OF_THE_RESULT:
+        cfg.pop(key, None)
+    cfg.paths.output_dir = ""  # Hydra knows it only in the run itself
+    values = OmegaConf.to_container(cfg, resolve=True)
+    values.pop("paths")  # what refers to them is resolved
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def needs(trainer: DictConfig, gpus: int, gpus_per_job: int | None) -> tuple[int, bool]:
+    """(processes, whether each needs a GPU) of a job.
+
+    Args:
+        trainer: the job's config group.
+        gpus: GPUs of this machine.
+        gpus_per_job: GPUs that each job gets; None = what its trainer.devices asks for.
+
+    Raises:
+        UserError: the job does not fit into what it may have.
+    """
+    if trainer.get("num_nodes", 1) > 1:
+        raise UserError(
+            "A job of several machines cannot be started from one of them. Use hydra/launcher=submitit_slurm, "
+            "or torchrun on every machine (docs/sweeps.md)."
+        )
+    on_gpu = trainer.accelerator in ("gpu", "cuda") or (trainer.accelerator == "auto" and gpus > 0)
+    devices = trainer.devices
+    if devices in ("auto", -1, "-1"):
+        return (gpus_per_job or gpus, True) if on_gpu else (1, False)
+    if not str(devices).isdigit():
+        raise UserError(f"trainer.devices is {devices}, but a sweep chooses the devices itself. Give their number.")
+    if on_gpu and int(devices) > (gpus_per_job or gpus):
+        raise UserError(
+            f"The job asks for trainer.devices={devices}, and may have {gpus_per_job or gpus} GPUs here. "
+            "Lower trainer.devices, or raise launcher.gpus_per_job."
+        )
+    return int(devices), on_gpu
+
+
+def place(jobs: Sequence[Job], sweep: Path) -> None:
+    """Give every job its folder: the one that holds a run of its config, or the next free number.
+
+    Sets the status `skipped` where that run has finished.
+    """
+    known: dict[str, tuple[Path, dict]] = {}
+    for path in sorted(sweep.glob("*/result.json")):
+        result = read_json(path)
+        if "config_hash" in result:
+            known[result["config_hash"]] = path.parent, result
+    taken = {folder.name for folder, _ in known.values()}
+    numbers = (str(k) for k in range(10**6))
+    free = (number for number in numbers if number not in taken and not (sweep / number / "result.json").exists())
+    seen: dict[str, int] = {}
+    for number, job in enumerate(jobs):
+        if job.status == "refused":
+            continue
+        if seen.setdefault(job.key, number) != number:
+            job.status, job.error = "refused", f"Job {seen[job.key]} has the same config. Name every value once."
+        elif job.key in known:
+            job.folder, result = known[job.key]
+            if result["status"] == "finished":
+                job.status = "skipped"
+        else:
+            job.folder = sweep / next(free)
+
+
+def of_the_job(overrides: Sequence[str]) -> list[str]:
+    """Of Hydra's own overrides those that a job needs too."""
+    return [override for override in overrides if not override.lstrip("+~").startswith(OF_THE_SWEEP)]

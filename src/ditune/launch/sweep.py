@@ -1,0 +1,182 @@
+"""Running the jobs of a sweep side by side on the devices of this machine."""
+
+import fcntl
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from ditune.checkpoints.files import read_json, write_json
+from ditune.errors import UserError
+
+from .jobs import Job
+from .trees import Tree
+
+log = logging.getLogger(__name__)
+
+POLL = 0.2  # seconds between two looks at the processes
+SUMMARY = "summary.json"
+
+
+def visible_gpus() -> list[str]:
+    """Identifiers of the GPUs that this process may use."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return [name.strip() for name in chosen.split(",") if name.strip() not in ("", "-1")]
+    try:
+        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=True).stdout
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return []
+    return [str(k) for k in range(len(listed.splitlines()))]
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Sweep:
+    """Starts jobs as devices become free; one that fails or dies leaves the others alone.
+
+    Args:
+        folder: of the sweep; gets summary.json.
+        script: what every job runs.
+        gpus: identifiers of the GPUs to share.
+        gpus_per_job: GPUs of each job; None = one for each of its processes.
+        slots: processes side by side of jobs without GPUs; None = one for each core.
+    """
+
+    def __init__(
+        self, folder: Path, script: Path, gpus: list[str], gpus_per_job: int | None = None, slots: int | None = None
+    ) -> None:
+        self.folder, self.script, self.gpus_per_job = folder, script, gpus_per_job
+        self.free_gpus, self.slots = list(gpus), slots or cores()
+        self.free_slots = self.slots
+        self.running: dict[int, tuple[Tree, Job, list[str], int]] = {}  # by the job's number
+
+    def run(self, jobs: Sequence[Job]) -> None:
+        """Run what is not skipped or refused; every job's status tells how it ended.
+
+        Raises:
+            UserError: another sweep runs in the folder.
+            KeyboardInterrupt: Ctrl-C or SIGTERM; the jobs have saved checkpoints, and the same command goes on.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with _locked(self.folder), _terminable():
+            try:
+                while any(job.status == "waiting" for job in jobs) or self.running:
+                    self._start(jobs)
+                    self._collect()
+                    write_summary(self.folder, jobs)
+                    time.sleep(POLL)
+            finally:
+                for tree, *_ in self.running.values():
+                    tree.terminate()
+                for tree, job, *_ in self.running.values():
+                    self._end(tree, job, tree.stop())
+                write_summary(self.folder, jobs)
+
+    def _start(self, jobs: Sequence[Job]) -> None:
+        waiting = [(number, job) for number, job in enumerate(jobs) if job.status == "waiting"]
+        for number, job in waiting:
+            count = (self.gpus_per_job or job.processes) if job.on_gpu else 0
+            # a job with more processes than there are slots takes all of them
+            slots = 0 if job.on_gpu else min(job.processes, self.slots)
+            if count > len(self.free_gpus) or slots > self.free_slots:
+                continue
+            devices, self.free_gpus = self.free_gpus[:count], self.free_gpus[count:]
+            self.free_slots -= slots
+            threads = None if job.on_gpu else max(1, cores() // self.slots)
+            command = [sys.executable, str(self.script), *job.overrides, f"run_dir={job.folder}", "resume=auto"]
+            log.info("job %d begins in %s", number, job.folder)
+            job.status = "running"
+            tree = Tree(command, job.processes, job.folder, devices if job.on_gpu else None, threads)
+            self.running[number] = tree, job, devices, slots
+
+    def _collect(self) -> None:
+        for number, (tree, job, devices, slots) in list(self.running.items()):
+            codes = tree.poll()
+            if codes is None:
+                continue
+            del self.running[number]
+            self.free_gpus += devices
+            self.free_slots += slots
+            self._end(tree, job, codes)
+            log.info("job %d: %s%s", number, job.status, f" ({job.error})" if job.error else "")
+
+    def _end(self, tree: Tree, job: Job, codes: list[int]) -> None:
+        """What the exit codes and the result say about a job; a result that still says 'running' is put right."""
+        job.exit_codes, job.seconds = codes, round(time.monotonic() - tree.started, 1)
+        path = job.folder / "result.json"
+        result = read_json(path) if path.is_file() else {}
+        said = result.get("status")
+        if not any(codes) and said == "finished":
+            job.status = "finished"
+            return
+        killed = any(codes[rank] < 0 for rank in tree.failed_first)
+        job.status = "stopped" if said == "stopped" else "killed" if killed else "failed"
+        job.error = "; ".join(f"rank {rank}: {tree.reason(rank)}" for rank in tree.failed_first) or "it left no result"
+        if said in ("running", "trained"):
+            write_json(path, result | {"status": job.status, "error": job.error})
+
+
+def write_summary(folder: Path, jobs: Sequence[Job]) -> None:
+    content = [
+        {
+            "status": job.status,
+            "overrides": job.overrides,
+            "folder": None if job.folder is None else job.folder.name,
+            "config_hash": job.key,
+            "exit_codes": job.exit_codes,
+            "seconds": job.seconds,
+            "error": job.error,
+        }
+        for job in jobs
+    ]
+    write_json(folder / SUMMARY, {"jobs": content})
+
+
+def show_summary(jobs: Sequence[Job]) -> None:
+    """What became of the jobs, with only those overrides that differ between them."""
+    common = set.intersection(*(set(job.overrides) for job in jobs))
+    table = Table(title=f"{sum(job.succeeded for job in jobs)} of {len(jobs)} jobs have a result")
+    for name in ("job", "folder", "status", "seconds", "error"):
+        table.add_column(name, overflow="fold")
+    for job in jobs:
+        own = " ".join(override for override in job.overrides if override not in common)
+        folder = "" if job.folder is None else job.folder.name
+        table.add_row(own, folder, job.status, f"{job.seconds:.0f}", job.error[:500])
+    Console().print(table)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"Another sweep is running in {folder}. Wait for it, or give this one another name=."
+            ) from error
+        yield
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends the sweep as Ctrl-C does."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

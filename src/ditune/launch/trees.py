@@ -1,0 +1,153 @@
+"""One tree of processes for each job: the ranks of a training, started and ended together as torchrun does it."""
+
+import ctypes
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+FAILED_GRACE = 10.0  # seconds that the other ranks have to end after one has failed
+STOPPED_GRACE = 120.0  # seconds for a last checkpoint when the sweep is stopped
+# of torchrun, Lightning and Slurm: a job must not take itself for a rank of whatever started the sweep
+FOREIGN = ("MASTER_", "RANK", "LOCAL_", "GROUP_", "NODE_RANK", "WORLD_SIZE", "ROLE_", "TORCHELASTIC_", "SLURM_")
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+_PR_SET_PDEATHSIG = 1
+
+
+class Tree:
+    """The running ranks of one job.
+
+    Args:
+        command: of every rank; later ranks get arguments so that they write no second log and no second .hydra.
+        processes: ranks.
+        folder: gets output.log of rank 0 and output_rank_<r>.log of the others.
+        devices: identifiers of the GPUs for CUDA_VISIBLE_DEVICES; None = the job runs on the CPU.
+        threads: of each rank's linear algebra; None = as the environment has it.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        processes: int,
+        folder: Path,
+        devices: Sequence[str] | None = None,
+        threads: int | None = None,
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        env = {key: value for key, value in os.environ.items() if not key.startswith(FOREIGN)}
+        if devices is not None:
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
+        if threads is not None:
+            env.setdefault("OMP_NUM_THREADS", str(threads))
+        if processes > 1:
+            env |= _rendezvous(processes)
+        self.folder, self.started, self._deadline = folder, time.monotonic(), float("inf")
+        self.ranks: list[subprocess.Popen] = []
+        self.failed_first: list[int] = []  # the ranks that were not ended from here
+        try:
+            for rank in range(processes):
+                self.ranks.append(self._start(command, rank, env if processes == 1 else env | _of_rank(rank)))
+        except BaseException:
+            self.stop(0)
+            raise
+
+    def _start(self, command: Sequence[str], rank: int, env: dict[str, str]) -> subprocess.Popen:
+        quiet = ["hydra.output_subdir=null", f"hydra.job.name=rank_{rank}"] if rank else []
+        with ExitStack() as stack:
+            output = stack.enter_context(self.log(rank).open("wb"))
+            return subprocess.Popen(
+                [*command, *quiet],
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # its workers can be ended with it, and Ctrl-C reaches only the sweep
+                preexec_fn=_end_with_parent,
+            )
+
+    def log(self, rank: int) -> Path:
+        return self.folder / (f"output_rank_{rank}.log" if rank else "output.log")
+
+    def poll(self) -> list[int] | None:
+        """Exit codes of all ranks once all have ended (-k: by signal k), else None. The rest end after one fails."""
+        codes = [process.poll() for process in self.ranks]
+        self.failed_first = self.failed_first or [rank for rank, code in enumerate(codes) if code]
+        if None not in codes:
+            self._sweep_up()
+            return codes
+        if any(codes):  # neither None nor 0
+            if self._deadline == float("inf"):
+                self._signal(signal.SIGTERM)
+                self._deadline = time.monotonic() + FAILED_GRACE
+            elif time.monotonic() > self._deadline:
+                self._signal(signal.SIGKILL)
+        return None
+
+    def stop(self, grace: float = STOPPED_GRACE) -> list[int]:
+        """Ask all ranks to save and stop; after `grace` seconds they are killed. Returns their exit codes."""
+        self.terminate()
+        self._deadline = time.monotonic() + grace
+        while (codes := [process.poll() for process in self.ranks]).count(None):
+            if time.monotonic() > self._deadline:
+                self._signal(signal.SIGKILL)
+            time.sleep(0.05)
+        self._sweep_up()
+        return codes
+
+    def terminate(self) -> None:
+        """Ask all ranks to save and stop, and do not wait."""
+        self._signal(signal.SIGTERM)
+
+    def _signal(self, number: int) -> None:
+        for process in self.ranks:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    def _sweep_up(self) -> None:
+        """Kill what a rank has started and left behind."""
+        for process in self.ranks:
+            try:
+                os.killpg(process.pid, signal.SIGKILL)
+            except (ProcessLookupError, PermissionError):
+                continue  # nothing is left
+
+    def reason(self, rank: int) -> str:
+        """Why a rank has failed: the signal that ended it, its last error message, or the last line that it wrote."""
+        code = self.ranks[rank].returncode
+        if code < 0:
+            return f"ended by {signal.Signals(-code).name}"
+        lines = self.log(rank).read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = [line.strip() for line in lines if line.strip()]
+        errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt): ", line)]
+        return (errors or lines or ["it wrote nothing"])[-1]
+
+
+def _rendezvous(processes: int) -> dict[str, str]:
+    """The environment that torchrun gives to all ranks of one machine."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "GROUP_RANK": "0",
+        "TORCHELASTIC_RUN_ID": f"ditune-{port}",
+    }
+
+
+def _of_rank(rank: int) -> dict[str, str]:
+    return {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+
+
+def _end_with_parent() -> None:
+    """Linux sends SIGTERM to this process when the sweep dies, even by SIGKILL: no orphan holds a GPU."""
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,0 +1,78 @@
+"""DINOv2, whose distances follow people's judgement better than Inception's (Stein et al. 2023, arXiv 2306.04675)."""
+
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ditune.metrics.features import check_file, exact
+
+URL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth"
+RESOLUTION, PATCH = 224, 14
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
+
+
+class DINOv2(nn.Module):
+    """Class token of DINOv2 after the last norm: uint8 (N, 3, H, W) -> float32 (N, D), D = 1024 for ViT-L/14.
+
+    Pictures are resized to 224 (bicubic, antialiased).
+
+    Args:
+        weights: the authors' .pth file, whose tensors are read; no pickle is executed.
+        sha256: of that file.
+        architecture: timm's name of the network.
+
+    Raises:
+        UserError: the file is missing or another one.
+
+    Source: Oquab et al. 2023, arXiv 2304.07193.
+    """
+
+    name = "dinov2"
+    columns = {"features": slice(None)}  # noqa: RUF012
+
+    def __init__(self, weights: str | Path, sha256: str, architecture: str = "vit_large_patch14_dinov2") -> None:
+        super().__init__()
+        check_file(Path(weights), sha256, f"Download {URL} and put it there.")
+        self.sha256, self.architecture = sha256, architecture
+        self.network = timm.create_model(architecture, pretrained=False, img_size=RESOLUTION)
+        state = torch.load(weights, map_location="cpu", weights_only=True)
+        state.pop("mask_token", None)  # of its training
+        state["pos_embed"] = resize_positions(state["pos_embed"], RESOLUTION // PATCH)
+        self.network.load_state_dict(state)
+        self.network.requires_grad_(False)
+        self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1))
+        self.eval()
+
+    @property
+    def identity(self) -> dict[str, str | int]:
+        """Everything that changes the features; kept in the header of cached features."""
+        identity = {"extractor": self.name, "sha256": self.sha256, "architecture": self.architecture}
+        return identity | {"resolution": RESOLUTION, "resize": "bicubic, antialiased"}
+
+    def train(self, mode: bool = True) -> "DINOv2":
+        """Stays in evaluation mode."""
+        return super().train(False)
+
+    @torch.inference_mode()
+    def forward(self, pictures: Tensor) -> Tensor:
+        if pictures.dtype != torch.uint8:
+            raise TypeError(f"The extractor reads uint8 pictures, not {pictures.dtype}.")
+        with exact(pictures.device):
+            size = (RESOLUTION, RESOLUTION)
+            x = F.interpolate(pictures.float() / 255, size, mode="bicubic", align_corners=False, antialias=True)
+            return self.network.forward_features((x.clamp(0, 1) - self.mean) / self.std)[:, 0]  # (N, D)
+
+
+def resize_positions(table: Tensor, side: int) -> Tensor:
+    """(1, 1 + S^2, D) -> (1, 1 + side^2, D): bicubic, by the factor (side + 0.1) / S, as DINOv2's own code does it."""
+    own = round((table.shape[1] - 1) ** 0.5)
+    if own == side:
+        return table
+    grid = table[:, 1:].reshape(1, own, own, -1).permute(0, 3, 1, 2)
+    factor = (side + 0.1) / own
+    grid = F.interpolate(grid, scale_factor=(factor, factor), mode="bicubic", antialias=False)
+    return torch.cat([table[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)

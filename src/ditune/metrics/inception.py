@@ -1,0 +1,101 @@
+"""Inception of 2015, on which the literature's FID rests, and the distances that carry its names."""
+
+import io
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+from ditune.metrics.distances import frechet_distance
+from ditune.metrics.features import check_file, exact
+from ditune.metrics.judge import Judge
+
+URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
+SPATIAL_CHANNELS = 7  # of sFID: 7 x 17 x 17 = 2023 numbers, about as many as pool3 has
+
+
+class Inception2015(nn.Module):
+    """TensorFlow's Inception v3 of 2015 in torch-fidelity's port: uint8 (N, 3, H, W) -> float32 (N, 5079).
+
+    The columns are pool3 (2048), the first 7 channels of mixed_6/conv for sFID (2023) and logits without bias for IS
+    (1008). Pictures are resized to 299 as TensorFlow 1 did it inside the graph (bilinear, no antialiasing).
+
+    Args:
+        weights: torch-fidelity's file; its tensors are read, no pickle is executed.
+        sha256: of that file.
+
+    Raises:
+        UserError: the file is missing or another one.
+
+    Source: Szegedy et al. 2015, arXiv 1512.00567; sFID: Nash et al. 2021, arXiv 2103.03841, as in ADM's evaluator.
+    """
+
+    name = "inception"
+    columns = {"features": slice(0, 2048), "spatial": slice(2048, 4071), "logits": slice(4071, 5079)}  # noqa: RUF012
+
+    def __init__(self, weights: str | Path, sha256: str) -> None:
+        super().__init__()
+        check_file(Path(weights), sha256, f"Download {URL} and put it there.")
+        self.sha256 = sha256
+        # torch-fidelity unpickles what it is given, so it is given a copy of the tensors that are here already
+        copy = io.BytesIO()
+        torch.save(torch.load(weights, map_location="cpu", weights_only=True), copy)
+        copy.seek(0)
+        self.network = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], copy)
+        self.network.to(memory_format=torch.channels_last)
+        self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep)
+        self._spatial = torch.empty(0)
+
+    def _keep(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self._spatial = output[:, :SPATIAL_CHANNELS].flatten(1).clone()  # (N, 7 x 17 x 17)
+
+    @property
+    def identity(self) -> dict[str, str | int]:
+        """Everything that changes the features; kept in the header of cached features."""
+        return {"extractor": self.name, "sha256": self.sha256, "resolution": 299, "resize": "bilinear of TensorFlow 1"}
+
+    def train(self, mode: bool = True) -> "Inception2015":
+        """Stays in evaluation mode."""
+        return super().train(False)
+
+    @torch.inference_mode()
+    def forward(self, pictures: Tensor) -> Tensor:
+        if pictures.dtype != torch.uint8:
+            raise TypeError(f"The extractor reads uint8 pictures, not {pictures.dtype}.")
+        with exact(pictures.device):
+            pool, logits = self.network(pictures)
+        return torch.cat([pool, self._spatial, logits], dim=1)  # (N, 2048 + 2023 + 1008)
+
+
+class InceptionJudge(Judge):
+    """FID, sFID and IS besides the distances that every judge gives; N stands in their names."""
+
+    def compare(self, x: Tensor, y: Tensor) -> dict[str, float | int]:
+        """{fid_10k, sfid_10k, is_10k, kid_inception, precision_inception, ...} for 10,000 pictures."""
+        values, columns, count = super().compare(x, y), self.extractor.columns, short(len(x))
+        fid = values.pop(f"fd_{self.extractor.name}")
+        own = {
+            f"fid_{count}": fid,
+            f"sfid_{count}": frechet_distance(x[:, columns["spatial"]], y[:, columns["spatial"]]),
+            f"is_{count}": inception_score(x[:, columns["logits"]]),
+        }
+        return own | values
+
+
+def inception_score(logits: Tensor, split: int = 5000) -> float:
+    """exp E KL(p(y|x) || p(y)), the mean over splits of `split` pictures (ADM's): (N, K) -> at least 1.
+
+    It says nothing about nearness to a reference. Source: Salimans et al. 2016, arXiv 1606.03498.
+    """
+    log_p = logits.double().log_softmax(1)
+    scores = []
+    for rows in log_p.split(split):
+        marginal = rows.logsumexp(0) - torch.tensor(float(len(rows)), dtype=torch.float64).log()  # log p(y), (K,)
+        scores.append((rows.exp() * (rows - marginal)).sum(1).mean().exp())
+    return torch.stack(scores).mean().item()
+
+
+def short(count: int) -> str:
+    """10000 -> 10k, 512 -> 512."""
+    return f"{count // 1000}k" if count and count % 1000 == 0 else str(count)

@@ -1,0 +1,61 @@
+"""How much of one set of features lies among the other's: precision and recall, density and coverage.
+
+Everything is computed in float64, in chunks of rows, so that no (N, M) matrix is ever held.
+"""
+
+import torch
+from torch import Tensor
+
+from ditune.errors import UserError
+
+CHUNK = 512  # rows at once
+
+
+def distances(x: Tensor, y: Tensor) -> Tensor:
+    """Euclidean distances (N, D), (M, D) -> (N, M)."""
+    square = x.square().sum(1, keepdim=True) + y.square().sum(1) - 2 * x @ y.T
+    return square.clamp(min=0).sqrt()
+
+
+def radii(x: Tensor, k: int) -> Tensor:
+    """Distance of every row to its k-th nearest other row: (N, D) -> (N,).
+
+    Raises:
+        UserError: there are not k others.
+    """
+    if len(x) <= k:
+        raise UserError(f"The {k} nearest neighbours of {len(x)} pictures were asked for. Give more than {k}.")
+    # the row itself is the nearest of all, so the k-th other one is the (k + 1)-th
+    return torch.cat([distances(rows, x).kthvalue(k + 1).values for rows in x.split(CHUNK)])
+
+
+def precision_recall(x: Tensor, y: Tensor, k: int = 3) -> tuple[float, float]:
+    """Improved precision and recall of generated x (N, D) for real y (M, D), both in [0, 1].
+
+    Precision is the share of x within a real picture's ball, recall the share of y within a generated one's; a ball
+    reaches to its centre's k-th neighbour. Both depend on N and M. Source: Kynkaanniemi et al. 2019, arXiv 1904.06991,
+    equations 1 and 2.
+    """
+    x, y = x.double(), y.double()
+    return _share_inside(x, y, radii(y, k)), _share_inside(y, x, radii(x, k))
+
+
+def density_coverage(x: Tensor, y: Tensor, k: int = 5) -> tuple[float, float]:
+    """Density (0 and up, about 1 for equal distributions) and coverage (in [0, 1]) of generated x for real y.
+
+    Density counts in how many real balls a generated picture lies, over k; coverage is the share of real balls that
+    hold a generated picture. Source: Naeem et al. 2020, arXiv 2002.09797, equations 5 and 6.
+    """
+    x, y = x.double(), y.double()
+    reach = radii(y, k)
+    inside, covered = 0, torch.zeros(len(y), dtype=torch.bool, device=y.device)
+    for rows in x.split(CHUNK):
+        hits = distances(rows, y) < reach  # (chunk, M)
+        inside += int(hits.sum())
+        covered |= hits.any(0)
+    return inside / (k * len(x)), covered.double().mean().item()
+
+
+def _share_inside(points: Tensor, centres: Tensor, reach: Tensor) -> float:
+    inside = [(distances(rows, centres) <= reach).any(1) for rows in points.split(CHUNK)]
+    return torch.cat(inside).double().mean().item()

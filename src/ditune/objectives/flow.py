@@ -1,0 +1,71 @@
+"""What the objectives on a flow share: they differ in the target of the velocity, and the rest stands here."""
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ditune.errors import UserError
+from ditune.objectives.base import Draws, Loss, Network, State, drop_labels
+from ditune.objectives.likelihood import mean_flat
+from ditune.processes import FlowProcess
+
+
+class Targets(NamedTuple):
+    """What the network should say where."""
+
+    x_t: Tensor  # (N, C, H, W)
+    t: Tensor  # (N,) in [0, 1]
+    y: Tensor  # (N,) labels, dropped ones replaced by the null class
+    target: Tensor  # (N, C, H, W), no gradient
+    d: Tensor | None = None  # (N,) in [0, t], length of the step that the velocity is averaged over; None = 0
+
+
+class FlowObjective(ABC):
+    """The squared error of the velocity.
+
+    Args:
+        process: the flow.
+        label_drop: share of labels replaced by the null class, in [0, 1].
+
+    Raises:
+        UserError: a number out of range.
+    """
+
+    has_teacher = False
+
+    def __init__(self, process: FlowProcess, label_drop: float = 0.1):
+        if not 0 <= label_drop <= 1:
+            raise UserError(f"label_drop is a share of the labels, but is {label_drop}. Set it between 0 and 1.")
+        self.process, self.label_drop = process, label_drop
+
+    @abstractmethod
+    def targets(self, network: Network, x0: Tensor, y: Tensor, draws: Draws, state: State) -> Targets:
+        """What is learned from x_0 (N, C, H, W) and labels (N,)."""
+
+    def check(self, batch_size: int) -> None:  # noqa: B027, few objectives have anything to refuse
+        """Nothing of a flow's objective depends on the batch, unless it says so."""
+
+    def renews_teacher(self, step: int, max_steps: int) -> bool:
+        return False
+
+    def loss(self, network: Network, batch: tuple[Tensor, Tensor], draws: Draws, state: State) -> Loss:
+        targets = self.targets(network, *batch, draws, state)
+        velocity = self.process.velocity(network, targets.x_t, targets.t, targets.y, targets.d)
+        mse = mean_flat((velocity - targets.target) ** 2)
+        parts = {"loss": mse, "velocity_rms": rms(velocity), "target_rms": rms(targets.target)}
+        return Loss(mse.mean(), {name: value.detach() for name, value in parts.items()}, targets.t)
+
+    @torch.no_grad()
+    def denoising(self, network: Network, batch: tuple[Tensor, Tensor], draws: Draws) -> Tensor:  # (N,)
+        """Error of the velocity at times that are uniform, whatever the training prefers."""
+        x0, y = batch
+        t, noise = draws.uniform("t").to(x0), draws.normal("noise", x0.shape[1:]).to(x0)
+        y = drop_labels(y, draws, self.label_drop, network.num_classes)
+        velocity = self.process.velocity(network, self.process.x_t(x0, noise, t), t, y)
+        return mean_flat((velocity - self.process.target(x0, noise)) ** 2)
+
+
+def rms(x: Tensor) -> Tensor:  # (N, ...) -> (N,)
+    return mean_flat(x.square()).sqrt()

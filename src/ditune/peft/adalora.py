@@ -1,0 +1,63 @@
+"""AdaLoRA (Zhang et al., arXiv 2303.10512): LoRA as a singular value decomposition that gives up ranks in training.
+
+Its layers, importance scores and schedule are peft's; here is only when they are called.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ditune.errors import UserError
+
+from .huggingface import ADAPTER, HuggingFace, layers
+
+SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # the allocator's averages, in peft's names
+
+
+class AdaLora(HuggingFace):
+    """Starts with rank `init_r` everywhere and keeps `target_r` on average, where it matters most.
+
+    Args:
+        lr, weight_decay, train_labels: see `PeftMethod`.
+        arguments: of peft's AdaLoraConfig: `total_step` is the length of the training.
+    """
+
+    def __init__(self, lr: float = 0.0, weight_decay: float = 0.0, train_labels: bool = True, **arguments: Any):
+        arguments.pop("peft_type", None)
+        super().__init__("ADALORA", lr, weight_decay, train_labels, **arguments)
+        if self.config.target_r >= self.config.init_r:
+            raise UserError(f"peft.target_r is {self.config.target_r}. Set it below init_r={self.config.init_r}.")
+
+    def inject(self, network: nn.Module) -> None:
+        super().inject(network)
+        if self.config.rank_pattern:  # of a file in which the ranks have been shared out
+            self.tuner.resize_modules_by_rank_pattern(self.config.rank_pattern, ADAPTER)
+
+    def penalty(self, network: nn.Module) -> Tensor:
+        """orth_reg_weight times the mean of ||P^T P - I||_F and ||Q Q^T - I||_F, over all P and Q (eq. 4)."""
+        grams = []
+        for layer in layers(network).values():
+            a, b = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
+            grams += [a @ a.T, b.T @ b]
+        norms = [torch.linalg.matrix_norm(gram - torch.eye(len(gram), device=gram.device)) for gram in grams]
+        return self.config.orth_reg_weight * torch.stack(norms).mean()
+
+    def after_step(self, network: nn.Module, step: int) -> None:
+        self.tuner.update_and_allocate(step)
+
+    def training_state(self) -> dict[str, Any]:
+        allocator = self.tuner.rankallocator
+        scores = {name: {k: v.cpu() for k, v in getattr(allocator, name).items()} for name in SCORES}
+        return {"scores": scores, "rank_pattern": self.config.rank_pattern}
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        device = next(self.tuner.parameters()).device
+        for name, scores in state["scores"].items():
+            setattr(self.tuner.rankallocator, name, {k: v.to(device) for k, v in scores.items()})
+        self.config.rank_pattern = state["rank_pattern"]
+
+    def to_file(self, network: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """With every rank; the singular values of those that were given up are zero, or fade in the average."""
+        written, tensors = super().to_file(network)
+        return written | {"rank_pattern": None}, tensors

@@ -1,0 +1,183 @@
+"""The methods of huggingface peft, with no code per method, and peft's own file format both ways.
+
+peft is imported where it is needed: it takes seconds.
+"""
+
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ditune.errors import UserError
+
+from .base import LABELS, PeftMethod
+
+QKV = r"blocks\.\d+\.attn\.qkv"
+FC2 = r"blocks\.\d+\.mlp\.fc2"
+# name: (peft's type, the arguments that make it this method)
+HUGGINGFACE: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora": ("LORA", {}),
+    "dora": ("LORA", {"use_dora": True}),
+    "rslora": ("LORA", {"use_rslora": True}),
+    "pissa": ("LORA", {"init_lora_weights": "pissa"}),
+    "loha": ("LOHA", {}),
+    "lokr": ("LOKR", {}),
+    "ia3": ("IA3", {"target_modules": f"{QKV}|{FC2}", "feedforward_modules": FC2}),
+    "vera": ("VERA", {}),
+    "oft": ("OFT", {}),
+    "boft": ("BOFT", {}),
+    "hra": ("HRA", {}),
+    "fourierft": ("FOURIERFT", {}),
+    "shira": ("SHIRA", {}),
+    "miss": ("MISS", {}),
+}
+CHANGES_THE_BASE = ("pissa", "olora")  # initial values of LoRA that are taken out of the base weight
+PREFIX = "base_model.model."  # of every key in peft's files
+ADAPTER = "default"  # peft's name of the adapter inside the network
+
+
+class HuggingFace(PeftMethod):
+    """One of peft's methods, by its type and the arguments of its config class.
+
+    Args:
+        peft_type: key of peft's table of methods, such as "LORA".
+        lr, weight_decay, train_labels: see `PeftMethod`. The label table is in peft's `modules_to_save`.
+        arguments: of peft's config class, which refuses unknown ones. `target_modules` is the qkv layers by default.
+    """
+
+    def __init__(
+        self, peft_type: str, lr: float = 0.0, weight_decay: float = 0.0, train_labels: bool = True, **arguments: Any
+    ):
+        from peft import get_peft_config
+
+        super().__init__(lr, weight_decay, train_labels)
+        arguments.setdefault("target_modules", QKV)
+        if not isinstance(arguments["target_modules"], str):
+            arguments["target_modules"] = list(arguments["target_modules"])
+        try:
+            with quiet():
+                self.config = get_peft_config({"peft_type": peft_type, **arguments})
+        except (ValueError, ZeroDivisionError) as error:
+            raise UserError(f"peft refuses these arguments: {first_line(error)}. See configs/peft/.") from error
+        self.saved = [*(self.config.modules_to_save or ()), *([LABELS] if train_labels else ())]
+        self.config.modules_to_save = None  # they train here as all parameters do, without copies
+        self.injected: set[str] = set()
+
+    def selects(self, name: str) -> bool:
+        return name in self.injected or any(f".{module}." in f".{name}" for module in self.saved)
+
+    def inject(self, network: nn.Module) -> None:
+        """Put peft's layers around those that `target_modules` names.
+
+        On the meta device the layers are made on the CPU, from memory that nothing touches: some of peft's methods
+        compute when they are made.
+        """
+        from peft import get_peft_model
+
+        meta, config = next(network.parameters()).is_meta, self.config
+        if meta:
+            network.to_empty(device="cpu")
+            if self._changes_the_base:
+                config = replace(config, init_lora_weights=True)  # its singular values would be those of nothing
+        try:
+            with quiet(), torch.device("cpu" if meta else torch.get_default_device()):
+                self.tuner = get_peft_model(network, config).base_model
+        except (ValueError, ZeroDivisionError) as error:
+            raise UserError(f"peft cannot adapt this network: {first_line(error)}. See configs/peft/.") from error
+        if meta:
+            network.to("meta")
+        del network.peft_config
+        odd = [name for name, layer in layers(network).items() if not isinstance(layer.get_base_layer(), nn.Linear)]
+        if odd:
+            raise UserError(
+                f"peft.target_modules names {odd[0]}, which the network never calls as a linear layer. "
+                r"Name only linear layers, as in blocks\.\d+\.attn\.(qkv|proj)."
+            )
+        trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        if not all(p.numel() for p in trained.values()):
+            raise UserError("The method's rank is 0, so there is nothing to train. Set a rank of at least 1.")
+        self.injected = set(trained)
+        if self._changes_the_base and not meta:
+            for layer in layers(network).values():
+                for part in ("lora_A", "lora_B"):
+                    initial = getattr(layer, part)[ADAPTER].weight.detach().clone()
+                    layer.register_buffer(f"initial_{part}", initial, persistent=False)
+
+    def fold(self, network: nn.Module) -> None:
+        for name, layer in layers(network).items():
+            layer.merge()
+            parent, _, child = name.rpartition(".")
+            setattr(network.get_submodule(parent), child, layer.get_base_layer())
+
+    def to_file(self, network: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """peft's config and keys. What starts from the base's own values is written as a LoRA on the unchanged base."""
+        config, state = self.config, self.state_dict(network)
+        if self._changes_the_base:
+            # W - s B0 A0 + s B A  =  W + s [B, -B0] [A; A0]
+            for name, layer in layers(network).items():
+                a, b = (f"{name}.{part}.{ADAPTER}.weight" for part in ("lora_A", "lora_B"))
+                state[a] = torch.cat([state[a], layer.initial_lora_A.cpu()])
+                state[b] = torch.cat([state[b], -layer.initial_lora_B.cpu()], dim=1)
+            scaling = layer.scaling[ADAPTER]  # the same in all layers
+            rank = 2 * config.r
+            config = replace(config, r=rank, lora_alpha=scaling * rank, use_rslora=False, init_lora_weights=True)
+        keys = self._keys(network)
+        written = {key: list(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+        written |= {"modules_to_save": self.saved or None, "inference_mode": True}
+        written["auto_mapping"] = {
+            "base_model_class": type(network).__name__,
+            "parent_library": type(network).__module__,
+        }
+        return written, {PREFIX + keys[name]: tensor for name, tensor in state.items()}
+
+    def from_file(self, network: nn.Module, tensors: dict[str, Tensor]) -> None:
+        names = {key: name for name, key in self._keys(network).items()}
+        plain = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+        self.load_state_dict(network, {names.get(key, key): tensor for key, tensor in plain.items()})
+
+    @property
+    def _changes_the_base(self) -> bool:
+        return str(getattr(self.config, "init_lora_weights", "")).startswith(CHANGES_THE_BASE)
+
+    def _keys(self, network: nn.Module) -> dict[str, str]:
+        """Name of every trainable parameter: its key in peft's files."""
+        from peft import get_peft_model_state_dict
+
+        names = {name: name for name in self.trainable(network)}
+        network.peft_config = {ADAPTER: self.config}
+        keys = get_peft_model_state_dict(network, names, ADAPTER, save_embedding_layers=False)
+        del network.peft_config
+        return names | {name: key for key, name in keys.items()}
+
+
+def layers(network: nn.Module) -> dict[str, nn.Module]:
+    """peft's layers in the network."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return {name: module for name, module in network.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+def from_peft_config(config: dict[str, Any]) -> HuggingFace:
+    """The method of one of peft's adapter_config.json files; keys that this release of peft does not know are left out.
+
+    Raises:
+        UserError: peft does not know the type.
+    """
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING as KNOWN
+
+    if config["peft_type"] not in KNOWN:
+        raise UserError(f"peft has no method {config['peft_type']!r}. Install the release that wrote the adapter.")
+    known = KNOWN[config["peft_type"]].__dataclass_fields__
+    arguments = {k: v for k, v in config.items() if k in known} | {"inference_mode": False}
+    return HuggingFace(train_labels=False, **arguments)
+
+
+def first_line(error: Exception) -> str:
+    return str(error).splitlines()[0].rstrip(".")
+
+
+def quiet() -> warnings.catch_warnings:
+    """peft warns of settings that are made on purpose, and of CUDA kernels that it does without."""
+    return warnings.catch_warnings(action="ignore")

@@ -1,0 +1,60 @@
+"""Norm tuning: a trained weight and bias on the LayerNorms of every block, where DiT has none of its own."""
+
+import torch
+from torch import Tensor, nn
+
+from .base import PeftMethod
+
+
+class NormTuning(PeftMethod):
+    """Affine norm1 and norm2 in every block; with `adaln` also the layers that take norms' place in DiT.
+
+    Args:
+        adaln: the adaLN layers train too, weights and biases (a third of DiT's parameters).
+        lr, weight_decay, train_labels: see `PeftMethod`.
+    """
+
+    def __init__(self, lr: float, weight_decay: float = 0.0, train_labels: bool = True, adaln: bool = False):
+        super().__init__(lr, weight_decay, train_labels)
+        self.adaln = adaln
+
+    def selects(self, name: str) -> bool:
+        return "norm" in name or (self.adaln and "adaLN_modulation" in name)
+
+    def inject(self, network: nn.Module) -> None:
+        add_affine_norms(network)
+
+    def fold(self, network: nn.Module) -> None:
+        fold_affine_norms(network)
+
+
+def ones(size: int, like: Tensor) -> nn.Parameter:
+    return nn.Parameter(torch.ones(size, device=like.device, dtype=torch.float32))
+
+
+def add_affine_norms(network: nn.Module) -> None:
+    """Give norm1 and norm2 of every block a weight of ones and a bias of zeros."""
+    for norm in (norm for block in network.blocks for norm in (block.norm1, block.norm2)):
+        norm.weight = ones(norm.normalized_shape[0], network.x_embedder.proj.weight)
+        norm.bias = nn.Parameter(torch.zeros_like(norm.weight))
+
+
+def fold_affine_norms(network: nn.Module) -> None:
+    """Fold them into the adaLN layers, exactly, and remove them."""
+    shift_msa, scale_msa, _, shift_mlp, scale_mlp, _ = range(6)
+    for block in network.blocks:
+        modulation = block.adaLN_modulation[1]
+        _fold_norm(block.norm1, modulation, shift_msa, scale_msa)
+        _fold_norm(block.norm2, modulation, shift_mlp, scale_mlp)
+
+
+def _fold_norm(norm: nn.LayerNorm, modulation: nn.Linear, shift: int, scale: int) -> None:
+    """(w*n + b)(1 + s) + h  =  n(1 + s') + h'  with  s' = w*s + w - 1  and  h' = h + b(1 + s)."""
+    w, b, size = norm.weight, norm.bias, norm.normalized_shape[0]
+    rows = [slice(k * size, (k + 1) * size) for k in (shift, scale)]
+    (w_h, w_s), (b_h, b_s) = ([part[r] for r in rows] for part in (modulation.weight, modulation.bias))
+    w_h += b[:, None] * w_s
+    b_h += b * (1 + b_s)
+    w_s *= w[:, None]
+    b_s.copy_(w * b_s + w - 1)
+    norm.weight = norm.bias = None

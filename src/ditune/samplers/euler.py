@@ -1,0 +1,59 @@
+"""Euler's method on a flow (Liu et al. 2022, arXiv 2209.03003)."""
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ditune.errors import UserError
+from ditune.processes import FlowProcess
+from ditune.samplers.guidance import ModelFn
+
+
+class Euler:
+    """Walks from noise to data along the velocity at each step's beginning.
+
+    Args:
+        shift: time shift of the steps (arXiv 2403.03206): above 1 more of them stand near the noise; 1 = none.
+        eta: randomness; the steps have the same marginals for every eta. 0 = none, 1 = as much noise is taken out of x
+            and put in again as the step passes (arXiv 2401.08740, with diffusion w = 2 eta t).
+
+    Raises:
+        UserError: a number out of range.
+    """
+
+    process = FlowProcess
+
+    def __init__(self, shift: float = 1.0, eta: float = 0.0):
+        if shift <= 0 or eta < 0:
+            raise UserError("Euler's steps have no such spacing or noise. Set shift above 0 and eta to 0 or more.")
+        self.shift, self.eta = shift, eta
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        model_fn: ModelFn,
+        process: FlowProcess,
+        x: Tensor,
+        noise: Callable[[], Tensor],
+        on_step: Callable[[float, Tensor, Tensor], None] | None = None,
+    ) -> Tensor:  # (N, C, H, W)
+        """Go from noise to data.
+
+        Args:
+            model_fn: (x, t) -> velocity.
+            process: its steps are the steps taken.
+            x: (N, C, H, W) standard normal noise.
+            noise: gives (N, C, H, W) standard normal noise; called only where eta > 0, and not at the last step.
+            on_step: called after every step with (t at its beginning, x, predicted x_0).
+        """
+        for t, s in pairwise(process.times(self.shift).tolist()):
+            velocity = model_fn(x, torch.full((len(x),), t, device=x.device))
+            x0, epsilon = x - t * velocity, x + (1 - t) * velocity
+            x = x - (t - s) * velocity
+            if self.eta > 0 and s > 0:
+                x = x - (t - s) * self.eta * epsilon + (2 * self.eta * t * (t - s)) ** 0.5 * noise().to(x)
+            if on_step is not None:
+                on_step(t, x, x0)
+        return x

@@ -1,0 +1,252 @@
+"""Sweeps: jobs side by side in process trees of their own; what fails stays alone; the same command does the rest."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers import ROOT, SMALL, compose
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from ditune.errors import UserError
+from ditune.launch.jobs import Job, config_hash, needs, of_the_job, place
+from ditune.launch.sweep import Sweep
+from ditune.launch.trees import Tree
+
+
+def processes(text: str) -> list[int]:
+    """Ids of the processes whose command line holds `text`."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if text in path.read_bytes().decode(errors="replace"):
+                found.append(int(path.parent.name))
+        except OSError:
+            continue  # it has just ended
+    return found
+
+
+def wait_until(condition, seconds: float = 20) -> bool:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+    return condition()
+
+
+# Process trees, with programs that start at once
+
+
+def tree(folder: Path, script: str, count: int) -> Tree:
+    return Tree([sys.executable, "-S", "-c", f"import os, sys, time\n{script}"], count, folder)
+
+
+def finish(running: Tree) -> list[int]:
+    assert wait_until(lambda: running.poll() is not None)
+    return running.poll()
+
+
+def test_ranks_get_what_torchrun_gives(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_PROCID", "7")
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "SLURM_PROCID", "CUDA_VISIBLE_DEVICES")
+    script = f"print([os.environ.get(n) for n in {names}])"
+    command = [sys.executable, "-S", "-c", f"import os\n{script}"]
+    finish(running := Tree(command, 2, tmp_path, devices=["3", "5"]))
+    for rank in (0, 1):
+        written = running.log(rank).read_text().strip()
+        assert written == str([str(rank), str(rank), "2", "127.0.0.1", None, "3,5"])
+
+
+def test_one_failing_rank_ends_the_others(tmp_path):
+    start = time.monotonic()
+    running = tree(tmp_path, "if os.environ['RANK'] == '1': sys.exit('Error: no luck.')\ntime.sleep(60)", 3)
+    assert finish(running) == [-signal.SIGTERM, 1, -signal.SIGTERM]
+    assert time.monotonic() - start < 20
+    assert running.failed_first == [1]
+    assert running.reason(1) == "Error: no luck."
+
+
+def test_a_rank_that_does_not_listen_is_killed_with_its_children(tmp_path):
+    mark = f"mark-{tmp_path.name}-{os.getpid()}"
+    child = "import subprocess, signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+    child += (
+        f"subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)', '{mark}']); print('up', flush=True)"
+    )
+    running = tree(tmp_path, f"{child}\ntime.sleep(60)", 1)
+    assert wait_until(lambda: "up" in running.log(0).read_text() and processes(mark))
+    assert running.stop(grace=0.2) == [-signal.SIGKILL]
+    assert wait_until(lambda: not processes(mark))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells children of their parent's death")
+def test_nothing_outlives_a_sweep_that_is_killed(tmp_path):
+    mark = f"mark-{tmp_path.name}-{os.getpid()}"
+    script = f"""
+import sys, time
+sys.path.insert(0, {str(ROOT / "src")!r})
+from pathlib import Path
+from ditune.launch.trees import Tree
+Tree([sys.executable, "-c", "import time; time.sleep(60)", {mark!r}], 2, Path({str(tmp_path)!r}))
+print("up", flush=True)
+time.sleep(60)
+"""
+    sweep = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert sweep.stdout.readline() == "up\n"
+    sweep.kill()
+    sweep.wait()
+    assert wait_until(lambda: not processes(f"\0{mark}"))
+
+
+# Plans
+
+
+def test_hash_is_of_what_decides_the_result(tmp_path):
+    cfg = compose(tmp_path)
+
+    def key(name: str, value: object) -> str:
+        changed = cfg.copy()
+        OmegaConf.update(changed, name, value)
+        return config_hash(changed)
+
+    same = {"paths.output_dir": "x", "tags": ["a"], "resume": "auto", "launcher.slots": 3, "run_dir": "x"}
+    assert {key(*item) for item in same.items()} == {config_hash(cfg)}
+    other = {"seed": 1, "peft.name": "bitfit", "peft.lr": 1e-4, "max_steps": 401, "trainer.devices": 2}
+    assert len({config_hash(cfg), *(key(*item) for item in other.items())}) == 1 + len(other)
+    assert cfg.paths.output_dir == str(tmp_path)  # left as it was
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "devices", "gpus", "per_job", "expected"),
+    [
+        ("cpu", 2, 8, None, (2, False)),
+        ("cpu", "auto", 0, None, (1, False)),
+        ("auto", "auto", 8, 2, (2, True)),
+        ("auto", "auto", 8, None, (8, True)),
+        ("auto", 2, 0, None, (2, False)),
+        ("gpu", "1", 2, 2, (1, True)),
+        ("gpu", 4, 8, 2, "raise launcher.gpus_per_job"),
+        ("gpu", [0, 1], 8, None, "Give their number"),
+    ],
+)
+def test_what_a_job_needs(accelerator, devices, gpus, per_job, expected):
+    trainer = OmegaConf.create({"accelerator": accelerator, "devices": devices})
+    if isinstance(expected, tuple):
+        assert needs(trainer, gpus, per_job) == expected
+    else:
+        with pytest.raises(UserError, match=expected):
+            needs(trainer, gpus, per_job)
+
+
+def test_places_are_kept(tmp_path):
+    for name, key, status in (("0", "a", "finished"), ("2", "b", "killed")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "result.json").write_text(json.dumps({"config_hash": key, "status": status}))
+    jobs = [Job([], key) for key in ("c", "b", "a", "d", "c")]
+    place(jobs, tmp_path)
+    assert [job.folder and job.folder.name for job in jobs] == ["1", "2", "0", "3", None]
+    assert [job.status for job in jobs] == ["waiting", "waiting", "skipped", "waiting", "refused"]
+
+
+def test_hydras_own_overrides_of_a_sweep_stay_there():
+    given = [
+        "hydra/launcher=basic",
+        "hydra.launcher.slots=1",
+        "+hydra.sweep.x=1",
+        "hydra.verbose=true",
+        "hydra.mode=MULTIRUN",
+    ]
+    assert of_the_job(given) == ["hydra.verbose=true"]
+
+
+def test_gpus_are_shared_and_never_given_twice(tmp_path):
+    """Four jobs of one and two GPUs on three; each job writes when it had which."""
+    script = tmp_path / "job.py"
+    script.write_text(
+        "import json, os, sys, time\n"
+        "folder = next(a for a in sys.argv if a.startswith('run_dir=')).split('=')[1]\n"
+        "start = time.time(); time.sleep(0.5)\n"
+        "if os.environ.get('RANK', '0') == '0':\n"
+        "    gpus = os.environ['CUDA_VISIBLE_DEVICES'].split(',')\n"
+        "    content = {'status': 'finished', 'gpus': gpus, 'start': start, 'end': time.time()}\n"
+        "    open(folder + '/result.json', 'w').write(json.dumps(content))\n"
+    )
+    jobs = [
+        Job([], str(k), tmp_path / "sweep" / str(k), processes=count, on_gpu=True)
+        for k, count in enumerate((2, 2, 1, 1))
+    ]
+    Sweep(tmp_path / "sweep", script, ["0", "1", "2"]).run(jobs)
+    assert [job.status for job in jobs] == ["finished"] * 4
+    results = [json.loads((job.folder / "result.json").read_text()) for job in jobs]
+    assert [len(result["gpus"]) for result in results] == [2, 2, 1, 1]
+    together = 0
+    for i, a in enumerate(results):
+        for b in results[:i]:
+            if a["start"] < b["end"] and b["start"] < a["end"]:
+                together += 1
+                assert not set(a["gpus"]) & set(b["gpus"])
+    assert together  # they did run side by side
+
+
+# The real thing
+
+
+@pytest.mark.ddp
+@pytest.mark.slow
+def test_one_of_four_jobs_fails_on_rank_1_and_one_is_killed(tmp_path, pictures):
+    """Jobs of one process are spared by faults.py; of those of two, one fails and one is killed, on rank 1 only."""
+    settings = [*SMALL, f"data.root={pictures}", "peft=full", "max_steps=4", "optimizer.lr=1e-3", "name=four"]
+    settings += ["trainer=ddp", "trainer.accelerator=cpu", "launcher.slots=3", f"paths.log_dir={tmp_path}"]
+    swept = ["trainer.devices=1,2", "data.pictures._target_=faults.FailsOnRank1,faults.Killed"]
+    sweep = tmp_path / "train" / "multiruns" / "four"
+
+    def start(faults: str) -> tuple[subprocess.CompletedProcess, list[str]]:
+        env = os.environ | {"PYTHONPATH": "tests", "OMP_NUM_THREADS": "1", "FAULTS": faults}
+        command = [sys.executable, "src/train.py", "-m", *settings, *swept]
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
+        return done, [job["status"] for job in json.loads((sweep / "summary.json").read_text())["jobs"]]
+
+    first, status = start(faults="1")
+    assert status == ["finished", "finished", "failed", "killed"], first.stdout
+    assert first.returncode == 1
+    assert "2 of 4 jobs have no result" in first.stderr
+    assert "Traceback" not in first.stderr
+    assert "the disk of rank 1 is gone" in (sweep / "summary.json").read_text()
+    results = [json.loads((sweep / str(k) / "result.json").read_text()) for k in range(4)]
+    assert [result["status"] for result in results] == status
+    assert not processes(str(sweep))
+
+    second, status = start(faults="0")
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert status == ["skipped", "skipped", "finished", "finished"]
+    assert sorted(path.name for path in sweep.iterdir() if path.is_dir()) == ["0", "1", "2", "3"]
+    one, *others = (load_file(sweep / str(k) / "network.safetensors") for k in range(4))
+    for other in others:
+        for name, value in one.items():
+            if not name.endswith("qkv.bias"):  # see test_ddp.py
+                assert_close(other[name], value, atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_submitit_runs_the_same_sweep(tmp_path, pictures):
+    """By its local executor, which starts the processes that Slurm would; one of two jobs has a wrong config."""
+    settings = [*SMALL, f"data.root={pictures}", "peft=full", "name=two", f"paths.log_dir={tmp_path}", "resume=auto"]
+    command = [sys.executable, "src/train.py", "-m", "hydra/launcher=submitit_local", *settings, "max_steps=2"]
+
+    def start(*swept: str) -> subprocess.CompletedProcess:
+        return subprocess.run([*command, *swept], cwd=ROOT, capture_output=True, text=True, timeout=240)
+
+    failed = start("batch_size=4,0")
+    assert failed.returncode == 1
+    assert "batch_size is the global batch" in failed.stderr
+    result = tmp_path / "train" / "multiruns" / "two" / "0" / "result.json"
+    before = result.stat().st_mtime_ns
+    assert json.loads(result.read_text())["status"] == "finished"
+    again = start("batch_size=4,2")
+    assert again.returncode == 0, again.stderr
+    assert result.stat().st_mtime_ns == before  # not run again
+    assert json.loads((result.parents[1] / "1" / "result.json").read_text())["status"] == "finished"
