@@ -50,7 +50,6 @@ def test_every_experiment_builds_with_every_method(tmp_path, experiment):
         cfg = compose(tmp_path, *overrides, f"peft={name}", f"pretrained={base}")
         method = make(cfg.peft, "peft")
         method.apply(copy.deepcopy(parts.network))
-        assert type(method) is type(build_peft(name, lr=1.0))
         assert make(cfg.optimizer, "optimizer").keywords["lr"] == cfg.optimizer.lr
         make(cfg.scheduler, "scheduler")
 
@@ -88,7 +87,7 @@ def test_constructors_refuse_unknown_keys(tmp_path, pictures):
 
 PLAIN = ("_target_", "_partial_", "defaults", "- ", "# ")
 # groups whose head line, or the library that is called, explains every key
-EXPLAINED_BY_THEIR_HEAD = {"experiment", "hydra", "debug", "logger", "sweep"}
+EXPLAINED_BY_THEIR_HEAD = {"experiment", "sweep", "hydra", "debug", "logger"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(CONFIGS)))

@@ -11,13 +11,13 @@ from torch import nn
 from ditune.errors import UserError
 from ditune.networks import DiT
 
-from . import diffusers_dit, official_dit
+from . import diffusers_dit, official_dit, shortcut_jax
 from .files import atomic
 from .source import Content, Source
 
 FORMAT = "ditune-network-1"
 # The formats of others, asked in this order. Each module has `recognises(source)` and `read(source, **overrides)`.
-FOREIGN: tuple[ModuleType, ...] = (diffusers_dit, official_dit)
+FOREIGN: tuple[ModuleType, ...] = (shortcut_jax, diffusers_dit, official_dit)
 
 
 def save_network(path: Path | str, network: DiT, process: dict, **provenance) -> None:
@@ -62,8 +62,9 @@ def load_network(path: Path | str, **overrides: Any) -> nn.Module:
 
     Args:
         path: our `.safetensors`; an official DiT `.pt` (bare, or with "ema" or "model" inside, "ema" first); a folder
-            of diffusers' DiTTransformer2DModel or DiTPipeline.
-        overrides: constructor arguments that replace those of the file (`input_size` for another resolution).
+            of diffusers' DiTTransformer2DModel or DiTPipeline; a pickle of the shortcut models' code (its average).
+        overrides: constructor arguments that replace those of the file. `input_size` is for another resolution. With
+            `step` a network learns to be told steps, which it begins by ignoring.
 
     Raises:
         UserError: the file is missing, damaged, of an unknown kind, or does not fit the overrides.
@@ -74,8 +75,13 @@ def load_network(path: Path | str, **overrides: Any) -> nn.Module:
     else:
         content = _read_foreign(source, overrides)
     network = content.build(**(content.config | overrides))
+    tensors = content.tensors
+    if overrides.get("step") and not content.config.get("step"):
+        network.ignore_step_at_first()
+        own = network.state_dict()
+        tensors = tensors | {name: value for name, value in own.items() if name.startswith(network.fresh)}
     try:
-        network.load_state_dict(content.tensors)
+        network.load_state_dict(tensors)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{path} does not fit the network: {error}. Check the overrides {overrides}.") from error
     network.file = source.path
