@@ -122,9 +122,10 @@ def test_curves_are_smoothed_and_skip_what_is_not_there(sweep, tmp_path):
 
 def test_sheet_has_methods_in_rows_and_data_in_columns(sweep):
     sheet = methods_sheet(read_results(sweep))
-    assert sheet.getpixel((12, 12)) == (40, 0, 0)  # DiffFit, a
-    assert sheet.getpixel((12, sheet.height - 60)) in ((30, 0, 0), (255, 255, 255))
-    assert sheet.width > 2 * 82
+    second = 8 + 20 + 18 + 8  # below the first row's pictures (2 x 10 pixels), its text and the gap
+    assert sheet.getpixel((12, 12)) == (40, 0, 0)  # DiffFit on a
+    assert sheet.getpixel((12, second + 4)) == (30, 0, 0)  # BitFit on a
+    assert sheet.getpixel((8 + 82 + 8 + 4, second + 4)) == (255, 255, 255)  # BitFit on b, not run
 
 
 class Page(html.parser.HTMLParser):
