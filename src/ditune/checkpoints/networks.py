@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from ditune.errors import UserError
 from ditune.networks import DiT
 
-from . import diffusers_dit, official_dit
+from . import diffusers_dit, official_dit, shortcut_jax
 from .files import atomic
 from .source import Content, Source
 
 FORMAT = "ditune-network-1"
 # The formats of others, asked in this order. Each module has `recognises(source)` and `read(source, **overrides)`.
-FOREIGN: tuple[ModuleType, ...] = (diffusers_dit, official_dit)
+FOREIGN: tuple[ModuleType, ...] = (shortcut_jax, diffusers_dit, official_dit)
 LABELS = "y_embedder.embedding_table.weight"
 
 
@@ -64,9 +64,10 @@ def load_network(path: Path | str, **overrides: Any) -> nn.Module:
 
     Args:
         path: our `.safetensors`; an official DiT `.pt` (bare, or with "ema" or "model" inside, "ema" first); a folder
-            of diffusers' DiTTransformer2DModel or DiTPipeline.
+            of diffusers' DiTTransformer2DModel or DiTPipeline; a pickle of the shortcut models' code (its average).
         overrides: constructor arguments that replace those of the file. `input_size` is for another resolution. With
-            another `num_classes` the label table is drawn anew, always the same, and keeps the null class.
+            another `num_classes` the label table is drawn anew, always the same, and keeps the null class. With
+            `step` a network learns to be told steps, which it begins by ignoring.
 
     Raises:
         UserError: the file is missing, damaged, of an unknown kind, or does not fit the overrides.
@@ -80,6 +81,10 @@ def load_network(path: Path | str, **overrides: Any) -> nn.Module:
     tensors = content.tensors
     if overrides.get("num_classes", content.config["num_classes"]) != content.config["num_classes"]:
         tensors = tensors | {LABELS: _new_labels(tensors[LABELS], network)}
+    if overrides.get("step") and not content.config.get("step"):
+        network.ignore_step_at_first()
+        own = network.state_dict()
+        tensors = tensors | {name: value for name, value in own.items() if name.startswith(network.fresh)}
     try:
         network.load_state_dict(tensors)
     except (RuntimeError, ValueError) as error:

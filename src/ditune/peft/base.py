@@ -1,6 +1,7 @@
 """The seam between a network and the methods that adapt it: a predicate over parameters plus injected ones."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,7 +54,8 @@ class PeftMethod(ABC):
             raise UserError("The network is adapted already. Merge it first, or load the base network again.")
         with all_or_nothing(network):
             self.inject(network)
-            chosen = {name for name, _ in network.named_parameters() if self.selects(name) or self._is_label(name)}
+            names = [name for name, _ in network.named_parameters()]
+            chosen = {n for n in names if self.selects(n) or self._is_label(n) or n.startswith(network.fresh)}
             if not chosen:
                 raise UserError(f"{self.title} trains no parameter of this network. Choose another method.")
         for name, parameter in network.named_parameters():
@@ -134,6 +136,11 @@ class PeftMethod(ABC):
     def from_file(self, network: nn.Module, tensors: dict[str, Tensor]) -> None:
         """Load the tensors of `to_file` into a network that the method has been applied to."""
         self.load_state_dict(network, tensors)
+
+
+def on_tokens(output: Tensor | tuple[Tensor, ...], change: Callable[[Tensor], Tensor]) -> Tensor | tuple[Tensor, ...]:
+    """Change the tokens that a module gives; DiT-MoE's give their routing beside them."""
+    return change(output) if isinstance(output, Tensor) else (change(output[0]), *output[1:])
 
 
 def mlp_name(block: nn.Module) -> str:
