@@ -14,7 +14,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from ditune.autoencoders import Autoencoder
-from ditune.checkpoints import load_network, read_header, sha256
+from ditune.checkpoints import is_ours, load_network, locate, read_header, sha256
 from ditune.data import Pictures
 from ditune.drawing import Drawer
 from ditune.errors import UserError
@@ -110,10 +110,10 @@ def build_network(
         network = make(cfg.network, "network", **shape, **told)
     if cfg.pretrained is None:
         return network, None, None
-    base = Path(cfg.pretrained)
+    base = locate(cfg.pretrained, Path(cfg.paths.cache_dir) / "networks", download=not cfg.dry_run)
     with seeded(cfg.seed):
         loaded = load_network(base, **told)
-    header = read_header(base) if base.suffix == ".safetensors" else None
+    header = read_header(base) if is_ours(base) else None
     base_config = loaded.config
     if cfg.new_resolution:
         loaded = at_resolution(loaded, network.config["input_size"], network.config["pos_embed_scale"])

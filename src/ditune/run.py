@@ -11,7 +11,16 @@ from yaml import YAMLError
 
 from ditune.autoencoders import Autoencoder
 from ditune.build import make, uses_bf16
-from ditune.checkpoints import check_file, load_adapter, load_network, read_adapter, read_header, shortcut_jax
+from ditune.checkpoints import (
+    check_file,
+    is_ours,
+    load_adapter,
+    load_network,
+    locate,
+    read_adapter,
+    read_header,
+    shortcut_jax,
+)
 from ditune.checkpoints.source import Source
 from ditune.drawing import Drawer
 from ditune.errors import UserError
@@ -49,7 +58,7 @@ def load_run(folder: Path | str) -> Run:
     folder = Path(folder)
     cfg = _read_config(folder)
     if (folder / "adapter").is_dir():
-        base = Path(cfg.pretrained)
+        base = locate(cfg.pretrained, Path(cfg.paths.cache_dir) / "networks")
         network, stored = _load_adapted(folder / "adapter", base)
     elif (folder / "network.safetensors").is_file():
         base = None
@@ -65,7 +74,7 @@ def load_run(folder: Path | str) -> Run:
 
 
 def load_checkpoint(path: Path | str, autoencoder: DictConfig, sampler: DictConfig, bf16: bool) -> Trained:
-    """A bare network file, ours or an official DiT `.pt`.
+    """A bare network: a file of ours or of another format that `load_network` knows.
 
     Args:
         autoencoder, sampler: config groups; the autoencoder must be the one that the network was trained with.
@@ -76,7 +85,7 @@ def load_checkpoint(path: Path | str, autoencoder: DictConfig, sampler: DictConf
     """
     path, codec = Path(path), make(autoencoder, "autoencoder")
     network = load_network(path)
-    stored = _stored(path) if path.suffix == ".safetensors" else _official(path, network, codec)
+    stored = _stored(path) if is_ours(path) else _official(path, network, codec)
     drawer = _build_drawer(path, stored, codec, sampler, bf16)
     return Trained(network.eval(), drawer, stored["class_names"])
 
@@ -111,7 +120,7 @@ def _read_config(folder: Path) -> DictConfig:
 
 def _load_adapted(folder: Path, base: Path) -> tuple[DiT, dict[str, Any]]:
     config, _ = read_adapter(folder)
-    if not base.is_file():
+    if not base.exists():
         raise UserError(
             f"The run's base network {base} is missing. Put it back, or correct `pretrained` in the run's config.yaml."
         )

@@ -5,9 +5,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from ditune.errors import UserError
 from ditune.networks import DiT
@@ -19,7 +18,6 @@ from .source import Content, Source
 FORMAT = "ditune-network-1"
 # The formats of others, asked in this order. Each module has `recognises(source)` and `read(source, **overrides)`.
 FOREIGN: tuple[ModuleType, ...] = (shortcut_jax, diffusers_dit, official_dit)
-LABELS = "y_embedder.embedding_table.weight"
 
 
 def save_network(path: Path | str, network: DiT, process: dict, **provenance) -> None:
@@ -66,7 +64,6 @@ def load_network(path: Path | str, **overrides: Any) -> nn.Module:
         path: our `.safetensors`; an official DiT `.pt` (bare, or with "ema" or "model" inside, "ema" first); a folder
             of diffusers' DiTTransformer2DModel or DiTPipeline; a pickle of the shortcut models' code (its average).
         overrides: constructor arguments that replace those of the file. `input_size` is for another resolution. With
-            another `num_classes` the label table is drawn anew, always the same, and keeps the null class. With
             `step` a network learns to be told steps, which it begins by ignoring.
 
     Raises:
@@ -79,8 +76,6 @@ def load_network(path: Path | str, **overrides: Any) -> nn.Module:
         content = _read_foreign(source, overrides)
     network = content.build(**(content.config | overrides))
     tensors = content.tensors
-    if overrides.get("num_classes", content.config["num_classes"]) != content.config["num_classes"]:
-        tensors = tensors | {LABELS: _new_labels(tensors[LABELS], network)}
     if overrides.get("step") and not content.config.get("step"):
         network.ignore_step_at_first()
         own = network.state_dict()
@@ -89,7 +84,7 @@ def load_network(path: Path | str, **overrides: Any) -> nn.Module:
         network.load_state_dict(tensors)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{path} does not fit the network: {error}. Check the overrides {overrides}.") from error
-    network.file = source.path if source.path.is_file() else None
+    network.file = source.path
     return network
 
 
@@ -102,12 +97,3 @@ def _read_foreign(source: Source, overrides: dict[str, Any]) -> Content:
             "An official DiT file has x_embedder.proj.weight; a folder of diffusers has a config.json."
         )
     return found.read(source, **overrides)
-
-
-def _new_labels(old: Tensor, network: nn.Module) -> Tensor:
-    """A label table for other classes, as a new network has it (std 0.02); the null class is the old one's."""
-    rows, width = network.y_embedder.embedding_table.weight.shape
-    table = torch.empty(rows, width).normal_(std=0.02, generator=torch.Generator().manual_seed(0))
-    if rows == network.num_classes + 1:
-        table[-1] = old[-1]
-    return table

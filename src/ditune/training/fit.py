@@ -23,7 +23,7 @@ from ditune.peft import Full
 from ditune.preparing import ensure, training_source
 
 from .callbacks import peak_memory_mib
-from .loggers import close_loggers
+from .loggers import WandbRun, close_loggers
 from .module import GenerativeModule
 from .plan import announce, counts
 from .setup import Resumed, StreamData, build_module, build_trainer, find_checkpoint, identity, open_loggers
@@ -66,7 +66,7 @@ def train(cfg: DictConfig) -> int:
     write_result(trainer, folder, result)
     start = time.perf_counter()
     try:
-        open_loggers(cfg, trainer, folder, resumed.step)
+        open_loggers(cfg, trainer, folder, resumed.step, parts.network)
         if cfg.compile:
             module.network.compile_blocks()
         trainer.fit(module, datamodule=StreamData(stream, cfg), ckpt_path=resumed.path, weights_only=True)
@@ -193,8 +193,11 @@ def finish(
         result["seconds"]["evaluation"] = time.perf_counter() - start
     result["status"] = "finished"
     after = result["metrics"].get("after", {})
-    for logger in trainer.loggers if after else ():
-        logger.log_metrics({f"eval/{key}": value for key, value in after.items()}, step=cfg.max_steps)
+    for logger in trainer.loggers:
+        if after:
+            logger.log_metrics({f"eval/{key}": value for key, value in after.items()}, step=cfg.max_steps)
+        if isinstance(logger, WandbRun):
+            logger.finish_training(folder)
 
 
 def denoising(cfg: DictConfig, parts: Parts) -> dict[str, float]:

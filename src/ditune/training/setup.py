@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig
 from pytorch_lightning.callbacks import ModelCheckpoint
+from torch import nn
 
 from ditune.build import Parts, build_drawer, make, plain
 from ditune.data.stream import MicroBatches, PictureStream, training_loader
@@ -16,8 +17,10 @@ from ditune.errors import UserError
 
 from .callbacks import DrawSamples, StepClock, StopOnSignal
 from .checkpoint_io import AtomicCheckpointIO, newest_checkpoint
+from .loggers import WandbRun
 from .metrics_csv import MetricsCsv
 from .module import GenerativeModule
+from .plan import parameter_kinds
 from .progress import TrainingProgress
 from .strips import DrawStrips
 
@@ -148,7 +151,7 @@ def build_trainer(cfg: DictConfig, parts: Parts, folder: Path) -> tuple[pl.Train
     return trainer, clock, stop
 
 
-def open_loggers(cfg: DictConfig, trainer: pl.Trainer, folder: Path, first_step: int) -> None:
+def open_loggers(cfg: DictConfig, trainer: pl.Trainer, folder: Path, first_step: int, network: nn.Module) -> None:
     """metrics.csv and the logger of the config."""
     chosen = make(cfg.logger, "logger")
     table = chosen if isinstance(chosen, MetricsCsv) else MetricsCsv(folder)
@@ -156,3 +159,5 @@ def open_loggers(cfg: DictConfig, trainer: pl.Trainer, folder: Path, first_step:
     trainer.loggers = [table] if chosen is table else [table, chosen]
     if trainer.is_global_zero:
         chosen.log_hyperparams(plain(cfg))
+        if isinstance(chosen, WandbRun):
+            chosen.describe([(kind, *sizes) for kind, sizes in parameter_kinds(network).items()])
