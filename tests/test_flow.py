@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import SMALL_FLOW, compose, golden
+from helpers import SMALL, SMALL_FLOW, compose, golden
 from torch import nn
 from torch.testing import assert_close
 
@@ -260,10 +260,51 @@ def test_a_run_from_training_to_pictures(tmp_path, pictures):
     ("overrides", "message"),
     [
         (["sampler=ddim"], "sampler=auto"),
-        (["pretrained=@base", "peft=difffit"], "trained on a diffusion, the objective is for a flow"),
+        (["sampler=jumps"], "sampler=euler"),
+        (["sampler.steps=0"], "1 or more"),
     ],
 )
-def test_what_does_not_suit_a_flow_is_refused_before_training(tmp_path, pictures, base, overrides, message):
-    filled = [override.replace("@base", str(base)) for override in ["peft=full", *overrides]]
+def test_what_does_not_suit_a_flow_is_refused_before_training(tmp_path, pictures, overrides, message):
     with pytest.raises(UserError, match=message):
-        train(compose(tmp_path, *SMALL_FLOW, f"data.root={pictures}", "max_steps=1", *filled))
+        train(compose(tmp_path, *SMALL_FLOW, f"data.root={pictures}", "peft=full", "max_steps=1", *overrides))
+
+
+# Diffusion networks read as flows
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "x0", "v"])
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_a_diffusion_network_is_read_as_a_flow(prediction, schedule):
+    """All data are one picture; the exact diffusion network then gives the exact velocity, between timesteps too."""
+    diffusion = GaussianProcess(schedule, prediction=prediction, variance="fixed_small")
+    process = FlowProcess().on_diffusion(diffusion.config)
+    picture = batch(1)[0]
+    log_ratio = process.diffused.tables["log_ratio"]
+
+    def network(x, timestep, y):
+        low = timestep.floor().long().clamp(max=998)
+        ratio = torch.lerp(log_ratio[low], log_ratio[low + 1], (timestep - low).double()).view(-1, 1, 1, 1)
+        sigma, alpha = torch.sigmoid(2 * ratio) ** 0.5, torch.sigmoid(-2 * ratio) ** 0.5
+        noise = (x - alpha * picture) / sigma
+        return {"epsilon": noise, "x0": picture.expand_as(x), "v": alpha * noise - sigma * picture}[prediction].float()
+
+    x0, noise = picture.expand(6, -1, -1, -1), batch(6)[1]
+    t = torch.tensor([0.05, 0.1234, 0.5, 0.75, 0.9, 0.97])
+    velocity = process.velocity(network, process.x_t(x0, noise, t), t, torch.zeros(6).long())
+    assert_close(velocity, process.target(x0, noise), atol=2e-3, rtol=0)
+    assert build_process(process.config).config == process.config
+
+
+def test_a_base_of_diffusion_is_adapted_as_a_flow(tmp_path, pictures, base):
+    overrides = [f"data.root={pictures}", "peft=difffit", f"pretrained={base}", "max_steps=1"]
+    assert train(compose(tmp_path, *SMALL_FLOW, *overrides)) == 0
+    run = load_run(tmp_path)
+    assert run.drawer.process.config["diffusion"]["prediction"] == "x0"
+    assert run.drawer.draw(run.network, torch.tensor([0]), seed=0).shape == (1, 3, 16, 16)
+
+
+def test_a_base_of_a_flow_is_no_diffusion(tmp_path, pictures):
+    general = [f"data.root={pictures}", "peft=full", "max_steps=1"]
+    assert train(compose(tmp_path / "flow", *SMALL_FLOW, *general)) == 0
+    with pytest.raises(UserError, match="trained on a flow, the objective is for a diffusion"):
+        train(compose(tmp_path / "run", *SMALL, *general, f"pretrained={tmp_path}/flow/network.safetensors"))

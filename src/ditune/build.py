@@ -1,6 +1,7 @@
 """From a composed config to the parts of a run. The groups meet only here, so their contradictions show here."""
 
 import inspect
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from ditune.networks import DiT
 from ditune.objectives import Objective
 from ditune.peft import PeftMethod, adapt_labels
 from ditune.samplers import check
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -102,12 +105,15 @@ def build_network(
     """
     channels, side, _ = autoencoder.latent_shape(cfg.data.resolution)
     shape = {"in_channels": channels, "input_size": side, "num_classes": len(class_names)}
+    told = objective.process.network
     with seeded(cfg.seed):
-        network = make(cfg.network, "network", **shape)
+        network = make(cfg.network, "network", **shape, **told)
     if cfg.pretrained is None:
         return network, None, None
     base = Path(cfg.pretrained)
-    loaded, header = load_network(base), read_header(base) if base.suffix == ".safetensors" else None
+    with seeded(cfg.seed):
+        loaded = load_network(base, **told)
+    header = read_header(base) if base.suffix == ".safetensors" else None
     base_config = loaded.config
     if cfg.new_resolution:
         loaded = at_resolution(loaded, network.config["input_size"], network.config["pos_embed_scale"])
@@ -136,6 +142,7 @@ def at_resolution(network: DiT, input_size: int, pos_embed_scale: float) -> DiT:
     """The same weights for pictures of another size; the position table is computed anew."""
     other = type(network)(**(network.config | {"input_size": input_size, "pos_embed_scale": pos_embed_scale}))
     other.load_state_dict({key: value for key, value in network.state_dict().items() if key != "pos_embed"})
+    other.fresh = network.fresh
     return other
 
 
@@ -151,12 +158,20 @@ def _check_base(
     base: Path, header: dict, class_names: list[str] | None, autoencoder: Autoencoder, objective: Objective
 ) -> None:
     theirs, ours = header["process"], objective.process.config
-    if theirs.get("kind") != ours.get("kind"):
+    if theirs.get("kind") == "flow" and ours.get("kind") != "flow":
         raise UserError(
-            f"The base network {base.name} was trained on {_kind(theirs)}, the objective is for {_kind(ours)}. "
-            "Choose an objective= as there."
+            f"The base network {base.name} was trained on a flow, the objective is for a diffusion. "
+            "Choose an objective= of flows."
         )
-    different = _differences(theirs, ours)
+    if ours.get("kind") == "flow" and theirs.get("kind") != "flow":
+        log.info("the base network %s was trained on a diffusion and is read as a flow", base.name)
+        objective.process = objective.process.on_diffusion(theirs)
+        theirs = objective.process.config
+    if theirs.get("step") == "none":  # it may learn to be told steps
+        theirs = {key: value for key, value in theirs.items() if key not in ("step", "base_steps")}
+    if theirs.get("diffusion"):
+        objective.process = objective.process.on_diffusion(theirs["diffusion"])
+    different = _differences(theirs, objective.process.config)
     if different:
         raise UserError(
             f"The base network {base.name} was trained on another process: {different}. Set objective.* as there."
@@ -169,10 +184,6 @@ def _check_base(
             f"The classes of the data have other names than those of the base network {base.name}. "
             "Name the same classes in the same order (data.classes), or set classes=map."
         )
-
-
-def _kind(process: Mapping) -> str:
-    return "a flow" if process.get("kind") == "flow" else "a diffusion"
 
 
 def _differences(theirs: Mapping, ours: Mapping) -> str:

@@ -48,7 +48,7 @@ class Comparison:
             return metrics
 
         def load() -> nn.Module:
-            return load_network(base).to(next(network.parameters()).device)
+            return load_network(base, **self.evaluation.drawer.process.network).to(next(network.parameters()).device)
 
         metrics["before"], metrics["before_is"] = self.record.or_measure(base, self.evaluation, load)
         if self.own is not None:

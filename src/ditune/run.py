@@ -11,7 +11,8 @@ from yaml import YAMLError
 
 from ditune.autoencoders import Autoencoder
 from ditune.build import make, uses_bf16
-from ditune.checkpoints import check_file, load_adapter, load_network, read_adapter, read_header
+from ditune.checkpoints import check_file, load_adapter, load_network, read_adapter, read_header, shortcut_jax
+from ditune.checkpoints.source import Source
 from ditune.drawing import Drawer
 from ditune.errors import UserError
 from ditune.networks import DiT
@@ -116,7 +117,7 @@ def _load_adapted(folder: Path, base: Path) -> tuple[DiT, dict[str, Any]]:
         )
     check_file(base, config, folder)
     resolution = {key: config["network"][key] for key in ("input_size", "pos_embed_scale")}
-    network = load_network(base, **resolution)
+    network = load_network(base, **resolution, **build_process(config["process"]).network)
     load_adapter(network, folder)
     return network, config
 
@@ -131,14 +132,14 @@ def _stored(path: Path) -> dict[str, Any]:
 
 
 def _official(path: Path, network: DiT, codec: Autoencoder) -> dict[str, Any]:
-    """What the official files leave unsaid: DiT's own process, and latents that only their channels tell apart."""
+    """What files of others leave unsaid: their code's process, and latents that only their channels tell apart."""
     if network.in_channels != codec.channels:
         raise UserError(
             f"{path} draws latents of {network.in_channels} channels, the autoencoder has {codec.channels}. "
             "Official DiT files need the decoder of their latents (the VAE of Stable Diffusion) as autoencoder=."
         )
     return {
-        "process": GaussianProcess().config,
+        "process": shortcut_jax.PROCESS if shortcut_jax.recognises(Source(path)) else GaussianProcess().config,
         "autoencoder": codec.fingerprint,
         "resolution": network.config["input_size"] * codec.downsample,
         "class_names": None,

@@ -10,15 +10,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ditune.errors import UserError
-from ditune.networks import DiT
+from ditune.networks import CLASSES, DiT
 
-from . import diffusers_dit, official_dit
+from . import diffusers_dit, official_dit, official_dit_moe, shortcut_jax
 from .files import atomic
 from .source import Content, Source
 
 FORMAT = "ditune-network-1"
 # The formats of others, asked in this order. Each module has `recognises(source)` and `read(source, **overrides)`.
-FOREIGN: tuple[ModuleType, ...] = (diffusers_dit, official_dit)
+FOREIGN: tuple[ModuleType, ...] = (shortcut_jax, diffusers_dit, official_dit, official_dit_moe)
 LABELS = "y_embedder.embedding_table.weight"
 
 
@@ -31,7 +31,8 @@ def save_network(path: Path | str, network: DiT, process: dict, **provenance) ->
         process: config of the process that the network was trained for.
         provenance: what else a reader should know: class names, training set, steps, metrics.
     """
-    header = {"format": FORMAT, "network": network.config, "process": process, "provenance": provenance}
+    header = {"format": FORMAT, "class": type(network).__name__, "network": network.config, "process": process}
+    header["provenance"] = provenance
     # the position table is computed from the config, so it is not stored
     tensors = {k: v.detach().float().cpu().contiguous() for k, v in network.state_dict().items() if k != "pos_embed"}
     with atomic(path) as temporary:
@@ -63,23 +64,31 @@ def load_network(path: Path | str, **overrides: Any) -> nn.Module:
     """Build the network that a file holds, with its weights.
 
     Args:
-        path: our `.safetensors`; an official DiT `.pt` (bare, or with "ema" or "model" inside, "ema" first); a folder
-            of diffusers' DiTTransformer2DModel or DiTPipeline.
+        path: our `.safetensors`; an official DiT or DiT-MoE `.pt` (bare, or with "ema" or "model" inside, "ema" first); a folder
+            of diffusers' DiTTransformer2DModel or DiTPipeline; a pickle of the shortcut models' code (its average).
         overrides: constructor arguments that replace those of the file. `input_size` is for another resolution. With
-            another `num_classes` the label table is drawn anew, always the same, and keeps the null class.
+            another `num_classes` the label table is drawn anew, always the same, and keeps the null class. With
+            `step` a network learns to be told steps, which it begins by ignoring.
 
     Raises:
         UserError: the file is missing, damaged, of an unknown kind, or does not fit the overrides.
     """
     source = Source(path)
     if "ditune" in source.header:
-        content = Content(DiT, read_header(path)["network"], source.content)
+        header = read_header(path)
+        if header.get("class", "DiT") not in CLASSES:  # files from before there was more than DiT say none
+            raise UserError(f"{path} holds a {header['class']}, which this release does not know. Use a newer one.")
+        content = Content(CLASSES[header.get("class", "DiT")], header["network"], source.content)
     else:
         content = _read_foreign(source, overrides)
     network = content.build(**(content.config | overrides))
     tensors = content.tensors
     if overrides.get("num_classes", content.config["num_classes"]) != content.config["num_classes"]:
         tensors = tensors | {LABELS: _new_labels(tensors[LABELS], network)}
+    if overrides.get("step") and not content.config.get("step"):
+        network.ignore_step_at_first()
+        own = network.state_dict()
+        tensors = tensors | {name: value for name, value in own.items() if name.startswith(network.fresh)}
     try:
         network.load_state_dict(tensors)
     except (RuntimeError, ValueError) as error:

@@ -115,7 +115,10 @@ class DiT(nn.Module):
         num_classes: K; labels are 0..K-1, the null class is K.
         learn_sigma: twice the channels come out: prediction, then variance.
         pos_embed_scale: factor on the position table's coordinates, see `sincos_2d`.
+        step: the network is also told the length of the step that its output is for (arXiv 2410.12557).
     """
+
+    fresh: tuple[str, ...] = ()  # what a file did not have, by the beginning of its parameters' names; it must train
 
     def __init__(
         self,
@@ -130,6 +133,7 @@ class DiT(nn.Module):
         num_classes: int = 1000,
         learn_sigma: bool = True,
         pos_embed_scale: float = 1.0,
+        step: bool = False,
     ):
         self_config = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
         super().__init__()
@@ -147,6 +151,7 @@ class DiT(nn.Module):
 
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
+        self.step_embedder = TimestepEmbedder(hidden_size) if step else None
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, null_class=class_dropout_prob > 0)
         table = sincos_2d(hidden_size, input_size // patch_size, pos_embed_scale)
         self.register_buffer("pos_embed", table.float()[None])  # (1, T, D)
@@ -164,24 +169,37 @@ class DiT(nn.Module):
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # as the linear layer that it is
         nn.init.zeros_(self.x_embedder.proj.bias)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
-            nn.init.normal_(layer.weight, std=0.02)
+        for embedder in filter(None, (self.t_embedder, self.step_embedder)):
+            nn.init.normal_(embedder.mlp[0].weight, std=0.02)
+            nn.init.normal_(embedder.mlp[2].weight, std=0.02)
         # adaLN-Zero: every block starts as the identity, and the network's output as zero
         for layer in (*(block.adaLN_modulation[1] for block in self.blocks), self.final_layer.adaLN_modulation[1]):
             nn.init.zeros_(layer.weight)
         nn.init.zeros_(self.final_layer.linear.weight)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Image x (N, C, H, W), timestep t (N,) in 0..999, class y (N,) in 0..K to (N, C_out, H, W)."""
+    def ignore_step_at_first(self) -> None:
+        """Let the step's embedding begin as zero, so that the function is that of a network that is not told steps."""
+        nn.init.zeros_(self.step_embedder.mlp[2].weight)
+        nn.init.zeros_(self.step_embedder.mlp[2].bias)
+        self.fresh = ("step_embedder.",)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, step: Tensor | None = None) -> Tensor:
+        """Image x (N, C, H, W), timestep t (N,) in 0..999, class y (N,) in 0..K to (N, C_out, H, W).
+
+        A network that is told steps takes a step (N,) too, in the unit that its process says.
+        """
         height = x.shape[2] // self.patch_size
-        x, c = self.embed(x, t, y)
+        x, c = self.embed(x, t, y, step)
         for block in self.blocks:
             x = self.through(block, x, c)
         return self.unpatchify(self.final_layer(x, c), height)
 
-    def embed(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def embed(self, x: Tensor, t: Tensor, y: Tensor, step: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Tokens (N, T, D) and condition (N, D)."""
-        return self.x_embedder(x) + self.pos_embed, self.t_embedder(t) + self.y_embedder(y)
+        c = self.t_embedder(t) + self.y_embedder(y)
+        if self.step_embedder is not None:
+            c = c + self.step_embedder(step)
+        return self.x_embedder(x) + self.pos_embed, c
 
     def through(self, block: nn.Module, x: Tensor, c: Tensor) -> Any:
         """Output of a block, computed a second time in the backward pass where memory is short."""

@@ -85,7 +85,8 @@ class DiTMoE(DiT):
     @property
     def moe_layers(self) -> dict[int, MoE]:
         """The layers with experts, by the number of their block."""
-        return {i: block.moe for i, block in enumerate(self.blocks) if isinstance(block, MoEBlock)}
+        found = ((i, module) for i, block in enumerate(self.blocks) for module in block.modules())
+        return {i: module for i, module in found if isinstance(module, MoE)}
 
     def initialize_weights(self) -> None:
         super().initialize_weights()
@@ -93,11 +94,11 @@ class DiTMoE(DiT):
             layer.initialize_weights()
 
     def forward(
-        self, x: Tensor, t: Tensor, y: Tensor, *step: Tensor, routing: list[Routing] | None = None
+        self, x: Tensor, t: Tensor, y: Tensor, step: Tensor | None = None, routing: list[Routing] | None = None
     ) -> Tensor:
         """As `DiT.forward`; `routing`, where given, gets what each layer's router decided, in order."""
         height = x.shape[2] // self.patch_size
-        x, c = self.embed(x, t, y, *step)
+        x, c = self.embed(x, t, y, step)
         for block in self.blocks:
             if isinstance(block, MoEBlock):
                 x, decided = self.through(block, x, c)

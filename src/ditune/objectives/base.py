@@ -14,6 +14,7 @@ class Loss(NamedTuple):
     total: Tensor  # scalar, to be differentiated
     parts: dict[str, Tensor]  # (N,) each, detached, for the log
     time: Tensor  # (N,) in [0, 1], 0 = data, 1 = noise: where on the process each sample stood
+    d: Tensor | None = None  # (N,) in [0, 1]: length of the step that each sample taught, where steps are told
 
 
 class Network(Protocol):

@@ -9,7 +9,7 @@ from torch import Tensor
 from ditune.errors import UserError
 from ditune.objectives.base import Draws, Loss, Network, State, drop_labels
 from ditune.objectives.likelihood import mean_flat
-from ditune.processes import FlowProcess
+from ditune.processes import FlowProcess, expanded
 
 
 class Targets(NamedTuple):
@@ -55,7 +55,7 @@ class FlowObjective(ABC):
         velocity = self.process.velocity(network, targets.x_t, targets.t, targets.y, targets.d)
         mse = mean_flat((velocity - targets.target) ** 2)
         parts = {"loss": mse, "velocity_rms": rms(velocity), "target_rms": rms(targets.target)}
-        return Loss(mse.mean(), {name: value.detach() for name, value in parts.items()}, targets.t)
+        return Loss(mse.mean(), {name: value.detach() for name, value in parts.items()}, targets.t, targets.d)
 
     @torch.no_grad()
     def denoising(self, network: Network, batch: tuple[Tensor, Tensor], draws: Draws) -> Tensor:  # (N,)
@@ -65,6 +65,61 @@ class FlowObjective(ABC):
         y = drop_labels(y, draws, self.label_drop, network.num_classes)
         velocity = self.process.velocity(network, self.process.x_t(x0, noise, t), t, y)
         return mean_flat((velocity - self.process.target(x0, noise)) ** 2)
+
+
+def guided_velocity(
+    process: FlowProcess,
+    network: Network,
+    x: Tensor,
+    t: Tensor,
+    y: Tensor,
+    d: Tensor | None,
+    scale: float,
+    guided: Tensor,
+    null_class: int,
+) -> Tensor:  # (N, C, H, W)
+    """The velocity with classifier-free guidance in the rows `guided` (N,), which alone are computed twice."""
+    conditional = process.velocity(network, x, t, y, d)
+    rows = guided.nonzero()[:, 0]
+    if scale == 1 or len(rows) == 0:
+        return conditional
+    null = torch.full_like(y[rows], null_class)
+    unconditional = process.velocity(network, x[rows], t[rows], null, None if d is None else d[rows])
+    return conditional.index_copy(0, rows, unconditional + scale * (conditional[rows] - unconditional))
+
+
+@torch.no_grad()
+def two_steps(
+    process: FlowProcess,
+    teacher: Network,
+    x: Tensor,
+    t: Tensor,
+    y: Tensor,
+    h: Tensor,
+    scale: float,
+    guided: Tensor,
+    null_class: int,
+    clamp: float | None,
+) -> Tensor:  # (N, C, H, W)
+    """Mean velocity of two steps of length h (N,) of the teacher; the point between them is held in [-clamp, clamp]."""
+    v1 = guided_velocity(process, teacher, x, t, y, h, scale, guided, null_class)
+    between = at_most(x - expanded(h, x) * v1, clamp)
+    return (v1 + guided_velocity(process, teacher, between, t - h, y, h, scale, guided, null_class)) / 2
+
+
+def levels_of(process: FlowProcess) -> int:
+    """L = log2(M): how often the step of length 1 is halved to the finest one.
+
+    Raises:
+        UserError: the process has no finest step.
+    """
+    if process.base_steps is None:
+        raise UserError("The objective halves steps down to a finest one. Set objective.process.base_steps=128.")
+    return process.base_steps.bit_length() - 1
+
+
+def at_most(x: Tensor, limit: float | None) -> Tensor:
+    return x if limit is None else x.clamp(-limit, limit)
 
 
 def rms(x: Tensor) -> Tensor:  # (N, ...) -> (N,)

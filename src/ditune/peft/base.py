@@ -53,7 +53,8 @@ class PeftMethod(ABC):
             raise UserError("The network is adapted already. Merge it first, or load the base network again.")
         with all_or_nothing(network):
             self.inject(network)
-            chosen = {name for name, _ in network.named_parameters() if self.selects(name) or self._is_label(name)}
+            names = [name for name, _ in network.named_parameters()]
+            chosen = {n for n in names if self.selects(n) or self._is_label(n) or n.startswith(network.fresh)}
             if not chosen:
                 raise UserError(f"{self.title} trains no parameter of this network. Choose another method.")
         for name, parameter in network.named_parameters():

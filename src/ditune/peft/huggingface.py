@@ -76,6 +76,7 @@ class HuggingFace(PeftMethod):
         """
         from peft import get_peft_model
 
+        self.saved += [name for name in (prefix.rstrip(".") for prefix in network.fresh) if name not in self.saved]
         meta, config = next(network.parameters()).is_meta, self.config
         if meta:
             network.to_empty(device="cpu")

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from ditune.errors import UserError
+from ditune.processes.diffused import Diffused
+from ditune.processes.gaussian import GaussianProcess
 
 STEPS = ("none", "log2", "size")
 
@@ -31,6 +33,8 @@ class FlowProcess:
         base_steps: M of shortcut models (arXiv 2410.12557), a power of 2: d is 1, 1/2, ... 1/M, and the finest one
             stands for the velocity itself, d = 0: 'log2' tells it as log2(M), as the code does, 'size' as 0, as the
             paper's d. None: any d in [0, 1].
+        diffusion: config of the diffusion that the network was trained on, and in whose terms it is asked; then
+            time_scale and data_at are not used. None: it is asked in the flow's.
 
     Raises:
         UserError: unknown names, or numbers out of range.
@@ -45,6 +49,7 @@ class FlowProcess:
         sigma_min: float = 0.0,
         step: str = "none",
         base_steps: int | None = None,
+        diffusion: dict | None = None,
     ):
         if step not in STEPS:
             raise UserError(f"The process knows no step {step!r}. Choose one of {', '.join(STEPS)}.")
@@ -61,10 +66,22 @@ class FlowProcess:
             "sigma_min": sigma_min,
             "step": step,
             "base_steps": base_steps,
+            "diffusion": diffusion,
         }
         self.time_scale, self.data_at, self.sigma_min = time_scale, data_at, sigma_min
         self.step, self.base_steps = step, base_steps
+        self.diffused = None if diffusion is None else Diffused(GaussianProcess(**diffusion))
         self.steps = 1
+
+    def on_diffusion(self, diffusion: dict) -> "FlowProcess":
+        """The same flow by a network that was trained on a diffusion."""
+        arguments = {key: value for key, value in self.config.items() if key != "kind"}
+        return FlowProcess(**(arguments | {"diffusion": diffusion}))
+
+    @property
+    def network(self) -> dict[str, bool]:
+        """What the process asks of its network's constructor."""
+        return {"step": True} if self.step != "none" else {}
 
     def in_steps(self, steps: int) -> "FlowProcess":
         """The same process, to be drawn in `steps` steps.
@@ -100,7 +117,13 @@ class FlowProcess:
             y: (N,) labels.
             d: (N,) in [0, t]: the velocity is the mean one from t down to t - d. None: at t itself.
         """
-        step = () if self.step == "none" else (self.network_step(torch.zeros_like(t) if d is None else d),)
+        step: tuple[Tensor, ...] = (
+            () if self.step == "none" else (self.network_step(torch.zeros_like(t) if d is None else d),)
+        )
+        if self.diffused is not None:
+            x, timestep, alpha, sigma = self.diffused.question(x, t)
+            output = network(x, timestep, y, *step)[:, : x.shape[1]].to(x.dtype)
+            return self.diffused.velocity(output, x, alpha, sigma)
         output = network(x, self.network_time(t), y, *step)[:, : x.shape[1]].to(x.dtype)
         return -output if self.data_at else output
 

@@ -96,6 +96,11 @@ class GaussianProcess:
         """Of the network's time, for parts of the process."""
         return self.timesteps
 
+    @property
+    def network(self) -> dict[str, bool]:
+        """What the process asks of its network's constructor; a network of any variance has its own word for it."""
+        return {}
+
     def in_steps(self, steps: int) -> "GaussianProcess":
         """The same process, to be drawn in `steps` steps from end to end.
 

@@ -11,17 +11,33 @@ from ditune.samplers.ddim import DDIM
 from ditune.samplers.ddpm import DDPM
 from ditune.samplers.euler import Euler
 from ditune.samplers.guidance import ModelFn, guided
+from ditune.samplers.jumps import Jumps, Renoise
 from ditune.samplers.noise import NoiseStream
 
-Sampler = DDPM | DDIM | Euler
+Sampler = DDPM | DDIM | Euler | Jumps | Renoise
 NAMES = {GaussianProcess: "a diffusion", FlowProcess: "a flow"}
 
-__all__ = ["DDIM", "DDPM", "Euler", "ModelFn", "NoiseStream", "Sampler", "check", "default_sampler", "guided", "sample"]
+__all__ = [
+    "DDIM",
+    "DDPM",
+    "Euler",
+    "Jumps",
+    "ModelFn",
+    "NoiseStream",
+    "Renoise",
+    "Sampler",
+    "check",
+    "default_sampler",
+    "guided",
+    "sample",
+]
 
 
 def default_sampler(process: Process) -> Sampler:
     """What draws a network of this process where nothing else is asked for."""
-    return Euler() if isinstance(process, FlowProcess) else DDIM()
+    if isinstance(process, FlowProcess):
+        return Euler() if process.step == "none" else Jumps()
+    return DDIM()
 
 
 def check(sampler: Sampler, process: Process, steps: int) -> None:
@@ -31,12 +47,12 @@ def check(sampler: Sampler, process: Process, steps: int) -> None:
         UserError: it cannot.
     """
     if not isinstance(process, sampler.process):
-        fitting = {FlowProcess: "euler", GaussianProcess: "ddim or ddpm"}[type(process)]
+        fitting = "euler" if isinstance(process, FlowProcess) else "ddim or ddpm"
         raise UserError(
             f"The network was trained on {NAMES[type(process)]}, and {type(sampler).__name__} draws from "
             f"{NAMES[sampler.process]}. Set sampler=auto, or sampler={fitting}."
         )
-    process.in_steps(steps)
+    sampler.check(process.in_steps(steps))
 
 
 @torch.inference_mode()

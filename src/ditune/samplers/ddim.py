@@ -30,6 +30,9 @@ class DDIM:
             )
         self.eta, self.clip = eta, clip
 
+    def check(self, process: GaussianProcess) -> None:
+        """Any number of the process's timesteps will do."""
+
     @torch.inference_mode()
     def __call__(
         self,

@@ -21,6 +21,9 @@ class DDPM:
     def __init__(self, clip: float = 0.0):
         self.clip = clip
 
+    def check(self, process: GaussianProcess) -> None:
+        """Any number of the process's timesteps will do."""
+
     @torch.inference_mode()
     def __call__(
         self,

@@ -18,6 +18,8 @@ class Euler:
         shift: time shift of the steps (arXiv 2403.03206): above 1 more of them stand near the noise; 1 = none.
         eta: randomness; the steps have the same marginals for every eta. 0 = none, 1 = as much noise is taken out of x
             and put in again as the step passes (arXiv 2401.08740, with diffusion w = 2 eta t).
+        told: length of the step that networks that are told steps hear; 0 = the velocity itself. Live reflow's
+            straightened flow is 1.
 
     Raises:
         UserError: a number out of range.
@@ -25,10 +27,13 @@ class Euler:
 
     process = FlowProcess
 
-    def __init__(self, shift: float = 1.0, eta: float = 0.0):
-        if shift <= 0 or eta < 0:
-            raise UserError("Euler's steps have no such spacing or noise. Set shift above 0 and eta to 0 or more.")
-        self.shift, self.eta = shift, eta
+    def __init__(self, shift: float = 1.0, eta: float = 0.0, told: float = 0.0):
+        if shift <= 0 or eta < 0 or not 0 <= told <= 1:
+            raise UserError("Euler's steps cannot be so. Set shift above 0, eta to 0 or more and told between 0 and 1.")
+        self.shift, self.eta, self.told = shift, eta, told
+
+    def check(self, process: FlowProcess) -> None:
+        """Euler takes any number of steps."""
 
     @torch.inference_mode()
     def __call__(
@@ -42,14 +47,14 @@ class Euler:
         """Go from noise to data.
 
         Args:
-            model_fn: (x, t) -> velocity.
+            model_fn: (x, t, told) -> velocity.
             process: its steps are the steps taken.
             x: (N, C, H, W) standard normal noise.
             noise: gives (N, C, H, W) standard normal noise; called only where eta > 0, and not at the last step.
             on_step: called after every step with (t at its beginning, x, predicted x_0).
         """
         for t, s in pairwise(process.times(self.shift).tolist()):
-            velocity = model_fn(x, torch.full((len(x),), t, device=x.device))
+            velocity = model_fn(x, *(torch.full((len(x),), value, device=x.device) for value in (t, self.told)))
             x0, epsilon = x - t * velocity, x + (1 - t) * velocity
             x = x - (t - s) * velocity
             if self.eta > 0 and s > 0:

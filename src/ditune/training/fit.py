@@ -107,6 +107,7 @@ def check_combination(cfg: DictConfig, parts: Parts) -> None:
             f"trainer.precision is {cfg.trainer.precision}, but what trains must stay in fp32. "
             f"Set one of {', '.join(PRECISIONS)}."
         )
+    parts.objective.check(cfg.batch_size)
     if parts.network.config["class_dropout_prob"] <= 0 < cfg.objective.label_drop:
         raise UserError(
             "The network has no null class for dropped labels. "
@@ -205,7 +206,8 @@ def denoising(cfg: DictConfig, parts: Parts) -> dict[str, float]:
         return {}
     networks = {"after": parts.network.eval()}
     if parts.base is not None and not parts.reshaped:
-        networks["before"] = load_network(parts.base).to(next(parts.network.parameters()).device).eval()
+        before = load_network(parts.base, **parts.objective.process.network)
+        networks["before"] = before.to(next(parts.network.parameters()).device).eval()
     return {
         name: denoising_loss(network, parts.objective, parts.autoencoder, pictures, cfg.metrics.seed, uses_bf16(cfg))
         for name, network in networks.items()

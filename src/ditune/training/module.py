@@ -12,11 +12,12 @@ from ditune.autoencoders import Autoencoder
 from ditune.data import from_uint8
 from ditune.draws import Draws
 from ditune.errors import UserError
-from ditune.objectives import Objective, State
+from ditune.objectives import Loss, Objective, State
 from ditune.peft import PeftMethod
 
 from .ema import Ema, with_weights
 
+STEP_LEVELS = 7  # losses of steps of length 1, 1/2, ... 1/128 are logged apart, those between with the longer one
 LOSS_BINS = 4  # quarters of the process whose losses are logged apart: 0 next to the data, 3 next to noise
 
 
@@ -58,6 +59,7 @@ class GenerativeModule(pl.LightningModule):
         self.autoencoder = autoencoder.eval().requires_grad_(False)
         self.make_optimizer, self.make_scheduler = optimizer, scheduler
         self.ema = Ema(method.trainable(network), ema_decay)
+        self.teacher: dict[str, Tensor] = {}  # weights of what trains, where the objective has a teacher
         self.seed, self.batch_size, self.identity, self.log_every = seed, batch_size, identity, log_every
 
     def configure_optimizers(self) -> dict[str, Any]:
@@ -75,13 +77,17 @@ class GenerativeModule(pl.LightningModule):
             x0 = self.latents(pictures, draws)
         loss = self.objective.loss(self.network, (x0, y), draws, self._state(step))
         if (step + 1) % self.log_every == 0:
-            self._log_loss(loss.parts, loss.time, len(y))
+            self._log_loss(loss, len(y))
         return loss.total + self.method.penalty(self.network)
 
     def _state(self, step: int) -> State:
+        """Before the step's first micro-step and after it the average is the same, so that all see one teacher."""
         self.ema.follow()
-        ema = with_weights(self.network, self.ema.average)
-        return State(step, self.trainer.max_steps, self.batch_size, ema, ema)
+        if self.objective.renews_teacher(step, self.trainer.max_steps):
+            self.teacher = {name: value.clone() for name, value in self.ema.average.items()}
+        self.teacher = {name: value.to(self.device) for name, value in self.teacher.items()}  # after a resume
+        ema, teacher = (with_weights(self.network, weights) for weights in (self.ema.average, self.teacher))
+        return State(step, self.trainer.max_steps, self.batch_size, ema, teacher if self.objective.has_teacher else ema)
 
     def latents(self, x: Tensor, draws: Draws) -> Tensor:
         """What is learned, (N, C, h, w): of pictures, or of their cached mean and log-variance, sampled anew."""
@@ -94,12 +100,16 @@ class GenerativeModule(pl.LightningModule):
         mean, *logvar = x.float().unbind(1)  # (N, M, C, h, w)
         return self.autoencoder.from_moments(mean, logvar[0] if logvar else None, normal)
 
-    def _log_loss(self, parts: dict[str, Tensor], time: Tensor, size: int) -> None:
-        values = {f"train/{name}": part.mean() for name, part in parts.items()}
-        bins = (time * LOSS_BINS).long().clamp(max=LOSS_BINS - 1)
+    def _log_loss(self, loss: Loss, size: int) -> None:
+        values = {f"train/{name}": part.mean() for name, part in loss.parts.items()}
+        bins = (loss.time * LOSS_BINS).long().clamp(max=LOSS_BINS - 1)
         for k in range(LOSS_BINS):
             # NaN where no sample stood: Lightning repeats the last value of a name that is left out
-            values[f"train/loss_quarter_{k}"] = parts["loss"][bins == k].mean()
+            values[f"train/loss_quarter_{k}"] = loss.parts["loss"][bins == k].mean()
+        if loss.d is not None:
+            levels = (-loss.d.clamp(min=2.0**-STEP_LEVELS).log2()).floor()
+            for k in range(STEP_LEVELS + 1):
+                values[f"train/loss_step_1_{2**k}"] = loss.parts["loss"][levels == k].mean()
         values["train/lr"] = torch.tensor(self.lr_schedulers().get_last_lr()[0])
         self.log_dict(values, batch_size=size)
 
@@ -130,6 +140,7 @@ class GenerativeModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = {f"network.{k}": v for k, v in self.method.state_dict(self.network).items()}
         checkpoint["ema"] = self.ema.state_dict()
+        checkpoint["teacher"] = {name: value.cpu() for name, value in self.teacher.items()}
         checkpoint["method"] = self.method.training_state()
         checkpoint["identity"] = self.identity
 
@@ -138,6 +149,7 @@ class GenerativeModule(pl.LightningModule):
         self.method.load_state_dict(self.network, trained)  # refuses what Lightning, not strict here, would let pass
         self.method.load_training_state(checkpoint["method"])
         self.ema.load_state_dict(checkpoint["ema"])
+        self.teacher = checkpoint["teacher"]
         # a run may stop between micro-steps; it goes on with the first one of the step that was not finished
         loop = checkpoint["loops"]["fit_loop"]
         progress = loop["epoch_loop.batch_progress"]

@@ -1,0 +1,165 @@
+"""Checkpoints of the shortcut models' own code (kvfrans/shortcut-models): pickled trees of numpy arrays.
+
+A pickle can run anything, so this one is read by an unpickler that builds arrays, dicts and numbers and refuses the
+rest; neither JAX nor its optimizers need be there. What the network does differently is folded into the weights:
+logits are q k / d instead of q k / sqrt(d), and keys, queries and values stand apart, in this order.
+"""
+
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ditune.errors import UserError
+from ditune.networks import DiT
+from ditune.networks.dit import SIZES
+
+from .source import Content, Source
+
+# how its networks are told time and step; a config of ditune.processes
+PROCESS = {
+    "kind": "flow",
+    "time_scale": 1.0,
+    "data_at": 1,
+    "sigma_min": 1e-5,
+    "step": "log2",
+    "base_steps": 128,
+}
+UNUSED = "Embed_0/embedding"  # a table of the original that nothing reads
+
+
+class _Ignored(dict):
+    """Stands for the optimizer's state and for frozen dicts: keeps what a dict keeps, and nothing else."""
+
+    def __new__(cls, *_: object) -> "_Ignored":
+        return super().__new__(cls)
+
+    def __init__(self, *content: object):
+        super().__init__(*(c for c in content[:1] if isinstance(c, dict)))
+
+    def __setstate__(self, state: object) -> None:
+        for part in state if isinstance(state, tuple) else (state,):
+            self.update(part.get("_dict", part) if isinstance(part, dict) else {})
+
+
+NUMPY = ("numpy", "numpy.core.multiarray", "numpy._core.multiarray", "numpy.core.numeric", "numpy._core.numeric")
+ARRAYS = {(module, name) for module in NUMPY for name in ("_reconstruct", "ndarray", "dtype", "scalar", "_frombuffer")}
+TORCH_LEGACY = b"\x80\x02\x8a\n"  # torch's own pickles begin with a long number
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        root = module.split(".")[0]
+        if (module, name) in ARRAYS:
+            return super().find_class(module, name)
+        if root == "optax" or (root == "flax" and name == "FrozenDict"):
+            return _Ignored
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no part of weights")
+
+    def persistent_load(self, pid: object) -> Any:
+        raise pickle.UnpicklingError("it refers to something outside of itself")
+
+
+def recognises(source: Source) -> bool:
+    """A bare pickle, as these checkpoints are, and not one of torch's."""
+    if not source.path.is_file():
+        return False
+    with open(source.path, "rb") as file:
+        head = file.read(len(TORCH_LEGACY))
+    return head[:1] == b"\x80" and head != TORCH_LEGACY
+
+
+def read(source: Source, num_heads: int | None = None, input_size: int = 32, **_: Any) -> Content:
+    """The position table is not stored; all published networks are of 32 x 32 latents and patches of 2."""
+    parameters = read_shortcut(source.path)
+    patch_size, _, in_channels, hidden_size = parameters["PatchEmbed_0/Conv_0/kernel"].shape
+    published = {hidden: heads for hidden, _, heads in SIZES.values()}
+    num_heads = num_heads or published.get(hidden_size)
+    if num_heads is None:
+        raise UserError(f"{source.path} has the unpublished hidden size {hidden_size}. Give its num_heads.")
+    tensors = convert_shortcut(parameters, num_heads)
+    config = {
+        "input_size": input_size,
+        "patch_size": patch_size,
+        "in_channels": in_channels,
+        "hidden_size": hidden_size,
+        "depth": 1 + max(int(key.split(".")[1]) for key in tensors if key.startswith("blocks.")),
+        "num_heads": num_heads,
+        "num_classes": tensors["y_embedder.embedding_table.weight"].shape[0] - 1,
+        "learn_sigma": False,
+        "step": True,
+    }
+    return Content(DiT, config, tensors)
+
+
+def read_shortcut(path: Path | str, average: bool = True) -> dict[str, Tensor]:
+    """Parameters of a checkpoint, by names like `DiTBlock_0/Dense_1/kernel`.
+
+    Args:
+        path: the pickle.
+        average: the average of the parameters (`params_ema`); else the parameters themselves.
+
+    Raises:
+        UserError: the file is damaged, holds more than weights, or is of another kind.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = _Unpickler(file).load()
+        tree = content["train_state"]["params_ema" if average else "params"]
+    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, ValueError) as error:
+        raise UserError(f"{path} is damaged, or holds more than weights: {error}. Fetch it again.") from error
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path} is no shortcut checkpoint: it has no train_state. Give another file.") from error
+    return dict(_flat(tree, ""))
+
+
+def _flat(tree: dict, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}/")
+        else:
+            yield f"{prefix}{name}", torch.from_numpy(np.array(value, dtype=np.float32))
+
+
+def convert_shortcut(parameters: dict[str, Tensor], num_heads: int) -> dict[str, Tensor]:
+    """Tensors of our DiT (`step=True`, `learn_sigma=False`) from parameters in the original's layout.
+
+    Args:
+        parameters: by `read_shortcut`'s names; dense kernels are (in, out), the convolution's (h, w, in, out).
+        num_heads: heads of each attention.
+    """
+    left = {name: value for name, value in parameters.items() if name != UNUSED}
+    tensors: dict[str, Tensor] = {}
+
+    def dense(theirs: str, ours: str) -> None:
+        tensors[f"{ours}.weight"] = left.pop(f"{theirs}/kernel").T.contiguous()
+        tensors[f"{ours}.bias"] = left.pop(f"{theirs}/bias")
+
+    tensors["x_embedder.proj.weight"] = left.pop("PatchEmbed_0/Conv_0/kernel").permute(3, 2, 0, 1).contiguous()
+    tensors["x_embedder.proj.bias"] = left.pop("PatchEmbed_0/Conv_0/bias")
+    tensors["y_embedder.embedding_table.weight"] = left.pop("LabelEmbedder_0/Embed_0/embedding")
+    for k, embedder in enumerate(("t_embedder", "step_embedder")):
+        dense(f"TimestepEmbedder_{k}/Dense_0", f"{embedder}.mlp.0")
+        dense(f"TimestepEmbedder_{k}/Dense_1", f"{embedder}.mlp.2")
+    depth = len({name.split("/")[0] for name in left if name.startswith("DiTBlock_")})
+    for i in range(depth):
+        theirs, ours = f"DiTBlock_{i}", f"blocks.{i}"
+        dense(f"{theirs}/Dense_0", f"{ours}.adaLN_modulation.1")
+        for k, name in enumerate(("k", "q", "v"), start=1):
+            dense(f"{theirs}/Dense_{k}", name)
+        head_size = tensors["q.weight"].shape[0] // num_heads
+        for kind in ("weight", "bias"):
+            q, k, v = (tensors.pop(f"{name}.{kind}") for name in "qkv")
+            tensors[f"{ours}.attn.qkv.{kind}"] = torch.cat([q * head_size**-0.5, k, v])
+        dense(f"{theirs}/Dense_4", f"{ours}.attn.proj")
+        dense(f"{theirs}/MlpBlock_0/Dense_0", f"{ours}.mlp.fc1")
+        dense(f"{theirs}/MlpBlock_0/Dense_1", f"{ours}.mlp.fc2")
+    dense("FinalLayer_0/Dense_0", "final_layer.adaLN_modulation.1")
+    dense("FinalLayer_0/Dense_1", "final_layer.linear")
+    if left:
+        raise UserError(f"The checkpoint has parameters of another network: {', '.join(left)}. Give another file.")
+    return tensors
