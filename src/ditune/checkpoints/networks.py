@@ -17,7 +17,8 @@ from .files import atomic
 from .source import Content, Source
 
 FORMAT = "ditune-network-1"
-# The formats of others, asked in this order. Each module has `recognises(source)` and `read(source, **overrides)`.
+# The formats of others, asked in this order. Each module has `recognises(source)`, `read(source, **overrides)`, and
+# what the files leave unsaid: `process(source)` and `drawing(source)`.
 FOREIGN: tuple[ModuleType, ...] = (shortcut_jax, diffusers_dit, official_dit, official_dit_moe)
 LABELS = "y_embedder.embedding_table.weight"
 
@@ -64,8 +65,9 @@ def load_network(path: Path | str, **overrides: Any) -> nn.Module:
     """Build the network that a file holds, with its weights.
 
     Args:
-        path: our `.safetensors`; an official DiT or DiT-MoE `.pt` (bare, or with "ema" or "model" inside, "ema" first); a folder
-            of diffusers' DiTTransformer2DModel or DiTPipeline; a pickle of the shortcut models' code (its average).
+        path: our `.safetensors`; an official `.pt` of DiT or DiT-MoE (bare, or with "ema" or "model" inside, "ema"
+            first); a folder of diffusers' DiTTransformer2DModel or DiTPipeline; a pickle of the shortcut models' code
+            (its average).
         overrides: constructor arguments that replace those of the file. `input_size` is for another resolution. With
             another `num_classes` the label table is drawn anew, always the same, and keeps the null class. With
             `step` a network learns to be told steps, which it begins by ignoring.
@@ -97,7 +99,21 @@ def load_network(path: Path | str, **overrides: Any) -> nn.Module:
     return network
 
 
+def foreign_process(path: Path | str) -> dict[str, Any]:
+    """Config of the process that a file of others is for, by the code that it comes from; {} = DiT's own diffusion."""
+    return _format_of(Source(path)).process(Source(path))
+
+
+def foreign_drawing(path: Path | str) -> dict[str, Any]:
+    """Steps and guidance that the authors of a file of others draw with, keys as in configs/sampler/."""
+    return _format_of(Source(path)).drawing(Source(path))
+
+
 def _read_foreign(source: Source, overrides: dict[str, Any]) -> Content:
+    return _format_of(source).read(source, **overrides)
+
+
+def _format_of(source: Source) -> ModuleType:
     found = next((module for module in FOREIGN if module.recognises(source)), None)
     if found is None:
         known = ", ".join(module.__name__.rpartition(".")[2] for module in FOREIGN)
@@ -105,7 +121,7 @@ def _read_foreign(source: Source, overrides: dict[str, Any]) -> Content:
             f"{source.path} is of no kind that is known ({known}, and this project's own). "
             "An official DiT file has x_embedder.proj.weight; a folder of diffusers has a config.json."
         )
-    return found.read(source, **overrides)
+    return found
 
 
 def _new_labels(old: Tensor, network: nn.Module) -> Tensor:

@@ -39,6 +39,13 @@ def process(source: Source) -> dict[str, Any]:
     return FLOW if "blocks.0.attn.Wqkv.weight" in source.tensors else {}
 
 
+def drawing(source: Source) -> dict[str, Any]:
+    """The paper does not give its guidance. 50 Euler steps are the code's; 1.5 is DiT's, and what others report with."""
+    if process(source):
+        return {"sampler": "Euler", "steps": 50, "guidance": 1.5}
+    return {"sampler": "DDPM", "steps": 250, "guidance": 1.5, "guidance_channels": 3}
+
+
 def to_ours(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Our state dict from theirs."""
     ours: dict[str, Tensor] = {}
@@ -54,7 +61,16 @@ def to_ours(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
             key = key.replace("gate", "router")
             ours[key.replace("weight", "bias_E")] = torch.zeros(len(tensor), device=tensor.device)
         ours[key] = tensor
-    return ours | {key: torch.stack([stack[e] for e in range(len(stack))]) for key, stack in experts.items()}
+    return ours | {key: _stacked(key, own) for key, own in experts.items()}
+
+
+def _stacked(key: str, experts: dict[int, Tensor]) -> Tensor:
+    missing = sorted(set(range(max(experts) + 1)) - experts.keys())
+    if missing:
+        layer = next(layer for layer, stacked in STACKED.items() if key.endswith(stacked))
+        name = f"{key.rpartition('.')[0]}.{missing[0]}.{layer}.weight"
+        raise UserError(f"The DiT-MoE file has no {name}. Fetch it again.")
+    return torch.stack([experts[e] for e in range(len(experts))])
 
 
 def to_theirs(ours: dict[str, Tensor], fused_attention: bool) -> dict[str, Tensor]:

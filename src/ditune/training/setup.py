@@ -19,6 +19,7 @@ from .checkpoint_io import AtomicCheckpointIO, newest_checkpoint
 from .metrics_csv import MetricsCsv
 from .module import GenerativeModule
 from .progress import TrainingProgress
+from .routing_monitor import RoutingMonitor
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +98,7 @@ def identity(cfg: DictConfig, parts: Parts) -> dict[str, Any]:
         "batch_size": cfg.batch_size,
         "precision": cfg.trainer.precision,
         "seed": cfg.seed,
+        "balance": plain(cfg.balance) if cfg.balance else None,
     }
 
 
@@ -112,6 +114,7 @@ def build_module(cfg: DictConfig, parts: Parts, identity: dict[str, Any]) -> Gen
         seed=cfg.seed,
         batch_size=cfg.batch_size,
         identity=identity,
+        balance=parts.balance,
         log_every=cfg.trainer.log_every_n_steps,
     )
 
@@ -126,6 +129,7 @@ def build_trainer(cfg: DictConfig, parts: Parts, folder: Path) -> tuple[pl.Train
         clock,
         TrainingProgress(),
         DrawSamples(drawer, parts.pictures, sheets.n, cfg.seed, folder / "samples", sheets.every_n_steps),
+        RoutingMonitor(folder / "routing", cfg.callbacks.routing.every_n_steps),
         stop,
         ModelCheckpoint(
             folder / "checkpoints",
