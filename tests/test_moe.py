@@ -188,5 +188,5 @@ def test_sigmoid_scores_sum_to_the_scale():
 
 @pytest.mark.parametrize("wrong", [{"score": "cosine"}, {"choice": "expert", "renormalize": True}, {"top_k": 5}])
 def test_wrong_options_are_refused(wrong):
-    with pytest.raises(ValueError, match="must be|renormalize"):
+    with pytest.raises(ValueError, match=r"must be|renormalize"):
         Router(8, 4, **({"top_k": 2} | wrong))

@@ -40,7 +40,7 @@ def process(source: Source) -> dict[str, Any]:
 
 
 def drawing(source: Source) -> dict[str, Any]:
-    """The paper does not give its guidance. 50 Euler steps are the code's; 1.5 is DiT's, and what others report with."""
+    """The paper does not give its guidance. 50 Euler steps are the code's, 1.5 is what others report with."""
     if process(source):
         return {"sampler": "Euler", "steps": 50, "guidance": 1.5}
     return {"sampler": "DDPM", "steps": 250, "guidance": 1.5, "guidance_channels": 3}

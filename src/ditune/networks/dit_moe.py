@@ -10,7 +10,7 @@ from .routing import Routing
 
 
 class MoEBlock(nn.Module):
-    """`DiTBlock` with `moe` in the place of `mlp`; it returns its routing too, so that recomputing it counts nothing."""
+    """`DiTBlock` with `moe` in the place of `mlp`; it returns its routing too, so that recomputing counts nothing."""
 
     def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool, moe: MoE):
         super().__init__()
