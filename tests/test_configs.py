@@ -87,7 +87,7 @@ def test_constructors_refuse_unknown_keys(tmp_path, pictures):
 
 PLAIN = ("_target_", "_partial_", "defaults", "- ", "# ")
 # groups whose head line, or the library that is called, explains every key
-EXPLAINED_BY_THEIR_HEAD = {"experiment", "hydra", "debug", "logger", "sweep"}
+EXPLAINED_BY_THEIR_HEAD = {"experiment", "sweep", "hydra", "debug", "logger"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(CONFIGS)))

@@ -24,7 +24,8 @@ def test_command_composes(command: str, tmp_path: Path) -> None:
     # of a sweep, the first job
     overrides = [re.sub(r"(=[^\[,]*),.*", r"\1", argument) for argument in arguments if argument != "-m"]
     cli.prepare()
-    with hydra.initialize_config_dir(cli.CONFIGS, version_base="1.3"):
+    configs = cli.REPORT_CONFIGS if "report" in script else cli.CONFIGS
+    with hydra.initialize_config_dir(configs, version_base="1.3"):
         assert hydra.compose(Path(script).stem, overrides)
 
 

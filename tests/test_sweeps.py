@@ -169,7 +169,7 @@ def test_gpus_are_shared_and_never_given_twice(tmp_path):
     script.write_text(
         "import json, os, sys, time\n"
         "folder = next(a for a in sys.argv if a.startswith('run_dir=')).split('=')[1]\n"
-        "start = time.time(); time.sleep(0.5)\n"
+        "start = time.time(); time.sleep(1.5)\n"
         "if os.environ.get('RANK', '0') == '0':\n"
         "    gpus = os.environ['CUDA_VISIBLE_DEVICES'].split(',')\n"
         "    content = {'status': 'finished', 'gpus': gpus, 'start': start, 'end': time.time()}\n"
@@ -211,7 +211,7 @@ def test_one_of_four_jobs_fails_on_rank_1_and_one_is_killed(tmp_path, pictures):
         return done, [job["status"] for job in json.loads((sweep / "summary.json").read_text())["jobs"]]
 
     first, status = start(faults="1")
-    assert status == ["finished", "finished", "failed", "killed"], first.stdout
+    assert status == ["finished", "finished", "failed", "killed"], first.stdout + (sweep / "summary.json").read_text()
     assert first.returncode == 1
     assert "2 of 4 jobs have no result" in first.stderr
     assert "Traceback" not in first.stderr

@@ -225,10 +225,12 @@ def build_drawer(cfg: DictConfig, parts: Parts, sampler: DictConfig | None = Non
     return drawer
 
 
-def build_evaluation(cfg: DictConfig, drawer: Drawer, reference: Pictures, judge: object | None = None) -> Evaluation:
+def build_evaluation(
+    cfg: DictConfig, drawer: Drawer, reference: Pictures, judge: object | None = None, store: Path | None = None
+) -> Evaluation:
     """The fixed protocol of the config's metrics, against a reference; a `judge` may be shared."""
     judge = judge or make(cfg.metrics.judge, "metrics")
-    return Evaluation(judge, reference, drawer, n=cfg.metrics.n, seed=cfg.metrics.seed)
+    return Evaluation(judge, reference, drawer, n=cfg.metrics.n, seed=cfg.metrics.seed, store=store)
 
 
 def plain(cfg: DictConfig) -> dict:

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from ditune.blocks import Blocks, rank, weights_hash
 from ditune.checkpoints import read_json, sha256, write_json
 from ditune.data import Pictures
 from ditune.drawing import Drawer, label_plan
-from ditune.metrics import Judge
+from ditune.metrics import Judge, PictureSet
 from ditune.visuals import grid, neighbours_sheet
 
 log = logging.getLogger(__name__)
@@ -33,6 +33,8 @@ class Evaluation:
         drawer: sampler, steps and guidance, the same before and after a training.
         n: number of pictures.
         seed: of noise and classes.
+        store: folder that keeps drawn pictures until they are judged, so that a stopped evaluation goes on and
+            several processes share the drawing; None = memory.
     """
 
     judge: Judge
@@ -40,6 +42,7 @@ class Evaluation:
     drawer: Drawer
     n: int
     seed: int
+    store: Path | None = None
 
     @property
     def protocol(self) -> dict[str, Any]:
@@ -69,31 +72,50 @@ class Evaluation:
     def labels(self) -> Tensor:  # (n,)
         return label_plan(self.reference.labels, self.seed, self.n)
 
-    def draw(self, network: nn.Module) -> Tensor:
-        """The protocol's pictures, (n, 3, R, R) uint8."""
+    def draw(self, network: nn.Module) -> Tensor | Blocks:
+        """The protocol's pictures, (n, 3, R, R) uint8, in memory or as blocks in the store."""
         network.eval()
         self.judge.extractor.to(next(network.parameters()).device)
+        labels = self.labels()
+        if self.store is not None:
+            blocks = self.blocks(network)
+            blocks.draw(lambda numbers: self.drawer.draw(network, labels[numbers], self.seed, numbers))
+            return blocks
 
         def report(done: int) -> None:
             if done % (4 * self.drawer.batch_size) == 0:
                 log.info("drawn %d of %d pictures", done, self.n)
 
-        return self.drawer.draw(network, self.labels(), self.seed, on_batch=report)
+        return self.drawer.draw(network, labels, self.seed, on_batch=report)
+
+    def blocks(self, network: nn.Module) -> Blocks:
+        """Where the store keeps this network's pictures."""
+        header = {"protocol": self.protocol, "network": weights_hash(network)}
+        folder = self.store / f"{self.key}_{header['network'][:16]}"
+        return Blocks(folder, header, self.labels(), self.drawer.batch_size)
 
     def __call__(self, network: nn.Module, folder: Path | None = None) -> dict[str, float | int]:
-        """Metrics of the network; with `folder`, a grid and the nearest training pictures go there as PNG."""
-        return judge_pictures(self.judge, self.reference, self.draw(network), folder)
+        """Metrics of the network; with `folder`, a grid and the nearest training pictures go there as PNG.
+
+        Of several processes, only the first one judges; the others get nothing.
+        """
+        pictures = self.draw(network)
+        return judge_pictures(self.judge, self.reference, pictures, folder) if rank() == 0 else {}
 
 
-def judge_pictures(judge: Judge, reference: Pictures, pictures: Tensor, folder: Path | None) -> dict[str, float | int]:
+def judge_pictures(
+    judge: Judge, reference: Pictures, pictures: Tensor | PictureSet, folder: Path | None
+) -> dict[str, float | int]:
     """Metrics of pictures (N, 3, R, R) uint8; with `folder`, grid.png and nearest.png go there."""
     features, reference_features = judge.features(pictures), judge.reference(reference)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        grid(pictures[:SHOWN], columns=8).save(folder / "grid.png")
-        chosen = torch.arange(min(NEIGHBOURS, len(pictures)))
-        distance, index = judge.nearest(features[chosen], reference_features, k=4)
-        neighbours_sheet(pictures[chosen], reference, index, distance).save(folder / "nearest.png")
+        first = list(range(min(SHOWN, len(pictures))))
+        shown = pictures[first] if isinstance(pictures, Tensor) else pictures.__getitems__(first)[0]
+        grid(shown, columns=8).save(folder / "grid.png")
+        count = min(NEIGHBOURS, len(pictures))
+        distance, index = judge.nearest(features[:count], reference_features, k=4)
+        neighbours_sheet(shown[:count], reference, index, distance).save(folder / "nearest.png")
     return judge.compare(features, reference_features)
 
 

@@ -1,21 +1,27 @@
 """What a run, a bare network or a folder of pictures is worth, by the protocol of a config."""
 
 import logging
+import os
+import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+import torch
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from ditune.blocks import Blocks, NpzPictures, rank
 from ditune.build import build_evaluation, make
 from ditune.checkpoints import load_network, read_json, sha256, write_json
 from ditune.data import Pictures
 from ditune.drawing import Drawer
 from ditune.errors import UserError
 from ditune.evaluation import Evaluation, Record, gap, judge_pictures
+from ditune.metrics import PictureSet
 from ditune.run import Trained, best_device, exactly_one, load_checkpoint, load_run
 
 log = logging.getLogger(__name__)
@@ -53,44 +59,69 @@ class Comparison:
         metrics["before"], metrics["before_is"] = self.record.or_measure(base, self.evaluation, load)
         if self.own is not None:
             metrics["base_domain"], metrics["base_domain_is"] = self.record.or_measure(base, self.own, load)
+            if rank() != 0:
+                return metrics  # the first process judges
             key = f"kid_{self.evaluation.judge.extractor.name}"
             metrics |= gap(metrics["before"][key], metrics["after"][key], metrics["base_domain"][key])
         return metrics
 
 
-def build_comparison(cfg: DictConfig, drawer: Drawer) -> Comparison:
+def build_comparison(cfg: DictConfig, drawer: Drawer, store: Path | None = None) -> Comparison:
     """The protocol of a run's `metrics`; built before a training, so that what is missing shows before it."""
-    evaluation = build_evaluation(cfg, drawer, make(cfg.metrics.reference, "metrics"))
+    evaluation = build_evaluation(cfg, drawer, make(cfg.metrics.reference, "metrics"), store=store)
     own = None
     if cfg.metrics.base_reference is not None:
-        own = build_evaluation(cfg, drawer, make(cfg.metrics.base_reference, "metrics"), judge=evaluation.judge)
+        reference = make(cfg.metrics.base_reference, "metrics")
+        own = build_evaluation(cfg, drawer, reference, judge=evaluation.judge, store=store)
     return Comparison(evaluation, own, Record(cfg.metrics.record))
 
 
 def evaluate(cfg: DictConfig) -> Path:
     """Judge what the config names; returns the result.json that holds the values.
 
+    Of several processes (torchrun's environment) all draw, and the first one judges and writes.
+
     Raises:
         UserError: the settings or a file are wrong.
     """
-    source = exactly_one(cfg, "run", "checkpoint", "images")
+    source = exactly_one(cfg, *SOURCES)
     if cfg.record is not None and source != "checkpoint":
         raise UserError(f"A record holds values of bare networks, not of {source}=. Give checkpoint=, or no record=.")
-    path, metrics = {"run": of_run, "checkpoint": of_checkpoint, "images": of_images}[source](cfg)
-    Console().print(table(metrics))
-    log.info("the values are in %s", path)
+    if cfg.threads is not None:
+        torch.set_num_threads(cfg.threads)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    path, metrics = SOURCES[source](cfg)
+    if rank() == 0:
+        Console().print(table(metrics))
+        log.info("the values are in %s", path)
     return path
 
 
 def of_run(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
     run = load_run(cfg.run)
-    if not run.cfg.metrics.n:
+    path, settings = run.folder / "result.json", run.cfg
+    if cfg.protocol == "this":
+        judge = OmegaConf.to_container(cfg.metrics.judge, resolve=True)
+        own = {"judge": judge, "n": cfg.metrics.n, "seed": cfg.metrics.seed, "record": None}
+        settings.metrics = OmegaConf.merge(settings.metrics, own)
+    elif cfg.protocol != "run":
+        raise UserError(f"protocol is {cfg.protocol}. Set protocol=run for the run's metrics, or =this for metrics=.")
+    if not settings.metrics.n:
         raise UserError(f"The run {run.folder} was made with metrics.n=0. Set a number of pictures in its config.yaml.")
-    path = run.folder / "result.json"
+    network, start = run.network.to(best_device()), time.perf_counter()
+    comparison = build_comparison(settings, run.drawer, run.folder / "evaluation")
+    metrics = comparison(network, None if run.reshaped else run.base, run.folder / "samples")
+    if rank() != 0:
+        return path, metrics
+    finish_blocks(comparison.evaluation.blocks(network), run.folder / "samples.npz", start)
+    shutil.rmtree(run.folder / "evaluation")
     result = read_json(path)
-    network = run.network.to(best_device())
-    metrics = build_comparison(run.cfg, run.drawer)(network, None if run.reshaped else run.base, run.folder / "samples")
-    write_json(path, result | {"metrics": result.get("metrics", {}) | metrics})
+    if cfg.protocol == "run":
+        result["metrics"] = result.get("metrics", {}) | metrics
+    else:
+        result.setdefault("other_protocols", {})[comparison.evaluation.key] = metrics
+    write_json(path, result)
     return path, metrics
 
 
@@ -98,9 +129,14 @@ def of_checkpoint(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
     trained = load_checkpoint(cfg.checkpoint, cfg.autoencoder, cfg.sampler, cfg.bf16)
     reference = make(cfg.metrics.reference, "metrics")
     check_reference(trained, reference)
-    record, folder = Record(cfg.record), Path(cfg.out)
-    evaluation = build_evaluation(cfg, trained.drawer, reference)
-    values = evaluation(trained.network.to(best_device()), folder)
+    record, folder, start = Record(cfg.record), Path(cfg.out), time.perf_counter()
+    evaluation = build_evaluation(cfg, trained.drawer, reference, store=folder / "evaluation")
+    network = trained.network.to(best_device())
+    values = evaluation(network, folder)
+    if rank() != 0:
+        return folder / "result.json", {}
+    finish_blocks(evaluation.blocks(network), folder / "samples.npz", start)
+    shutil.rmtree(folder / "evaluation")
     if cfg.record is not None:
         record.add(cfg.checkpoint, evaluation, values)
     metrics = {"protocol": evaluation.protocol, "values": values}
@@ -109,20 +145,45 @@ def of_checkpoint(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
     return folder / "result.json", metrics
 
 
+def finish_blocks(blocks: Blocks, path: Path, start: float) -> None:
+    """Write the pictures as ADM's .npz and say how fast they came."""
+    seconds = time.perf_counter() - start
+    log.info("%d pictures drawn and judged in %.0f s, %.1f images/s", len(blocks), seconds, len(blocks) / seconds)
+    blocks.save_npz(path)
+
+
 def of_images(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
-    comparison, reference = make(cfg.metrics.judge, "metrics"), make(cfg.metrics.reference, "metrics")
-    pictures, folder = Pictures(cfg.images, cfg.data.resolution), Path(cfg.out)
-    values = judge_pictures(comparison, reference, pictures.load(), folder)
+    pictures = Pictures(cfg.images, cfg.data.resolution)
+    return of_pictures(cfg, pictures, {"images": str(cfg.images)})
+
+
+def of_npz(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
+    pictures = NpzPictures(cfg.npz)
+    if pictures.resolution != cfg.data.resolution:
+        raise UserError(
+            f"The pictures in {cfg.npz} have {pictures.resolution} pixels, the reference {cfg.data.resolution}. "
+            f"Set data.resolution={pictures.resolution}."
+        )
+    return of_pictures(cfg, pictures, {"npz": str(cfg.npz)})
+
+
+def of_pictures(cfg: DictConfig, pictures: PictureSet, facts: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+    judge, reference = make(cfg.metrics.judge, "metrics"), make(cfg.metrics.reference, "metrics")
+    judge.extractor.to(best_device())
+    folder = Path(cfg.out)
+    values = judge_pictures(judge, reference, pictures, folder)
     protocol = {
         "n": len(pictures),
         "resolution": cfg.data.resolution,
         "reference": reference.fingerprint,
-        "features": comparison.extractor.identity,
+        "features": judge.extractor.identity,
     }
     metrics = {"protocol": protocol, "values": values}
-    facts = {"images": str(cfg.images), "fingerprint": pictures.fingerprint}
-    write_json(folder / "result.json", facts | {"metrics": metrics})
+    write_json(folder / "result.json", facts | {"fingerprint": pictures.fingerprint, "metrics": metrics})
     return folder / "result.json", metrics
+
+
+SOURCES = {"run": of_run, "checkpoint": of_checkpoint, "images": of_images, "npz": of_npz}
 
 
 def check_reference(trained: Trained, reference: Pictures) -> None:
@@ -157,8 +218,9 @@ def table(metrics: dict[str, Any]) -> Table:
     for name in columns:
         origin = metrics.get(f"{name}_is")
         shown.add_column(name.replace("_", " ") + (f" ({origin})" if origin else ""), justify="right")
-    for key in metrics[columns[0]]:
-        shown.add_row(key, *(number(metrics[name][key]) for name in columns))
+    for key in dict.fromkeys(key for name in columns for key in metrics[name]):
+        # a record of an earlier version lacks what was added since
+        shown.add_row(key, *(number(metrics[name][key]) if key in metrics[name] else "" for name in columns))
     if "gap_closed" in metrics:
         shown.add_section()
         shown.add_row("share of the gap that closed", *("" for _ in columns[2:]), number(metrics["gap_closed"]))

@@ -1,7 +1,8 @@
 """Pixels to latents and back; know nothing of models."""
 
 from ditune.autoencoders.base import Autoencoder
+from ditune.autoencoders.kl import KL
 from ditune.autoencoders.patch_pca import PatchPCA
 from ditune.autoencoders.pixels import Pixels
 
-__all__ = ["Autoencoder", "PatchPCA", "Pixels"]
+__all__ = ["KL", "Autoencoder", "PatchPCA", "Pixels"]

@@ -73,8 +73,8 @@ class Sweep:
             try:
                 while any(job.status == "waiting" for job in jobs) or self.running:
                     self._start(jobs)
-                    self._collect()
-                    write_summary(self.folder, jobs)
+                    if self._collect():
+                        write_summary(self.folder, jobs)
                     time.sleep(POLL)
             finally:
                 for tree, *_ in self.running.values():
@@ -100,7 +100,9 @@ class Sweep:
             tree = Tree(command, job.processes, job.folder, devices if job.on_gpu else None, threads)
             self.running[number] = tree, job, devices, slots
 
-    def _collect(self) -> None:
+    def _collect(self) -> bool:
+        """Take back what ended jobs had; whether there was one."""
+        before = len(self.running)
         for number, (tree, job, devices, slots) in list(self.running.items()):
             codes = tree.poll()
             if codes is None:
@@ -110,9 +112,10 @@ class Sweep:
             self.free_slots += slots
             self._end(tree, job, codes)
             log.info("job %d: %s%s", number, job.status, f" ({job.error})" if job.error else "")
+        return len(self.running) < before
 
     def _end(self, tree: Tree, job: Job, codes: list[int]) -> None:
-        """What the exit codes and the result say about a job; a result that still says 'running' is put right."""
+        """What the exit codes and the result say about a job; the result is made to say the same."""
         job.exit_codes, job.seconds = codes, round(time.monotonic() - tree.started, 1)
         path = job.folder / "result.json"
         result = read_json(path) if path.is_file() else {}
@@ -123,7 +126,7 @@ class Sweep:
         killed = any(codes[rank] < 0 for rank in tree.failed_first)
         job.status = "stopped" if said == "stopped" else "killed" if killed else "failed"
         job.error = "; ".join(f"rank {rank}: {tree.reason(rank)}" for rank in tree.failed_first) or "it left no result"
-        if said in ("running", "trained"):
+        if said is not None:  # rank 0 knows only that another rank was gone
             write_json(path, result | {"status": job.status, "error": job.error})
 
 

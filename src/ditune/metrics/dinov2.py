@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ditune.metrics.features import check_file, exact
+from ditune.metrics.features import check_file, exact, read_tensors
 
 URL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth"
 RESOLUTION, PATCH = 224, 14
@@ -37,8 +37,8 @@ class DINOv2(nn.Module):
         super().__init__()
         check_file(Path(weights), sha256, f"Download {URL} and put it there.")
         self.sha256, self.architecture = sha256, architecture
+        state = read_tensors(Path(weights))
         self.network = timm.create_model(architecture, pretrained=False, img_size=RESOLUTION)
-        state = torch.load(weights, map_location="cpu", weights_only=True)
         state.pop("mask_token", None)  # of its training
         state["pos_embed"] = resize_positions(state["pos_embed"], RESOLUTION // PATCH)
         self.network.load_state_dict(state)

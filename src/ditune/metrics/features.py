@@ -1,6 +1,7 @@
 """Pictures -> feature vectors. Distances carry the extractor's name: those of two extractors are not comparable."""
 
 import hashlib
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -107,6 +108,18 @@ def check_file(path: Path, sha256: str, remedy: str) -> None:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != sha256:
         raise UserError(f"The feature extractor's weights in {path} have SHA-256 {found}, expected {sha256}. {remedy}")
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors of a .pth file on the CPU; no pickle is executed.
+
+    Raises:
+        UserError: it is damaged or holds something else.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise UserError(f"{path} holds something else than tensors, or is damaged. Download it again.") from error
 
 
 @torch.inference_mode()

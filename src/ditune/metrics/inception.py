@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from ditune.metrics.distances import frechet_distance
-from ditune.metrics.features import check_file, exact
+from ditune.metrics.features import check_file, exact, read_tensors
 from ditune.metrics.judge import Judge
 
 URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
@@ -40,7 +40,7 @@ class Inception2015(nn.Module):
         self.sha256 = sha256
         # torch-fidelity unpickles what it is given, so it is given a copy of the tensors that are here already
         copy = io.BytesIO()
-        torch.save(torch.load(weights, map_location="cpu", weights_only=True), copy)
+        torch.save(read_tensors(Path(weights)), copy)
         copy.seek(0)
         self.network = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], copy)
         self.network.to(memory_format=torch.channels_last)

@@ -59,6 +59,7 @@ def merge(network: nn.Module) -> None:
 
 
 __all__ = [
+    "HUGGINGFACE",
     "METHODS",
     "VPT",
     "AdaptFormer",

@@ -57,6 +57,13 @@ class AdaLora(HuggingFace):
             setattr(self.tuner.rankallocator, name, {k: v.to(device) for k, v in scores.items()})
         self.config.rank_pattern = state["rank_pattern"]
 
+    def _keys(self, network: nn.Module) -> dict[str, str]:
+        pattern, self.config.rank_pattern = self.config.rank_pattern, None  # by which peft would cut tensors
+        try:
+            return super()._keys(network)
+        finally:
+            self.config.rank_pattern = pattern
+
     def to_file(self, network: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """With every rank; the singular values of those that were given up are zero, or fade in the average."""
         written, tensors = super().to_file(network)

@@ -1,6 +1,7 @@
 """The seam between a network and the methods that adapt it: a predicate over parameters plus injected ones."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -135,6 +136,11 @@ class PeftMethod(ABC):
     def from_file(self, network: nn.Module, tensors: dict[str, Tensor]) -> None:
         """Load the tensors of `to_file` into a network that the method has been applied to."""
         self.load_state_dict(network, tensors)
+
+
+def on_tokens(output: Tensor | tuple[Tensor, ...], change: Callable[[Tensor], Tensor]) -> Tensor | tuple[Tensor, ...]:
+    """Change the tokens that a module gives; DiT-MoE's give their routing beside them."""
+    return change(output) if isinstance(output, Tensor) else (change(output[0]), *output[1:])
 
 
 def mlp_name(block: nn.Module) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ditune.errors import UserError
 
-from .base import PeftMethod, mlp_name
+from .base import PeftMethod, mlp_name, on_tokens
 
 
 class Bottleneck(nn.Module):
@@ -37,15 +37,14 @@ class Parallel(nn.Module):
         self.base, self.adapter = base, adapter
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        return self.base(x, *args, **kwargs) + self.adapter(x)
+        return on_tokens(self.base(x, *args, **kwargs), lambda h: h + self.adapter(x))
 
 
 class Sequential(Parallel):
     """h + adapter(h)  with  h = MLP(x)"""
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        h = self.base(x, *args, **kwargs)
-        return h + self.adapter(h)
+        return on_tokens(self.base(x, *args, **kwargs), lambda h: h + self.adapter(h))
 
 
 class AdaptFormer(PeftMethod):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ditune.errors import UserError
 
-from .base import PeftMethod, mlp_name
+from .base import PeftMethod
 from .norm import add_affine_norms, fold_affine_norms, ones
 
 GAMMAS = ("qkv", "proj", "branches")
@@ -66,14 +66,17 @@ class DiffFit(PeftMethod):
             _scale_rows(block.attn.qkv, block.attn.gamma1)
             _scale_rows(block.attn.proj, block.attn.gamma2)
             _scale_rows(block.attn.proj, block.gamma1)
-            _scale_rows(getattr(block, mlp_name(block)).fc2, block.gamma2)
+            if hasattr(block, "mlp"):
+                _scale_rows(block.mlp.fc2, block.gamma2)
+            else:  # experts have no bias that could take the factor for all of them: the branch's gate takes it
+                _scale_rows(block.adaLN_modulation[1], block.gamma2, slice(-block.attn.proj.out_features, None))
             block.attn.gamma1 = block.attn.gamma2 = block.gamma1 = block.gamma2 = None
         if self.affine_norms:
             fold_affine_norms(network)
 
 
-def _scale_rows(linear: nn.Linear, gamma: Tensor | None) -> None:
-    """gamma * (W x + b) as one linear layer."""
+def _scale_rows(linear: nn.Linear, gamma: Tensor | None, rows: slice = slice(None)) -> None:
+    """gamma * (W x + b) as one linear layer, for all of its rows or some."""
     if gamma is not None:
-        linear.weight.mul_(gamma[:, None])
-        linear.bias.mul_(gamma)
+        linear.weight[rows] *= gamma[:, None]
+        linear.bias[rows] *= gamma

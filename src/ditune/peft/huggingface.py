@@ -64,6 +64,7 @@ class HuggingFace(PeftMethod):
         self.saved = [*(self.config.modules_to_save or ()), *([LABELS] if train_labels else ())]
         self.config.modules_to_save = None  # they train here as all parameters do, without copies
         self.injected: set[str] = set()
+        self.constants: dict[str, Tensor] = {}  # that a file brought, and that go into the next one
 
     def selects(self, name: str) -> bool:
         return name in self.injected or any(f".{module}." in f".{name}" for module in self.saved)
@@ -131,12 +132,30 @@ class HuggingFace(PeftMethod):
             "base_model_class": type(network).__name__,
             "parent_library": type(network).__module__,
         }
-        return written, {PREFIX + keys[name]: tensor for name, tensor in state.items()}
+        if self.constants and "save_projection" in written:
+            written["save_projection"] = True
+        return written, {PREFIX + keys[name]: tensor for name, tensor in state.items()} | self.constants
 
     def from_file(self, network: nn.Module, tensors: dict[str, Tensor]) -> None:
-        names = {key: name for name, key in self._keys(network).items()}
-        plain = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
-        self.load_state_dict(network, {names.get(key, key): tensor for key, tensor in plain.items()})
+        names = {PREFIX + key: name for name, key in self._keys(network).items()}
+        constants = {}
+        for key, tensor in tensors.items():
+            constant = None if key in names else self._constant(network, key)
+            if constant is not None and constant.shape == tensor.shape:
+                constants[key] = constant
+        rest = {names.get(key, key): tensor for key, tensor in tensors.items() if key not in constants}
+        self.load_state_dict(network, rest)
+        for key, constant in constants.items():
+            constant.copy_(tensors[key])
+        self.constants = constants
+
+    def _constant(self, network: nn.Module, key: str) -> Tensor | None:
+        """What some of peft's files hold besides parameters: SHiRA's places; VeRA's matrices, which layers share."""
+        path, _, attribute = key.removeprefix(PREFIX).rpartition(".")
+        found = layers(network)
+        layer = next(iter(found.values())) if path == "base_model" else found.get(path)
+        by_adapter = getattr(layer, attribute, ())
+        return by_adapter[ADAPTER] if hasattr(by_adapter, "__contains__") and ADAPTER in by_adapter else None
 
     @property
     def _changes_the_base(self) -> bool:
@@ -150,7 +169,7 @@ class HuggingFace(PeftMethod):
         network.peft_config = {ADAPTER: self.config}
         keys = get_peft_model_state_dict(network, names, ADAPTER, save_embedding_layers=False)
         del network.peft_config
-        return names | {name: key for key, name in keys.items()}
+        return names | {name: key for key, name in keys.items() if isinstance(name, str)}
 
 
 def layers(network: nn.Module) -> dict[str, nn.Module]:
@@ -172,6 +191,8 @@ def from_peft_config(config: dict[str, Any]) -> HuggingFace:
         raise UserError(f"peft has no method {config['peft_type']!r}. Install the release that wrote the adapter.")
     known = KNOWN[config["peft_type"]].__dataclass_fields__
     arguments = {k: v for k, v in config.items() if k in known} | {"inference_mode": False}
+    if "save_projection" in arguments:  # VeRA's matrices come from the file below, as SHiRA's places do
+        arguments["save_projection"] = False
     return HuggingFace(train_labels=False, **arguments)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ditune.errors import UserError
 
-from .base import PeftMethod
+from .base import PeftMethod, on_tokens
 
 
 class Prompted(nn.Module):
@@ -22,7 +22,8 @@ class Prompted(nn.Module):
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:  # (N, T, D) -> (N, T, D)
         prompts = self.prompts.to(x.dtype).expand(len(x), -1, -1)
-        return self.base(torch.cat([prompts, x], dim=1), *args, **kwargs)[:, len(self.prompts) :]
+        output = self.base(torch.cat([prompts, x], dim=1), *args, **kwargs)
+        return on_tokens(output, lambda tokens: tokens[:, len(self.prompts) :])
 
 
 class Prepend(Prompted):
@@ -41,7 +42,7 @@ class Strip(nn.Module):
         self.base, self.prompts = base, prompts
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:  # (N, P + T, D) -> (N, T, D)
-        return self.base(x, *args, **kwargs)[:, self.prompts :]
+        return on_tokens(self.base(x, *args, **kwargs), lambda tokens: tokens[:, self.prompts :])
 
 
 class VPT(PeftMethod):

@@ -1,0 +1,80 @@
+"""The variational autoencoder of latent diffusion (Rombach et al., arXiv 2112.10752), by diffusers' AutoencoderKL."""
+
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ditune.autoencoders.base import Autoencoder
+from ditune.errors import UserError
+
+FILES = ("config.json", "diffusion_pytorch_model.safetensors")
+
+
+class KL(Autoencoder):
+    """Mean and log-variance of a Gaussian posterior; its latents times one scale.
+
+    name    in the names of caches
+    folder  with config.json and diffusion_pytorch_model.safetensors, as the hub lays them out; used where it is there
+    hub     repository on huggingface.co for where it is not; None = only the folder
+    scale   on latents; 0.18215 for Stable Diffusion's
+    tiling  compute in overlapping tiles: less memory at 512 px and more, slightly other numbers
+    bf16    decode in bf16. Encoding stays in fp32: it is done once, and its error would stay in every epoch.
+
+    Raises UserError when the files are not there and cannot be fetched, or are damaged.
+    """
+
+    moments = 2
+
+    def __init__(
+        self,
+        name: str,
+        folder: str | Path,
+        hub: str | None = None,
+        scale: float = 0.18215,
+        tiling: bool = False,
+        bf16: bool = False,
+    ) -> None:
+        vae = load(Path(folder), hub)
+        super().__init__(vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1))
+        self.vae, self._name, self.bf16 = vae, name, bf16
+        self.scale.fill_(scale)
+        if tiling:
+            vae.enable_tiling()
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @cached_property
+    def fingerprint(self) -> str:  # of 84 M weights, so only once
+        return super().fingerprint
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast(x.device.type, enabled=False):
+            posterior = self.vae.encode(x.float()).latent_dist
+        return posterior.mean, posterior.logvar
+
+    def decode(self, z: Tensor) -> Tensor:
+        with torch.autocast(z.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.vae.decode(z).sample.float()
+
+
+def load(folder: Path, hub: str | None) -> torch.nn.Module:
+    """The AutoencoderKL of a folder, or of the hub (its cache, when there is no network)."""
+    from diffusers import AutoencoderKL  # takes seconds, and other autoencoders do without
+
+    local = (folder / FILES[0]).is_file()
+    if not local and hub is None:
+        raise UserError(f"There is no autoencoder in {folder}: {' and '.join(FILES)} are expected there.")
+    try:
+        return AutoencoderKL.from_pretrained(folder if local else hub)
+    except Exception as error:  # the hub's client raises errors of many kinds
+        reason = " ".join(str(error).split())[:300]
+        if local:
+            raise UserError(f"The autoencoder in {folder} cannot be read ({reason}). Fetch it again.") from error
+        raise UserError(
+            f"The autoencoder {hub} is neither in {folder} nor can it be fetched ({reason}). Put {' and '.join(FILES)} "
+            f"from https://huggingface.co/{hub}/tree/main into {folder}, or set autoencoder.folder=<where they are>."
+        ) from error

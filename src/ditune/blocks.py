@@ -1,0 +1,145 @@
+"""Drawn pictures on disk, block by block, so that several processes can share the drawing and any can be stopped."""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ditune.checkpoints.files import atomic, read_json, write_json
+from ditune.errors import UserError
+
+log = logging.getLogger(__name__)
+
+WAIT = 0.5  # seconds between two looks for the blocks of the other processes
+
+
+def rank() -> int:
+    """This process among those that share the work, as torchrun numbers them."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def weights_hash(network: nn.Module) -> str:
+    """SHA-256 of names and values of all weights."""
+    digest = hashlib.sha256()
+    for name, value in network.state_dict().items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+class Blocks:
+    """uint8 pictures 0..n-1 as files of `size` pictures; a picture set for the metrics.
+
+    Args:
+        folder: of the files.
+        header: what the pictures are of; a folder with another header is refused.
+        labels: classes (n,) int64.
+        size: pictures of a block.
+
+    Raises:
+        UserError: the folder holds other pictures.
+    """
+
+    def __init__(self, folder: Path, header: dict[str, Any], labels: Tensor, size: int) -> None:
+        self.folder, self.labels, self.size = folder, labels, size
+        self.fingerprint = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
+        path = folder / "header.json"
+        if path.is_file() and read_json(path) != json.loads(json.dumps(header)):
+            raise UserError(f"{folder} holds pictures that were drawn otherwise. Delete it, or choose another folder.")
+        if rank() == 0:
+            write_json(path, header)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        """uint8 (B, 3, R, R) and labels (B,); neighbours are read from one block."""
+        blocks: dict[int, np.ndarray] = {}
+        pictures = []
+        for i in indices:
+            block = i // self.size
+            if block not in blocks:
+                blocks[block] = np.load(self._path(block), allow_pickle=False)
+            pictures.append(torch.from_numpy(blocks[block][i % self.size]))
+        return torch.stack(pictures), self.labels[indices]
+
+    def draw(self, draw_block: Callable[[list[int]], Tensor]) -> None:
+        """Fill in this process' share of what is missing, then wait until all is there.
+
+        Args:
+            draw_block: numbers of pictures -> uint8 (B, 3, R, R).
+        """
+        count = -(-len(self) // self.size)
+        mine = [block for block in range(count) if block % world_size() == rank() and not self._path(block).exists()]
+        for done, block in enumerate(mine):
+            indices = list(range(block * self.size, min((block + 1) * self.size, len(self))))
+            with atomic(self._path(block)) as temporary, temporary.open("wb") as file:
+                np.save(file, draw_block(indices).numpy())
+            if done % 4 == 3:
+                log.info("drawn %d of %d blocks of pictures", done + 1, len(mine))
+        while not all(self._path(block).exists() for block in range(count)):
+            time.sleep(WAIT)
+
+    def save_npz(self, path: Path) -> None:
+        """The file that ADM's evaluator reads: arr_0 uint8 (n, R, R, 3), arr_1 labels; written block by block."""
+        first = self.__getitems__([0])[0]
+        shape = (len(self), *first.shape[2:], 3)
+        with atomic(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, header)
+                for start in range(0, len(self), self.size):
+                    rows = list(range(start, min(start + self.size, len(self))))
+                    file.write(self.__getitems__(rows)[0].permute(0, 2, 3, 1).contiguous().numpy().tobytes())
+            with archive.open("arr_1.npy", "w") as file:
+                np.save(file, self.labels.numpy())
+
+    def delete(self) -> None:
+        shutil.rmtree(self.folder)
+
+    def _path(self, block: int) -> Path:
+        return self.folder / f"{block:06d}.npy"
+
+
+class NpzPictures:
+    """Pictures of an ADM-style .npz: arr_0 uint8 (n, R, R, 3). A picture set for the metrics.
+
+    Raises:
+        UserError: the file is missing, damaged or holds something else.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        remedy = "Give a .npz whose arr_0 is uint8 with the shape (pictures, height, width, 3)."
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                pictures = file["arr_0"]
+        except FileNotFoundError as error:
+            raise UserError(f"There is no file {path}. Correct the path.") from error
+        except (ValueError, KeyError, zipfile.BadZipFile, OSError, EOFError) as error:
+            raise UserError(f"{path} cannot be read ({error}). {remedy}") from error
+        if pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[3] != 3:
+            raise UserError(f"arr_0 in {path} is {pictures.dtype} with the shape {pictures.shape}. {remedy}")
+        self.pictures = torch.from_numpy(pictures).permute(0, 3, 1, 2)  # (n, 3, R, R)
+        self.resolution = pictures.shape[1]
+        self.fingerprint = hashlib.sha256(np.ascontiguousarray(pictures)).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        """uint8 (B, 3, R, R); the labels are unknown, -1."""
+        return self.pictures[indices].contiguous(), torch.full((len(indices),), -1)

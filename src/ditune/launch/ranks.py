@@ -1,0 +1,36 @@
+"""This command again, in several processes that share its work."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+
+from .sweep import POLL, visible_gpus
+from .trees import Tree
+
+
+def is_rank() -> bool:
+    """Whether something like torchrun has started this process."""
+    return "RANK" in os.environ
+
+
+def run_ranks(processes: int, out: str | Path, threads: int | None) -> int:
+    """Run the script with its overrides in `processes` ranks; returns the exit code.
+
+    Args:
+        out: folder that all of them write to; gets their logs.
+        threads: of each process; None = one.
+    """
+    overrides = [*HydraConfig.get().overrides.task, f"out={out}"]
+    command = [sys.executable, str(Path(sys.argv[0]).resolve()), *overrides]
+    tree = Tree(command, processes, Path(out), visible_gpus() or None, threads or 1)
+    try:
+        while (codes := tree.poll()) is None:
+            time.sleep(POLL)
+    finally:
+        tree.stop()
+    failed = next((rank for rank in tree.failed_first), None)
+    sys.stdout.write(tree.log(failed or 0).read_text(encoding="utf-8"))
+    return 0 if failed is None else abs(codes[failed])

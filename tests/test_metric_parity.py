@@ -1,0 +1,234 @@
+"""Our distances against torch-fidelity's and torchmetrics', on shared features and through a shared Inception."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn.init import kaiming_normal_, normal_, trunc_normal_
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_isc import isc_features_to_metric
+from torch_fidelity.metric_kid import kid_features_to_metric
+from torch_fidelity.metric_prc import prc_features_to_metric
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+from ditune.errors import UserError
+from ditune.metrics import (
+    DINOv2,
+    Inception2015,
+    InceptionJudge,
+    density_coverage,
+    extract,
+    frechet_distance,
+    frechet_from_statistics,
+    inception_score,
+    kid,
+    precision_recall,
+    statistics,
+)
+from ditune.metrics.dinov2 import resize_positions
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def sets() -> tuple[Tensor, Tensor]:
+    """Features of 300 generated and 200 real pictures, 32 dimensions, correlated and shifted."""
+    mixing = draw(32, 32, seed=2)
+    return draw(300, 32) @ mixing + 0.2, draw(200, 32, seed=1) @ mixing
+
+
+# Formulas on shared features
+
+
+def test_frechet_distance_equals_torch_fidelity():
+    x, y = sets()
+    theirs = fid_statistics_to_metric(fid_features_to_statistics(x), fid_features_to_statistics(y), verbose=False)
+    expected = theirs["frechet_inception_distance"]
+    assert frechet_distance(x, y) == pytest.approx(expected, rel=1e-9)
+    assert frechet_from_statistics(*statistics(x), *statistics(y)) == pytest.approx(expected, rel=1e-9)
+
+
+def test_frechet_distance_equals_torchmetrics():
+    class Flat(nn.Module):
+        num_features = 32
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x.flatten(1)
+
+    x, y = sets()
+    metric = FrechetInceptionDistance(Flat(), normalize=True, antialias=False, input_img_size=(2, 4, 4))
+    metric.update(x.view(300, 2, 4, 4), real=False)
+    metric.update(y.view(200, 2, 4, 4), real=True)
+    assert frechet_distance(x, y) == pytest.approx(metric.compute().item(), rel=1e-7)
+
+
+def test_frechet_distance_of_known_gaussians_and_singular_covariances():
+    mean, cov = torch.zeros(3), torch.diag(torch.tensor([4.0, 9.0, 0.0]))
+    other = torch.diag(torch.tensor([1.0, 1.0, 0.0]))
+    # |(1, 0, 2)|^2 + (2 - 1)^2 + (3 - 1)^2 + 0
+    assert frechet_from_statistics(mean, cov, torch.tensor([1.0, 0.0, 2.0]), other) == pytest.approx(10)
+
+
+def test_kid_over_all_samples_equals_torch_fidelity():
+    x, y = (features[:200] for features in sets())
+    theirs = kid_features_to_metric(
+        x, y, kid_subsets=1, kid_subset_size=200, kid_kernel="poly", kid_kernel_poly_degree=3,
+        kid_kernel_poly_gamma=None, kid_kernel_poly_coef0=1, kid_kernel_rbf_sigma=10, rng_seed=0, verbose=False,
+    )  # fmt: skip
+    assert kid(x, y) == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-9)
+
+
+PRC = {"prc_neighborhood": 3, "prc_batch_size": 64, "save_cpu_ram": True, "verbose": False}
+
+
+def test_precision_and_recall_equal_torch_fidelity():
+    x, y = 2 * draw(300, 3) + 1, draw(200, 3, seed=1)
+    theirs = prc_features_to_metric(x, y, **PRC)
+    expected = theirs["precision"], theirs["recall"]
+    assert precision_recall(x, y) == pytest.approx(expected, abs=1e-6)
+    assert min(expected) < 0.9
+
+
+def test_density_and_coverage_by_definition():
+    x, y = (features[:60].numpy() for features in sets())
+    between = np.linalg.norm(x[:, None] - y[None], axis=-1)
+    reach = np.sort(np.linalg.norm(y[:, None] - y[None], axis=-1), axis=1)[:, 5]
+    density = sum(between[i, j] < reach[j] for i in range(60) for j in range(60)) / (5 * 60)
+    coverage = np.mean([min(between[:, j]) < reach[j] for j in range(60)])
+    found = density_coverage(torch.from_numpy(x), torch.from_numpy(y))
+    assert found == pytest.approx((density, coverage), abs=1e-12)
+    with pytest.raises(UserError, match="Give more than 5"):
+        density_coverage(torch.from_numpy(x), torch.from_numpy(y[:5]))
+
+
+def test_inception_score_equals_torch_fidelity():
+    logits = 3 * draw(120, 10)
+    theirs = isc_features_to_metric(logits, splits=3, shuffle=False, rng_seed=0)
+    assert inception_score(logits, split=40) == pytest.approx(theirs["inception_score_mean"], rel=1e-9)
+    assert inception_score(torch.zeros(8, 10)) == pytest.approx(1)
+
+
+# Through a shared Inception: the real architecture with random weights
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file as torch-fidelity's: all tensors of its Inception, seeded."""
+    with torch.random.fork_rng(), pytest.MonkeyPatch.context() as patch:
+        torch.manual_seed(0)
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+        patch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", lambda *_, **__: None)
+        network = FeatureExtractorInceptionV3("random", ["2048"], verbose=False)
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d):
+                kaiming_normal_(module.weight, nonlinearity="relu")  # features of order 1
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.save(network.state_dict(), path)
+    return path
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def pictures(count: int, seed: int) -> Tensor:
+    """Smooth random pictures: of noise alone, all features would be the same."""
+    coarse = torch.rand(count, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
+    return (nn.functional.interpolate(coarse, 32, mode="bilinear") * 255).to(torch.uint8)
+
+
+def test_one_inception_gives_both_the_same_metrics(weights: Path):
+    generated, real = pictures(7, 0), pictures(8, 1)
+    judge = InceptionJudge(Inception2015(weights, sha256(weights)), batch_size=8)
+    x, y = (extract(judge.extractor, batch, 8) for batch in (generated, real))
+    ours, features = judge.compare(x, y), judge.extractor.columns["features"]
+    network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(weights))
+    (their_x, logits), (their_y, _) = network(generated), network(real)
+    assert their_x.std(0).mean() > 0.01
+    torch.testing.assert_close(x[:, features], their_x, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(y[:, features], their_y, rtol=1e-4, atol=1e-5)
+
+    expected = isc_features_to_metric(logits, splits=1, shuffle=False, rng_seed=0)["inception_score_mean"]
+    assert ours["is_7"] == pytest.approx(expected, rel=1e-5)
+    prc = prc_features_to_metric(their_x, their_y, **PRC)
+    assert ours["precision_inception"] == pytest.approx(prc["precision"], abs=1e-6)
+    assert ours["recall_inception"] == pytest.approx(prc["recall"], abs=1e-6)
+    assert ours["kid_inception"] == pytest.approx(kid(their_x, their_y), rel=1e-3)
+    # their FID takes a minute at 2048 dimensions, and its root of a singular matrix is inexact; hence 4 of them
+    few = [batch[:, features][:, :: 2048 // 4] for batch in (x, y)]
+    theirs = fid_statistics_to_metric(*map(fid_features_to_statistics, few), verbose=False)
+    assert frechet_distance(*few) == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)
+    assert ours["fid_7"] == frechet_distance(x[:, features], y[:, features])
+    assert ours["sfid_7"] > 0
+    assert not any(name.startswith("fd_") for name in ours)  # FID has one name only
+
+
+def test_spatial_features_are_those_of_adms_evaluator(weights: Path):
+    """The first 7 channels of mixed_6's 1x1 branch, as the network itself has them between its layers."""
+    extractor, seen = Inception2015(weights, sha256(weights)), {}
+    extractor.network.Mixed_6c.register_forward_hook(lambda module, inputs, output: seen.update(before=output.clone()))
+    features = extractor(pictures(2, 0))
+    expected = extractor.network.Mixed_6d.branch1x1(seen["before"])[:, :7]
+    assert expected.shape == (2, 7, 17, 17)
+    torch.testing.assert_close(features[:, extractor.columns["spatial"]], expected.flatten(1))
+
+
+@pytest.mark.parametrize("extractor", [Inception2015, DINOv2])
+def test_missing_weights_say_where_to_get_them(extractor: type, tmp_path: Path):
+    with pytest.raises(UserError) as caught:
+        extractor(tmp_path / "weights.pth", "abc123")
+    for part in (str(tmp_path / "weights.pth"), "abc123", "Download https://"):
+        assert part in str(caught.value)
+    (tmp_path / "weights.pth").write_bytes(b"another file")
+    with pytest.raises(UserError, match="expected abc123"):
+        extractor(tmp_path / "weights.pth", "abc123")
+
+
+def test_weights_that_would_execute_something_are_refused(tmp_path: Path):
+    class Trap:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "executed",)
+
+    path = tmp_path / "weights.pth"
+    torch.save({"trap": Trap()}, path)
+    for extractor in (Inception2015, DINOv2):
+        with pytest.raises(UserError, match="tensors"):
+            extractor(path, sha256(path))
+    assert not (tmp_path / "executed").exists()
+
+
+# DINOv2: the authors' file layout with random weights of a small network
+
+
+def test_dinov2_reads_the_authors_layout(tmp_path: Path):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = timm.create_model("vit_small_patch14_dinov2", pretrained=False)  # 518 pixels, as theirs
+        for parameter in network.parameters():
+            normal_(parameter, std=0.05)
+    state = network.state_dict() | {"mask_token": torch.zeros(1, 384)}
+    assert state["pos_embed"].shape == (1, 1 + 37 * 37, 384)
+    path = tmp_path / "dinov2.pth"
+    torch.save(state, path)
+    extractor = DINOv2(path, sha256(path), "vit_small_patch14_dinov2")
+    features = extractor(pictures(3, 0))
+    assert features.shape == (3, 384)
+    assert features.isfinite().all()
+    assert features.std(0).mean() > 1e-4  # pictures are told apart
+
+
+def test_positions_are_resized_as_dinov2_does():
+    table = trunc_normal_(torch.empty(1, 1 + 37 * 37, 8), std=0.5, generator=torch.Generator().manual_seed(0))
+    resized = resize_positions(table, 16)
+    assert resized.shape == (1, 1 + 16 * 16, 8)
+    assert torch.equal(resized[:, 0], table[:, 0])
+    assert resize_positions(table, 37) is table
+    smooth = torch.cat([table[:, :1], torch.linspace(0, 1, 37 * 37).view(1, -1, 1).expand(-1, -1, 8)], dim=1)
+    rows = resize_positions(smooth, 16)[0, 1:, 0].view(16, 16)
+    assert (rows.diff(dim=0) > 0).all()  # rows stay rows
