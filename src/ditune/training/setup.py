@@ -22,6 +22,7 @@ from .metrics_csv import MetricsCsv
 from .module import GenerativeModule
 from .plan import parameter_kinds
 from .progress import TrainingProgress
+from .routing_monitor import RoutingMonitor
 from .strips import DrawStrips
 
 log = logging.getLogger(__name__)
@@ -101,6 +102,7 @@ def identity(cfg: DictConfig, parts: Parts) -> dict[str, Any]:
         "batch_size": cfg.batch_size,
         "precision": cfg.trainer.precision,
         "seed": cfg.seed,
+        "balance": plain(cfg.balance) if cfg.balance else None,
     }
 
 
@@ -116,6 +118,7 @@ def build_module(cfg: DictConfig, parts: Parts, identity: dict[str, Any]) -> Gen
         seed=cfg.seed,
         batch_size=cfg.batch_size,
         identity=identity,
+        balance=parts.balance,
         log_every=cfg.trainer.log_every_n_steps,
     )
 
@@ -130,6 +133,7 @@ def build_trainer(cfg: DictConfig, parts: Parts, folder: Path) -> tuple[pl.Train
         clock,
         TrainingProgress(),
         DrawSamples(drawer, parts.pictures, sheets.n, cfg.seed, folder / "samples", sheets.every_n_steps),
+        RoutingMonitor(folder / "routing", cfg.callbacks.routing.every_n_steps),
         stop,
         ModelCheckpoint(
             folder / "checkpoints",
