@@ -29,7 +29,7 @@ from ditune.networks import DiT
 from ditune.processes import GaussianProcess, build_process
 
 STORED = ("process", "autoencoder", "resolution", "class_names")  # what a file must say about itself to be drawn from
-OURS = {"steps": 25, "guidance": 1.5}  # of drawing, where no authors say otherwise
+OURS = {"guidance": 1.5}  # of drawing, where no authors say otherwise
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def load_checkpoint(path: Path | str, autoencoder: DictConfig, sampler: DictConf
 
     Args:
         autoencoder, sampler: config groups; the autoencoder must be the one that the network was trained with. Where
-            the sampler has no steps (sampler=published), it is as the file's authors draw.
+            the sampler has no guidance (sampler=published), it is as the file's authors draw.
         bf16: the network runs under bf16 autocast.
 
     Raises:
@@ -89,7 +89,7 @@ def load_checkpoint(path: Path | str, autoencoder: DictConfig, sampler: DictConf
     path, codec = Path(path), make(autoencoder, "autoencoder")
     network = load_network(path)
     stored = _stored(path) if is_ours(path) else _official(path, network, codec)
-    if sampler.steps is None:
+    if sampler.guidance is None:
         theirs = OURS if is_ours(path) else OURS | foreign_drawing(path)
         sampler = OmegaConf.merge(sampler, {key: value for key, value in theirs.items() if sampler[key] is None})
     drawer = _build_drawer(path, stored, codec, sampler, bf16)
