@@ -122,11 +122,13 @@ ALLOWED = {
     "processes": {"errors"},
     "objectives": {"errors", "processes"},
     "samplers": {"errors", "processes", "draws"},
-    "data": {"errors", "draws", "checkpoints.files"},
+    "fetch": {"errors", "checkpoints.files"},
+    "sharing": set(),
+    "data": {"errors", "draws", "fetch", "sharing", "checkpoints.files"},
     "autoencoders": {"errors", "checkpoints.files"},
     "metrics": {"errors"},
     "peft": {"errors", "networks"},
-    "checkpoints": {"errors", "networks", "peft"},
+    "checkpoints": {"errors", "networks", "peft", "fetch"},
     "launch": {"errors", "checkpoints.files"},
 }
 
