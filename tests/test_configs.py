@@ -38,7 +38,7 @@ def test_every_experiment_builds_with_every_method(tmp_path, experiment):
     """With a small network; its base file is written in the shape that the experiment asks for."""
     overrides = [f"experiment={experiment}", "network=tiny", "data.pictures.in_memory=false"]
     cfg = compose(tmp_path, *overrides, "peft=full", "pretrained=null")
-    if cfg.network.learn_sigma != ("learned" in cfg.objective.process.variance):
+    if cfg.network.learn_sigma != ("learned" in cfg.objective.process.get("variance", "")):
         overrides.append(f"network.learn_sigma={not cfg.network.learn_sigma}")
     parts = build_parts(compose(tmp_path, *overrides, "peft=full", "pretrained=null"))
     parts.method.merge(parts.network)
