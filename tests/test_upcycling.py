@@ -37,7 +37,7 @@ def dense() -> DiT:
     return network.eval()
 
 
-@pytest.mark.parametrize("options", [{}, {"shared_ratio": 0.0}, {"moe_every": 2, "moe_from": 0.5}])
+@pytest.mark.parametrize("options", [{}, {"shared_ratio": 0.0}, {"moe_every": 2}, {"moe_from": 0.5}])
 @pytest.mark.parametrize(("num_experts", "top_k"), [(4, 2), (3, 1)])
 def test_a_dense_network_keeps_its_function(options, num_experts, top_k):
     expected = golden("tiny_dit_forward")
