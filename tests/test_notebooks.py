@@ -8,7 +8,7 @@ from helpers import ROOT
 from nbclient import NotebookClient
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-FASTER = {"STEPS = 40": "STEPS = 2"}
+FASTER = {"STEPS = 40": "STEPS = 2", "limit=200": "limit=24", "batch_size=16": "batch_size=4", "steps=10": "steps=2"}
 
 
 @pytest.mark.slow
