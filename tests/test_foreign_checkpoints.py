@@ -94,17 +94,6 @@ def test_other_folders_are_refused(folder, config, change, message):
         load_network(folder(config, change))
 
 
-def test_new_classes_get_new_rows_and_keep_the_null_class(tiny, folder):
-    path = folder()
-    network, again = load_network(path, num_classes=5), load_network(path, num_classes=5)
-    table = network.y_embedder.embedding_table.weight
-    assert table.shape == (6, 64)
-    assert torch.equal(table[-1], tiny.y_embedder.embedding_table.weight[-1])
-    assert torch.equal(table, again.y_embedder.embedding_table.weight)
-    assert 0.015 < table[:-1].std() < 0.025
-    assert torch.equal(network.blocks[0].attn.qkv.weight, tiny.blocks[0].attn.qkv.weight)
-
-
 @pytest.mark.parametrize("content", [{"weights": torch.ones(2)}, [1, 2], torch.ones(2), {"ema": 3}])
 def test_other_files_are_refused(tmp_path, content):
     torch.save(content, tmp_path / "x.pt")

@@ -16,7 +16,7 @@ from torch import nn
 
 from ditune.blocks import Blocks, NpzPictures, rank
 from ditune.build import build_evaluation, make
-from ditune.checkpoints import load_network, read_json, sha256, write_json
+from ditune.checkpoints import load_network, locate, read_json, sha256, write_json
 from ditune.data import Pictures
 from ditune.drawing import Drawer
 from ditune.errors import UserError
@@ -126,7 +126,8 @@ def of_run(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
 
 
 def of_checkpoint(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
-    trained = load_checkpoint(cfg.checkpoint, cfg.autoencoder, cfg.sampler, cfg.bf16)
+    checkpoint = locate(cfg.checkpoint, f"{cfg.paths.cache_dir}/networks")
+    trained = load_checkpoint(checkpoint, cfg.autoencoder, cfg.sampler, cfg.bf16)
     reference = make(cfg.metrics.reference, "metrics")
     check_reference(trained, reference)
     record, folder, start = Record(cfg.record), Path(cfg.out), time.perf_counter()
@@ -138,9 +139,9 @@ def of_checkpoint(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
     finish_blocks(evaluation.blocks(network), folder / "samples.npz", start)
     shutil.rmtree(folder / "evaluation")
     if cfg.record is not None:
-        record.add(cfg.checkpoint, evaluation, values)
+        record.add(checkpoint, evaluation, values)
     metrics = {"protocol": evaluation.protocol, "values": values}
-    facts = {"checkpoint": str(cfg.checkpoint), "sha256": sha256(cfg.checkpoint), "protocol_key": evaluation.key}
+    facts = {"checkpoint": str(cfg.checkpoint), "sha256": sha256(checkpoint), "protocol_key": evaluation.key}
     write_json(folder / "result.json", facts | {"metrics": metrics})
     return folder / "result.json", metrics
 

@@ -13,7 +13,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from ditune.build import make
-from ditune.checkpoints import write_json
+from ditune.checkpoints import locate, write_json
 from ditune.cli import CONFIGS
 from ditune.drawing import Drawer
 from ditune.draws import generator
@@ -66,7 +66,8 @@ def load(cfg: DictConfig, source: str) -> Trained:
         return load_run(cfg.run)
     # a bare network has no sampler of its own, as a run has; this is the one that all configs begin with
     sampler = OmegaConf.load(Path(CONFIGS) / "sampler" / "auto.yaml")
-    return load_checkpoint(cfg.checkpoint, cfg.autoencoder, sampler, cfg.bf16)
+    checkpoint = locate(cfg.checkpoint, f"{cfg.paths.cache_dir}/networks")
+    return load_checkpoint(checkpoint, cfg.autoencoder, sampler, cfg.bf16)
 
 
 def with_settings(drawer: Drawer, cfg: DictConfig) -> Drawer:

@@ -51,5 +51,11 @@ def read_json(path: Path | str) -> dict:
 
 
 def sha256(path: Path | str) -> str:
+    """SHA-256 (hex) of a file; of a folder, that of the names and hashes of the files in it."""
+    path = Path(path)
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        lines = [f"{file.relative_to(path).as_posix()} {sha256(file)}\n" for file in files]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -19,6 +19,7 @@ from ditune.denoising import denoising_loss
 from ditune.errors import UserError
 from ditune.judging import Comparison, build_comparison
 from ditune.launch.jobs import config_hash
+from ditune.networks import DiTMoE
 from ditune.peft import Full
 from ditune.preparing import ensure, training_source
 
@@ -108,6 +109,13 @@ def check_combination(cfg: DictConfig, parts: Parts) -> None:
             f"Set one of {', '.join(PRECISIONS)}."
         )
     parts.objective.check(cfg.batch_size)
+    if parts.balance is not None and not isinstance(parts.network, DiTMoE):
+        raise UserError("The network has no experts whose load could be balanced. Leave balance= out, or set network=.")
+    if parts.base is not None and parts.balance is not None and parts.balance.bias_rate:
+        raise UserError(
+            "Biases of the routers move with balance.bias_rate, and an adapter has no place for them. "
+            "Set balance.bias_rate=0."
+        )
     if parts.network.config["class_dropout_prob"] <= 0 < cfg.objective.label_drop:
         raise UserError(
             "The network has no null class for dropped labels. "

@@ -22,6 +22,8 @@ from .metrics_csv import MetricsCsv
 from .module import GenerativeModule
 from .plan import parameter_kinds
 from .progress import TrainingProgress
+from .routing_monitor import RoutingMonitor
+from .strips import DrawStrips
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +102,7 @@ def identity(cfg: DictConfig, parts: Parts) -> dict[str, Any]:
         "batch_size": cfg.batch_size,
         "precision": cfg.trainer.precision,
         "seed": cfg.seed,
+        "balance": plain(cfg.balance) if cfg.balance else None,
     }
 
 
@@ -115,6 +118,7 @@ def build_module(cfg: DictConfig, parts: Parts, identity: dict[str, Any]) -> Gen
         seed=cfg.seed,
         batch_size=cfg.batch_size,
         identity=identity,
+        balance=parts.balance,
         log_every=cfg.trainer.log_every_n_steps,
     )
 
@@ -129,6 +133,7 @@ def build_trainer(cfg: DictConfig, parts: Parts, folder: Path) -> tuple[pl.Train
         clock,
         TrainingProgress(),
         DrawSamples(drawer, parts.pictures, sheets.n, cfg.seed, folder / "samples", sheets.every_n_steps),
+        RoutingMonitor(folder / "routing", cfg.callbacks.routing.every_n_steps),
         stop,
         ModelCheckpoint(
             folder / "checkpoints",
@@ -142,6 +147,10 @@ def build_trainer(cfg: DictConfig, parts: Parts, folder: Path) -> tuple[pl.Train
             save_on_train_epoch_end=False,
         ),
     ]
+    if drawer.process.network.get("step"):
+        strips = cfg.callbacks.strips
+        arguments = (strips.n, list(strips.steps), cfg.seed, folder / "samples", sheets.every_n_steps)
+        callbacks.append(DrawStrips(drawer, parts.pictures, *arguments))
     trainer = make(cfg.trainer, "trainer", callbacks=callbacks, logger=False, plugins=[AtomicCheckpointIO()])
     return trainer, clock, stop
 
