@@ -2,15 +2,17 @@
 
 import json
 
+import hydra
 import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, DiTTransformer2DModel
-from helpers import GOLDEN, ROOT, golden
-from omegaconf import DictConfig, OmegaConf
+from helpers import GOLDEN, golden
+from omegaconf import DictConfig
 from safetensors.torch import load_file
 from test_kl import small_vae
 
+from ditune import cli
 from ditune.autoencoders import KL
 from ditune.checkpoints import load_network, save_network
 from ditune.drawing import Drawer
@@ -100,10 +102,9 @@ def test_the_plain_file_has_dits_keys_and_loads_strictly(trained, tmp_path):
 
 
 def config(out, **given: object) -> DictConfig:
-    cfg = OmegaConf.load(ROOT / "configs" / "export.yaml")
-    sampler = OmegaConf.load(ROOT / "configs" / "sampler" / "auto.yaml")
-    autoencoder = {"_target_": "ditune.autoencoders.Pixels"}
-    return OmegaConf.merge(cfg, {"out": str(out), "sampler": sampler, "autoencoder": autoencoder, **given})
+    cli.prepare()
+    with hydra.initialize_config_dir(cli.CONFIGS, version_base="1.3"):
+        return hydra.compose("export", [f"out={out}", *(f"{key}={value}" for key, value in given.items())])
 
 
 def test_a_runs_adapter_is_merged(small, base, tmp_path):
