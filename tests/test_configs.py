@@ -19,7 +19,9 @@ CONFIGS = ROOT / "configs"
 PACKAGE = ROOT / "src" / "ditune"
 GROUPS = ("network", "model", "peft", "optimizer", "scheduler", "ema", "data", "autoencoder", "sampler", "metrics")
 GROUPS += ("trainer", "callbacks", "logger", "paths", "objective", "debug")
-EXPERIMENTS = sorted(p.stem for p in (CONFIGS / "experiment").glob("*.yaml"))
+# those on public data, which is not here, are in test_experiments.py
+PUBLIC = {f"difffit_{path.stem}" for path in (CONFIGS / "data").glob("*.yaml")}
+EXPERIMENTS = sorted({path.stem for path in (CONFIGS / "experiment").glob("*.yaml")} - PUBLIC)
 FILES = sorted(CONFIGS.rglob("*.yaml"))
 
 
