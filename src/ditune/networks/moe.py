@@ -114,15 +114,19 @@ class ToTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y_SD: Tensor, token_S: Tensor, rows_Mk: Tensor) -> Tensor:
         ctx.save_for_backward(token_S, rows_Mk)
-        return y_SD.index_select(0, rows_Mk.flatten()).unflatten(0, rows_Mk.shape).sum(dim=1)
+        return gathered(y_SD, rows_Mk)
 
     @staticmethod
     def backward(ctx: Any, grad_MD: Tensor) -> tuple[Tensor, None, None]:
         return ToRows.apply(grad_MD, *ctx.saved_tensors), None, None
 
 
+def gathered(y_SD: Tensor, rows_Mk: Tensor) -> Tensor:  # (M, D)
+    return y_SD.index_select(0, rows_Mk.flatten()).unflatten(0, rows_Mk.shape).sum(dim=1)
+
+
 def to_rows(x_MD: Tensor, dispatch: Dispatch) -> Tensor:  # (S, D)
-    if dispatch.rows_Mk is None:
+    if dispatch.rows_Mk is None or not torch.is_grad_enabled():  # forward mode knows plain operations only
         return x_MD.index_select(0, dispatch.token_S)
     return ToRows.apply(x_MD, dispatch.token_S, dispatch.rows_Mk)
 
@@ -130,6 +134,8 @@ def to_rows(x_MD: Tensor, dispatch: Dispatch) -> Tensor:  # (S, D)
 def to_tokens(y_SD: Tensor, dispatch: Dispatch, tokens: int) -> Tensor:  # (M, D)
     if dispatch.rows_Mk is None:
         return y_SD.new_zeros(tokens, y_SD.shape[1]).index_add(0, dispatch.token_S, y_SD)
+    if not torch.is_grad_enabled():
+        return gathered(y_SD, dispatch.rows_Mk)
     return ToTokens.apply(y_SD, dispatch.token_S, dispatch.rows_Mk)
 
 
