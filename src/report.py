@@ -1,24 +1,21 @@
-"""Table of a sweep: `python src/report.py sweep=<folder>` writes table.md into the folder and shows it."""
+"""Tables, plots and a page of a sweep: `python src/report.py sweep=<folder>` writes them into the folder."""
 
 import sys
-from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
 
-from ditune.checkpoints.files import atomic
-from ditune.cli import CONFIGS, prepare, reported
-from ditune.report import markdown_table, read_results
+from ditune.cli import REPORT_CONFIGS, prepare, reported
 
 
 def report(cfg: DictConfig) -> None:
-    table = markdown_table(read_results(cfg.sweep))
-    with atomic(Path(cfg.sweep) / "table.md") as temporary:
-        temporary.write_text(table, encoding="utf-8")
-    sys.stdout.write(table)
+    from ditune.report.write import write_report  # after the config is known to be right: it takes seconds
+
+    sys.stdout.write(write_report(cfg.sweep, cfg.metric))
+    sys.stdout.write(f"\n{cfg.sweep}/report.html shows all of it.\n")
 
 
-@hydra.main(version_base="1.3", config_path=CONFIGS, config_name="report")
+@hydra.main(version_base="1.3", config_path=REPORT_CONFIGS, config_name="report")
 def main(cfg: DictConfig) -> None:
     reported(lambda: report(cfg), cfg.traceback)
 

@@ -3,6 +3,7 @@
 import io
 import json
 import struct
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 from ditune.build import build_parts, plain
 from ditune.draws import Draws
+from ditune.errors import UserError
 from ditune.networks import build_network
 from ditune.training import train
 
@@ -42,40 +44,96 @@ def records(path: Path) -> list[Record]:
     return found
 
 
-def test_wandb_offline(small, tmp_path, monkeypatch):
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """A developer's account sees nothing of the tests; and nothing could be sent."""
     for name in ("WANDB_MODE", "WANDB_API_KEY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))  # a developer's account sees nothing of the tests
-    cfg = small("peft=full", "logger=wandb", f"max_steps={STEPS}", "tags=[tests]", "name=small")
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+def key(item) -> str:
+    return item.key or "/".join(item.nested_key)
+
+
+def wandb_records(folder: Path) -> tuple[dict[str, list], list[Path]]:
+    """Records by kind of all W&B files of a run folder, oldest first, and the files; W&B writes them a little later."""
+    files = sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.parent.name)
+    kinds: dict[str, list] = {}
+    for file in files:
+        end = time.monotonic() + 30
+        while "exit" not in [r.WhichOneof("record_type") for r in records(file)] and time.monotonic() < end:
+            time.sleep(0.1)
+        for record in records(file):
+            kinds.setdefault(record.WhichOneof("record_type"), []).append(record)
+    return kinds, files
+
+
+def values(items) -> dict:
+    return {key(item): json.loads(item.value_json) for item in items}
+
+
+def test_wandb_offline(small, tmp_path, offline):
+    judged = ["metrics.n=6", "+metrics.judge.batch_size=4", f"paths.cache_dir={tmp_path}/cache"]
+    run = ["peft=full", "logger=wandb", f"max_steps={STEPS}", "tags=[tests]", "name=small", "logger.log_adapter=true"]
+    cfg = small(*run, *judged)
     assert train(cfg) == 0
-    folders = list((tmp_path / "run" / "wandb").glob("offline-run-*"))
-    assert len(folders) == 1
-    written = records(next(folders[0].glob("*.wandb")))
+    written, files = wandb_records(tmp_path / "run")
+    assert len(files) == 1
 
-    def key(item):
-        return item.key or "/".join(item.nested_key)
-
-    kinds = {kind: [r for r in written if r.WhichOneof("record_type") == kind] for kind in ("run", "history", "exit")}
-    run = kinds["run"][0].run
-    assert (run.project, run.run_group, list(run.tags)) == ("ditune", "small", ["tests"])
-    assert run.display_name == "small-full-0"
-    history = [{key(item): json.loads(item.value_json) for item in r.history.item} for r in kinds["history"]]
+    run = written["run"][0].run
+    assert (run.project, run.run_group, run.job_type) == ("ditune", "small", "train")
+    assert set(run.tags) == {"full", "folder", "tiny", "tests"}
+    assert run.display_name == "small-full-folder-0"
+    history = [values(r.history.item) for r in written["history"]]
     losses = [row["train/loss"] for row in history if "train/loss" in row]
     assert len(losses) == STEPS
     assert all(0 < loss < 10 for loss in losses)
-    steps = [row["trainer/global_step"] for row in history if "train/loss" in row]
-    assert steps == list(range(STEPS))
-    config = {}
-    for record in written:
-        updates = {"run": record.run.config.update, "config": record.config.update}
-        for item in updates.get(record.WhichOneof("record_type"), ()):
-            config[key(item)] = json.loads(item.value_json)
+    assert [row["trainer/global_step"] for row in history if "train/loss" in row] == list(range(STEPS))
+    assert [row["eval/kid_efflite0"] for row in history if "eval/kid_efflite0" in row]
+    config = values(run.config.update) | {k: v for r in written["config"] for k, v in values(r.config.update).items()}
     for name in ("peft", "batch_size", "objective"):
         assert config[name] == plain(cfg)[name]
-    sheets = list(folders[0].rglob("samples*.png"))
-    assert len(sheets) == 2  # before and after
-    with Image.open(io.BytesIO(sheets[0].read_bytes())) as image:
-        assert image.width > 32
+
+    metrics = {r.metric.name or r.metric.glob_name: r.metric for r in written["metric"]}
+    assert metrics["train/loss"].summary.min
+    assert metrics["eval/kid_*"].summary.min
+    assert metrics["eval/precision_*"].summary.max
+    assert metrics["eval/kid_*"].step_metric == "trainer/global_step"
+    summary = {k: v for r in written["summary"] for k, v in values(r.summary.update).items()}
+    assert summary["parameters/share"] == 1  # everything trains
+    assert written["exit"][-1].exit.exit_code == 0
+
+    media = files[0].parent / "files" / "media"
+    for name, count in (("samples", 2), ("eval", 1)):  # before and after; the evaluation's
+        sheets = list(media.rglob(f"{name}*/*.png") if name == "eval" else media.rglob(f"{name}*.png"))
+        assert len(sheets) == count, name
+        with Image.open(io.BytesIO(sheets[0].read_bytes())) as image:
+            assert image.width > 32
+    (table,) = media.rglob("parameters*.table.json")
+    rows = json.loads(table.read_text())["data"]
+    assert (
+        sum(row[1] for row in rows) == json.loads((tmp_path / "run" / "result.json").read_text())["parameters"]["total"]
+    )
+    assert [r.artifact.type for r in written["artifact"] if r.artifact.type == "model"] == ["model"]
+
+
+def test_wandb_goes_on_in_the_same_run_and_shows_failures(small, tmp_path, offline):
+    common = ["peft=full", "logger=wandb", "resume=auto", "callbacks.checkpoint.every_n_steps=1"]
+    for steps in (2, 4):
+        assert train(small(*common, f"max_steps={steps}")) == 0
+    written, files = wandb_records(tmp_path / "run")
+    assert len(files) == 2
+    assert len({record.run.run_id for record in written["run"]}) == 1
+    history = [values(r.history.item) for r in written["history"]]
+    assert [row["trainer/global_step"] for row in history if "train/loss" in row] == [0, 1, 2, 3]
+
+    folder = tmp_path / "failed"
+    with pytest.raises(UserError, match="not finite"):
+        train(small(*common, "max_steps=5", "optimizer.lr=1e38", "trainer.gradient_clip_val=null", folder=folder))
+    failed, _ = wandb_records(folder)
+    assert failed["exit"][-1].exit.exit_code == 1
+    assert failed["run"][0].run.run_id != written["run"][0].run.run_id
 
 
 def test_tensorboard(small, tmp_path):

@@ -130,9 +130,11 @@ def flow(tmp_path_factory, pictures):
 
 def test_a_method_trains_its_weights_and_the_step_embedder(tmp_path, pictures, flow):
     overrides = [*SMALL_SHORTCUT, f"data.root={pictures}", "peft=bitfit", f"pretrained={flow}", "max_steps=3"]
-    assert train(compose(tmp_path, *overrides, "sampler.steps=4")) == 0
-    trained = checkpoint(tmp_path)["state_dict"] if (tmp_path / "checkpoints").exists() else {}
+    assert train(compose(tmp_path, *overrides, "sampler.steps=4", "callbacks.checkpoint.every_n_steps=3")) == 0
+    trained = checkpoint(tmp_path)["state_dict"]
     run = load_run(tmp_path)
+    assert (tmp_path / "samples" / "strips_0000003.png").is_file()
+    assert "samples/step_dependence" in (tmp_path / "metrics.csv").read_text().splitlines()[0]
     assert all("bias" in n or "_embedder." in n for n in trained)
     assert run.network.step_embedder.mlp[2].weight.abs().max() > 0
     assert run.drawer.draw(run.network, torch.tensor([0]), seed=0).shape == (1, 3, 16, 16)

@@ -8,12 +8,17 @@ import sys
 import time
 from pathlib import Path
 
+import hydra
 import pytest
 from helpers import ROOT, SMALL, compose
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+from ditune import cli
 from ditune.errors import UserError
 from ditune.launch.jobs import Job, config_hash, needs, of_the_job, place
 from ditune.launch.sweep import Sweep
@@ -192,6 +197,23 @@ def test_gpus_are_shared_and_never_given_twice(tmp_path):
     assert together  # they did run side by side
 
 
+SWEEPS = sorted(path.stem for path in (ROOT / "configs" / "sweep").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", [name for name in SWEEPS if not name.startswith("search")])
+def test_shipped_sweeps_compose_into_different_jobs(name):
+    cli.prepare()
+    with hydra.initialize_config_dir(cli.CONFIGS, version_base="1.3"):
+        master = hydra.compose("train", [f"sweep={name}"], return_hydra_config=True)
+        assert master.hydra.mode == RunMode.MULTIRUN
+        assert master.name == name  # its folder
+        params = [f"{key}={value}" for key, value in master.hydra.sweeper.params.items()]
+        parsed = OverridesParser.create().parse_overrides(params)
+        (jobs,) = BasicSweeper.split_arguments(parsed, None)
+        keys = {config_hash(hydra.compose("train", [f"sweep={name}", *job])) for job in jobs[::5]}
+    assert len(keys) == len(jobs[::5]) > 1
+
+
 # The real thing
 
 
@@ -250,3 +272,18 @@ def test_submitit_runs_the_same_sweep(tmp_path, pictures):
     assert again.returncode == 0, again.stderr
     assert result.stat().st_mtime_ns == before  # not run again
     assert json.loads((result.parents[1] / "1" / "result.json").read_text())["status"] == "finished"
+
+
+@pytest.mark.slow
+def test_optuna_reads_the_objective_from_the_results(tmp_path, pictures):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="an extra: pip install hydra-optuna-sweeper")
+    settings = [*SMALL, f"data.root={pictures}", "peft=full", "max_steps=2", f"paths.log_dir={tmp_path}"]
+    search = ["sweep=search_lr", "hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=2"]
+    command = [sys.executable, "src/train.py", *search, *settings]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = tmp_path / "train" / "multiruns" / "search_lr"
+    found = OmegaConf.load(folder / "optimization_results.yaml")
+    losses = [json.loads((folder / str(k) / "result.json").read_text())["denoising"]["after"] for k in range(2)]
+    assert found.best_value == pytest.approx(min(losses))
+    assert 1e-4 <= found.best_params["peft.lr"] <= 1e-2

@@ -40,6 +40,7 @@ class Parts:
     base_sha256: str | None
     base_config: dict | None  # of the network in that file
     reshaped: bool  # whether the network has other classes than the base, or another resolution
+    balance: object | None  # a ditune.training.Balance for networks with experts
 
 
 def make(config: DictConfig | None, what: str, **kwargs: object):
@@ -86,7 +87,8 @@ def build_parts(cfg: DictConfig) -> Parts:
         freeze_in_bf16(network)
     network.gradient_checkpointing = cfg.gradient_checkpointing
     hashed = sha256(base) if base else None
-    return Parts(pictures, autoencoder, network, method, objective, base, hashed, base_config, reshaped)
+    balance = make(cfg.balance, "balance")
+    return Parts(pictures, autoencoder, network, method, objective, base, hashed, base_config, reshaped, balance)
 
 
 def missing_keys(values: object, path: str = "") -> list[str]:
@@ -194,10 +196,10 @@ def _differences(theirs: Mapping, ours: Mapping) -> str:
 def freeze_in_bf16(network: DiT) -> None:
     """Keep frozen weights in bf16, as autocast would round them in every step; what trains stays in fp32.
 
-    Trainable parameters in bf16 would lose AdamW's small updates.
+    Trainable parameters in bf16 would lose AdamW's small updates. Routers compute in fp32 under autocast too.
     """
-    for parameter in network.parameters():
-        if not parameter.requires_grad:
+    for name, parameter in network.named_parameters():
+        if not parameter.requires_grad and ".router." not in name:
             parameter.data = parameter.data.bfloat16()
 
 

@@ -24,7 +24,7 @@ class Drawer:
         process, autoencoder: of the network.
         resolution: side of the pictures, in pixels.
         sampler: how, None = as suits the process.
-        steps, guidance, guidance_interval, guidance_channels: see `ditune.samplers.sample`.
+        steps, guidance, guidance_interval, guidance_channels, guidance_rescale: see `ditune.samplers.sample`.
         batch_size: pictures at once; every batch is padded to it, so that rounding does not depend on their number.
         bf16: the network runs under bf16 autocast.
     """
@@ -37,6 +37,7 @@ class Drawer:
     guidance: float = 1.0
     guidance_interval: Sequence[float] = (0.0, 1.0)
     guidance_channels: int | None = None
+    guidance_rescale: float = 0.0
     batch_size: int = 64
     bf16: bool = True
 
@@ -86,6 +87,7 @@ class Drawer:
                 guidance=self.guidance,
                 guidance_interval=self.guidance_interval,
                 guidance_channels=self.guidance_channels,
+                guidance_rescale=self.guidance_rescale,
                 next_noise=lambda: stream.next().to(device),
             )
         return to_uint8(self.autoencoder.to(device).to_pixels(latents.float()))

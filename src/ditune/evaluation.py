@@ -56,6 +56,7 @@ class Evaluation:
             "guidance": float(drawer.guidance),  # guidance=3 on the command line is no other protocol than 3.0
             "guidance_interval": [float(end) for end in drawer.guidance_interval],
             "guidance_channels": drawer.guidance_channels,
+            **({"guidance_rescale": drawer.guidance_rescale} if drawer.guidance_rescale else {}),  # newer than records
             "batch_size": drawer.batch_size,
             "bf16": drawer.bf16,
             "resolution": drawer.resolution,

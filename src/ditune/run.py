@@ -9,25 +9,27 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from ditune import samplers
 from ditune.autoencoders import Autoencoder
 from ditune.build import make, uses_bf16
 from ditune.checkpoints import (
     check_file,
+    foreign_drawing,
+    foreign_process,
     is_ours,
     load_adapter,
     load_network,
     locate,
     read_adapter,
     read_header,
-    shortcut_jax,
 )
-from ditune.checkpoints.source import Source
 from ditune.drawing import Drawer
 from ditune.errors import UserError
 from ditune.networks import DiT
 from ditune.processes import GaussianProcess, build_process
 
 STORED = ("process", "autoencoder", "resolution", "class_names")  # what a file must say about itself to be drawn from
+OURS = {"steps": 25, "guidance": 1.5}  # of drawing, where no authors say otherwise
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,8 @@ def load_checkpoint(path: Path | str, autoencoder: DictConfig, sampler: DictConf
     """A bare network: a file of ours or of another format that `load_network` knows.
 
     Args:
-        autoencoder, sampler: config groups; the autoencoder must be the one that the network was trained with.
+        autoencoder, sampler: config groups; the autoencoder must be the one that the network was trained with. Where
+            the sampler has no steps (sampler=published), it is as the file's authors draw.
         bf16: the network runs under bf16 autocast.
 
     Raises:
@@ -86,6 +89,9 @@ def load_checkpoint(path: Path | str, autoencoder: DictConfig, sampler: DictConf
     path, codec = Path(path), make(autoencoder, "autoencoder")
     network = load_network(path)
     stored = _stored(path) if is_ours(path) else _official(path, network, codec)
+    if sampler.steps is None:
+        theirs = OURS if is_ours(path) else OURS | foreign_drawing(path)
+        sampler = OmegaConf.merge(sampler, {key: value for key, value in theirs.items() if sampler[key] is None})
     drawer = _build_drawer(path, stored, codec, sampler, bf16)
     return Trained(network.eval(), drawer, stored["class_names"])
 
@@ -148,7 +154,7 @@ def _official(path: Path, network: DiT, codec: Autoencoder) -> dict[str, Any]:
             "Official DiT files need the decoder of their latents (the VAE of Stable Diffusion) as autoencoder=."
         )
     return {
-        "process": shortcut_jax.PROCESS if shortcut_jax.recognises(Source(path)) else GaussianProcess().config,
+        "process": foreign_process(path) or GaussianProcess().config,
         "autoencoder": codec.fingerprint,
         "resolution": network.config["input_size"] * codec.downsample,
         "class_names": None,
@@ -159,4 +165,9 @@ def _build_drawer(source: Path, stored: dict[str, Any], codec: Autoencoder, samp
     if stored["autoencoder"] != codec.fingerprint:
         raise UserError(f"The network of {source} was trained on other latents. Choose its autoencoder=.")
     process = build_process(stored["process"])
-    return Drawer(process, codec, stored["resolution"], bf16=bf16, **make(sampler, "sampler"))
+    drawing = make(sampler, "sampler")
+    if isinstance(drawing["sampler"], str):
+        drawing["sampler"] = getattr(samplers, drawing["sampler"])()
+    drawer = Drawer(process, codec, stored["resolution"], bf16=bf16, **drawing)
+    samplers.check(drawer.sampler, process, drawer.steps)
+    return drawer

@@ -2,12 +2,14 @@
 
 from .adapters import check_file, load_adapter, load_adapters, read_adapter, save_adapter
 from .files import atomic, read_json, sha256, write_json
-from .networks import is_ours, load_network, read_header, save_network
+from .networks import foreign_drawing, foreign_process, is_ours, load_network, read_header, save_network
 from .published import locate
 
 __all__ = [
     "atomic",
     "check_file",
+    "foreign_drawing",
+    "foreign_process",
     "is_ours",
     "load_adapter",
     "load_adapters",

@@ -9,15 +9,16 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ditune.errors import UserError
-from ditune.networks import DiT
+from ditune.networks import CLASSES, DiT
 
-from . import diffusers_dit, official_dit, shortcut_jax
+from . import diffusers_dit, official_dit, official_dit_moe, shortcut_jax
 from .files import atomic
 from .source import Content, Source
 
 FORMAT = "ditune-network-1"
-# The formats of others, asked in this order. Each module has `recognises(source)` and `read(source, **overrides)`.
-FOREIGN: tuple[ModuleType, ...] = (shortcut_jax, diffusers_dit, official_dit)
+# The formats of others, asked in this order. Each module has `recognises(source)`, `read(source, **overrides)`, and
+# what the files leave unsaid: `process(source)` and `drawing(source)`.
+FOREIGN: tuple[ModuleType, ...] = (shortcut_jax, diffusers_dit, official_dit, official_dit_moe)
 
 
 def save_network(
@@ -32,10 +33,11 @@ def save_network(
         position_table: the computed table is stored too, as other readers of DiT's keys expect it.
         provenance: what else a reader should know: class names, training set, steps, metrics.
     """
-    header = {"format": FORMAT, "network": network.config, "process": process, "provenance": provenance}
+    header = {"format": FORMAT, "class": type(network).__name__, "network": network.config, "process": process}
+    header["provenance"] = provenance
     tensors = {k: v.detach().float().cpu().contiguous() for k, v in network.state_dict().items()}
     if not position_table:
-        del tensors["pos_embed"]  # computed from the config
+        tensors.pop("pos_embed", None)  # computed from the config
     with atomic(path) as temporary:
         save_file(tensors, temporary, metadata={"ditune": json.dumps(header)})
 
@@ -65,8 +67,9 @@ def load_network(path: Path | str, **overrides: Any) -> nn.Module:
     """Build the network that a file holds, with its weights.
 
     Args:
-        path: our `.safetensors`; an official DiT `.pt` (bare, or with "ema" or "model" inside, "ema" first); a folder
-            of diffusers' DiTTransformer2DModel or DiTPipeline; a pickle of the shortcut models' code (its average).
+        path: our `.safetensors`; an official `.pt` of DiT or DiT-MoE (bare, or with "ema" or "model" inside, "ema"
+            first); a folder of diffusers' DiTTransformer2DModel or DiTPipeline; a pickle of the shortcut models' code
+            (its average).
         overrides: constructor arguments that replace those of the file. `input_size` is for another resolution. With
             `step` a network learns to be told steps, which it begins by ignoring.
 
@@ -75,9 +78,12 @@ def load_network(path: Path | str, **overrides: Any) -> nn.Module:
     """
     source = Source(path)
     if "ditune" in source.header:
-        content = Content(DiT, read_header(path)["network"], source.content)
+        header = read_header(path)
+        if header.get("class", "DiT") not in CLASSES:  # files from before there was more than DiT say none
+            raise UserError(f"{path} holds a {header['class']}, which this release does not know. Use a newer one.")
+        content = Content(CLASSES[header.get("class", "DiT")], header["network"], source.content)
     else:
-        content = _read_foreign(source, overrides)
+        content = _format_of(source).read(source, **overrides)
     network = content.build(**(content.config | overrides))
     tensors = content.tensors
     if overrides.get("step") and not content.config.get("step"):
@@ -92,7 +98,17 @@ def load_network(path: Path | str, **overrides: Any) -> nn.Module:
     return network
 
 
-def _read_foreign(source: Source, overrides: dict[str, Any]) -> Content:
+def foreign_process(path: Path | str) -> dict[str, Any]:
+    """Config of the process that a file of others is for, by the code that it comes from; {} = DiT's own diffusion."""
+    return _format_of(Source(path)).process(Source(path))
+
+
+def foreign_drawing(path: Path | str) -> dict[str, Any]:
+    """Steps and guidance that the authors of a file of others draw with, keys as in configs/sampler/."""
+    return _format_of(Source(path)).drawing(Source(path))
+
+
+def _format_of(source: Source) -> ModuleType:
     found = next((module for module in FOREIGN if module.recognises(source)), None)
     if found is None:
         known = ", ".join(module.__name__.rpartition(".")[2] for module in FOREIGN)
@@ -100,4 +116,4 @@ def _read_foreign(source: Source, overrides: dict[str, Any]) -> Content:
             f"{source.path} is of no kind that is known ({known}, and this project's own). "
             "An official DiT file has x_embedder.proj.weight; a folder of diffusers has a config.json."
         )
-    return found.read(source, **overrides)
+    return found

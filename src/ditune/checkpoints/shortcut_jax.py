@@ -64,6 +64,15 @@ class _Unpickler(pickle.Unpickler):
         raise pickle.UnpicklingError("it refers to something outside of itself")
 
 
+def process(source: Source) -> dict[str, Any]:
+    return PROCESS
+
+
+def drawing(source: Source) -> dict[str, Any]:
+    """As the code's evaluation begins: 128 steps without guidance."""
+    return {"sampler": "Jumps", "steps": 128, "guidance": 1.0}
+
+
 def recognises(source: Source) -> bool:
     """A bare pickle, as these checkpoints are, and not one of torch's."""
     if not source.path.is_file():

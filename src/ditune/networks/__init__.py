@@ -1,5 +1,7 @@
 """What is computed: pure modules that import nothing of the rest."""
 
-from .dit import NETWORKS, DiT, build_network
+from .build import CLASSES, NETWORKS, build_network
+from .dit import DiT
+from .dit_moe import DiTMoE, activated
 
-__all__ = ["NETWORKS", "DiT", "build_network"]
+__all__ = ["CLASSES", "NETWORKS", "DiT", "DiTMoE", "activated", "build_network"]

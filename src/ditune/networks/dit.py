@@ -3,6 +3,8 @@
 State-dict keys are those of the official files. N batch, T tokens, D hidden size, H heads.
 """
 
+from typing import Any
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -36,18 +38,21 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # 3 x (N, H, T, D/H) 
 class Attention(nn.Module):
     """Multi-head self-attention with one fused projection to queries, keys and values."""
 
-    def __init__(self, hidden_size: int, num_heads: int):
+    def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool = False):
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         self.proj = nn.Linear(hidden_size, hidden_size)
+        self.q_norm, self.k_norm = (
+            nn.LayerNorm(hidden_size // num_heads, eps=1e-6) if qk_norm else nn.Identity() for _ in range(2)
+        )
         self.register_parameter("gamma1", None)  # (3D,), scales qkv: added by DiffFit
         self.register_parameter("gamma2", None)  # (D,), scales the output: added by DiffFit
 
     def forward(self, x: Tensor) -> Tensor:  # (N, T, D) -> (N, T, D)
         qkv = scaled(self.qkv(x), self.gamma1)
         q, k, v = rearrange(qkv, "n t (three h d) -> three n h t d", three=3, h=self.num_heads)
-        x = rearrange(attention(q, k, v), "n h t d -> n t (h d)")
+        x = rearrange(attention(self.q_norm(q), self.k_norm(k), v), "n h t d -> n t (h d)")
         return scaled(self.proj(x), self.gamma2)
 
 
@@ -65,10 +70,10 @@ class Mlp(nn.Module):
 class DiTBlock(nn.Module):
     """Attention and MLP, each behind a LayerNorm whose shift and scale, and a gate, come from the condition c."""
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, qk_norm: bool = False):
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.attn = Attention(hidden_size, num_heads)
+        self.attn = Attention(hidden_size, num_heads, qk_norm)
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
@@ -159,7 +164,8 @@ class DiT(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # as the linear layer that it is
         nn.init.zeros_(self.x_embedder.proj.bias)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
@@ -183,16 +189,25 @@ class DiT(nn.Module):
         A network that is told steps takes a step (N,) too, in the unit that its process says.
         """
         height = x.shape[2] // self.patch_size
-        x = self.x_embedder(x) + self.pos_embed  # (N, T, D)
-        c = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
+        x, c = self.embed(x, t, y, step)
+        for block in self.blocks:
+            x = self.through(block, x, c)
+        return self.unpatchify(self.final_layer(x, c), height)
+
+    def embed(self, x: Tensor, t: Tensor, y: Tensor, step: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Tokens (N, T, D) and condition (N, D)."""
+        c = self.t_embedder(t) + self.y_embedder(y)
         if self.step_embedder is not None:
             c = c + self.step_embedder(step)
-        for block in self.blocks:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, c, use_reentrant=False)
-            else:
-                x = block(x, c)
-        x = self.final_layer(x, c)  # (N, T, P*P*C_out)
+        return self.x_embedder(x) + self.pos_embed, c
+
+    def through(self, block: nn.Module, x: Tensor, c: Tensor) -> Any:
+        """Output of a block, computed a second time in the backward pass where memory is short."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, x, c, use_reentrant=False)
+        return block(x, c)
+
+    def unpatchify(self, x: Tensor, height: int) -> Tensor:  # (N, T, P*P*C_out) -> (N, C_out, H, W)
         p = self.patch_size
         return rearrange(x, "n (h w) (p q c) -> n c (h p) (w q)", h=height, p=p, q=p)
 
@@ -233,16 +248,3 @@ TINY_SIZES = {
 }
 # fmt: on
 NETWORKS = {f"{name}_{p}": (*size, p) for name, size in SIZES.items() for p in (2, 4, 8)} | TINY_SIZES
-
-
-def build_network(name: str, **kwargs) -> DiT:
-    """The network called `name` (one of `NETWORKS`); `kwargs` go to its constructor.
-
-    Raises:
-        ValueError: when there is no network of that name.
-    """
-    if name not in NETWORKS:
-        raise ValueError(f"there is no network {name!r}; there are {', '.join(NETWORKS)}")
-    hidden_size, depth, num_heads, patch_size = NETWORKS[name]
-    sizes = {"hidden_size": hidden_size, "depth": depth, "num_heads": num_heads, "patch_size": patch_size}
-    return DiT(**(sizes | kwargs))

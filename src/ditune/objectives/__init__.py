@@ -1,15 +1,19 @@
 """What is learned: how a batch becomes x_t, a target, a weight and a loss."""
 
+from ditune.objectives.alpha_flow import AlphaFlow
 from ditune.objectives.base import Draws, Loss, Objective, State, drop_labels
 from ditune.objectives.consistency import ConsistencyDistillation, ConsistencyTraining
 from ditune.objectives.flow import FlowObjective, Targets
 from ditune.objectives.flow_matching import FlowMatching
 from ditune.objectives.gaussian_diffusion import GaussianDiffusion
 from ditune.objectives.live_reflow import LiveReflow
+from ditune.objectives.mean_flow import MeanFlow
 from ditune.objectives.progressive_distillation import ProgressiveDistillation
 from ditune.objectives.shortcut import Shortcut
+from ditune.objectives.so_flow import SoFlow
 
 __all__ = [
+    "AlphaFlow",
     "ConsistencyDistillation",
     "ConsistencyTraining",
     "Draws",
@@ -18,9 +22,11 @@ __all__ = [
     "GaussianDiffusion",
     "LiveReflow",
     "Loss",
+    "MeanFlow",
     "Objective",
     "ProgressiveDistillation",
     "Shortcut",
+    "SoFlow",
     "State",
     "Targets",
     "drop_labels",

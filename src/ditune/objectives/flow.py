@@ -50,12 +50,17 @@ class FlowObjective(ABC):
     def renews_teacher(self, step: int, max_steps: int) -> bool:
         return False
 
+    def weights(self, mse: Tensor, targets: Targets, state: State) -> Tensor:  # (N,)
+        """Of the squared errors."""
+        return torch.ones_like(mse)
+
     def loss(self, network: Network, batch: tuple[Tensor, Tensor], draws: Draws, state: State) -> Loss:
         targets = self.targets(network, *batch, draws, state)
         velocity = self.process.velocity(network, targets.x_t, targets.t, targets.y, targets.d)
         mse = mean_flat((velocity - targets.target) ** 2)
-        parts = {"loss": mse, "velocity_rms": rms(velocity), "target_rms": rms(targets.target)}
-        return Loss(mse.mean(), {name: value.detach() for name, value in parts.items()}, targets.t, targets.d)
+        loss = self.weights(mse, targets, state) * mse
+        parts = {"loss": loss, "mse": mse, "velocity_rms": rms(velocity), "target_rms": rms(targets.target)}
+        return Loss(loss.mean(), {name: value.detach() for name, value in parts.items()}, targets.t, targets.d)
 
     @torch.no_grad()
     def denoising(self, network: Network, batch: tuple[Tensor, Tensor], draws: Draws) -> Tensor:  # (N,)
@@ -120,6 +125,11 @@ def levels_of(process: FlowProcess) -> int:
 
 def at_most(x: Tensor, limit: float | None) -> Tensor:
     return x if limit is None else x.clamp(-limit, limit)
+
+
+def logit_normal(u: Tensor, mean: float, std: float) -> Tensor:
+    """sigmoid(mean + std z) (arXiv 2403.03206) of the normal quantile z of u in [0, 1)."""
+    return torch.sigmoid(mean + std * torch.special.ndtri(u.clamp(1e-9, 1 - 1e-9)))
 
 
 def rms(x: Tensor) -> Tensor:  # (N, ...) -> (N,)

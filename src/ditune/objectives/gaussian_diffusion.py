@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from ditune.errors import UserError
+from ditune.objectives import weighting
 from ditune.objectives.base import Draws, Loss, Network, State, drop_labels
 from ditune.objectives.likelihood import bound_term, mean_flat, prior_term
 from ditune.processes import GaussianProcess, Tables
 
 LOSSES = ("mse", "rescaled_mse", "kl")
-WEIGHTS = ("none", "v", "min_snr")
+WEIGHTS = ("none", "v", *weighting.WEIGHTS)
 
 
 class GaussianDiffusion:
@@ -27,7 +28,8 @@ class GaussianDiffusion:
             variance is learned. 'rescaled_mse' multiplies that term by T/1000. 'kl' is T times the bound's term alone,
             an estimate of the whole bound without its prior.
         weight: of the squared error. 'none' is L_simple (DDPM eq. 14). 'v' measures the error in v-space whatever the
-            network predicts (x_0 prediction with v-loss: arXiv 2511.13720). 'min_snr' is arXiv 2303.09556.
+            network predicts (x_0 prediction with v-loss: arXiv 2511.13720). 'x0', 'epsilon', 'truncated_snr' and
+            'min_snr' are those that arXiv 2303.09556 compares.
         vb_weight: factor on the bound's term in 'mse' and 'rescaled_mse', at least 0.
         label_drop: share of labels replaced by the null class, in [0, 1].
         max_weight: upper limit of weight 'v'. The default holds sigma (x_0 prediction) or alpha (epsilon prediction)
@@ -154,8 +156,6 @@ def error_weights(process: GaussianProcess, weight: str, max_weight: float, gamm
     if weight == "v":
         divisor = {"epsilon": alpha, "x0": sigma, "v": np.ones_like(alpha)}[process.prediction]
         return np.minimum(divisor**-2, max_weight)
-    if weight == "min_snr":  # 2303.09556: min(SNR, gamma) on the error of x_0, and what that is for the others
-        snr = (alpha / sigma) ** 2
-        divisor = {"epsilon": snr, "x0": np.ones_like(snr), "v": snr + 1}[process.prediction]
-        return np.minimum(snr, gamma) / divisor
-    return np.ones_like(alpha)
+    if weight == "none":
+        return np.ones_like(alpha)
+    return weighting.gaussian_weights(weight, process.prediction, (alpha / sigma) ** 2, gamma)

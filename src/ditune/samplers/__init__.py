@@ -12,9 +12,11 @@ from ditune.samplers.ddpm import DDPM
 from ditune.samplers.euler import Euler
 from ditune.samplers.guidance import ModelFn, guided
 from ditune.samplers.jumps import Jumps, Renoise
+from ditune.samplers.multistep import Multistep
 from ditune.samplers.noise import NoiseStream
+from ditune.samplers.runge_kutta import RungeKutta
 
-Sampler = DDPM | DDIM | Euler | Jumps | Renoise
+Sampler = DDPM | DDIM | Euler | Jumps | Renoise | RungeKutta | Multistep
 NAMES = {GaussianProcess: "a diffusion", FlowProcess: "a flow"}
 
 __all__ = [
@@ -23,8 +25,10 @@ __all__ = [
     "Euler",
     "Jumps",
     "ModelFn",
+    "Multistep",
     "NoiseStream",
     "Renoise",
+    "RungeKutta",
     "Sampler",
     "check",
     "default_sampler",
@@ -67,6 +71,7 @@ def sample(
     guidance: float = 1.0,
     guidance_interval: Sequence[float] = (0.0, 1.0),
     guidance_channels: int | None = None,
+    guidance_rescale: float = 0.0,
     next_noise: Callable[[], Tensor] | None = None,
     on_step: Callable[[float, Tensor, Tensor], None] | None = None,
 ) -> Tensor:  # (N, C, H, W)
@@ -83,6 +88,7 @@ def sample(
         guidance: scale of classifier-free guidance; 1 is none.
         guidance_interval: part of the process, 0 = data and 1 = noise, in which guidance is on.
         guidance_channels: number of leading channels that are guided; None guides all.
+        guidance_rescale: share of the way back to the spread that the output has without guidance; 0 = none.
         next_noise: gives the noise (N, C, H, W) of each step of a random sampler; torch's global generator otherwise.
         on_step: called after every step with (time at its beginning, x, predicted x_0).
 
@@ -91,6 +97,8 @@ def sample(
     """
     check(sampler, process, steps)
     model_fn = guided(
-        process.bind(network), y, network.num_classes, guidance, guidance_interval, guidance_channels, process.length
+        *(process.bind(network), y, network.num_classes, guidance, guidance_interval, guidance_channels),
+        timesteps=process.length,
+        rescale=guidance_rescale,
     )
     return sampler(model_fn, process.in_steps(steps), noise, next_noise or (lambda: torch.randn_like(noise)), on_step)

@@ -17,6 +17,7 @@ def guided(
     interval: Sequence[float] = (0.0, 1.0),
     channels: int | None = None,
     timesteps: float = 1000,
+    rescale: float = 0.0,
 ) -> ModelFn:
     """A network bound to labels, its prediction pushed away from the unconditional one.
 
@@ -30,6 +31,8 @@ def guided(
         channels: number of leading channels that are guided, None for all predicted ones; facebookresearch/DiT guides
             3. The others, and a learned variance, are the conditional ones.
         timesteps: length of the time, by which t becomes a part of the process.
+        rescale: phi of arXiv 2305.08891, section 3.4: the guided output is scaled towards the conditional one's
+            standard deviation, wholly at 1.
     """
     low, high = interval
     everywhere = low <= 0 and high >= 1
@@ -46,8 +49,10 @@ def guided(
         difference = (conditional - unconditional)[:, :guided_channels]
         extra = torch.where(inside, scale - 1.0, 0.0).to(difference.dtype).view(-1, 1, 1, 1)
         # eq. 6 with w = s - 1: conditional + (s - 1) (conditional - unconditional), exact where guidance is off
-        return torch.cat(
-            [conditional[:, :guided_channels] + extra * difference, conditional[:, guided_channels:]], dim=1
-        )
+        pushed = conditional[:, :guided_channels] + extra * difference
+        if rescale > 0:
+            spread, wanted = (v.std(dim=(1, 2, 3), keepdim=True) for v in (pushed, conditional[:, :guided_channels]))
+            pushed = pushed * (1 + rescale * (wanted / spread - 1))
+        return torch.cat([pushed, conditional[:, guided_channels:]], dim=1)
 
     return model_fn

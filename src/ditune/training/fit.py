@@ -19,11 +19,12 @@ from ditune.denoising import denoising_loss
 from ditune.errors import UserError
 from ditune.judging import Comparison, build_comparison
 from ditune.launch.jobs import config_hash
+from ditune.networks import DiTMoE
 from ditune.peft import Full
 from ditune.preparing import ensure, training_source
 
 from .callbacks import peak_memory_mib
-from .loggers import close_loggers
+from .loggers import WandbRun, close_loggers
 from .module import GenerativeModule
 from .plan import announce, counts
 from .setup import Resumed, StreamData, build_module, build_trainer, find_checkpoint, identity, open_loggers
@@ -66,7 +67,7 @@ def train(cfg: DictConfig) -> int:
     write_result(trainer, folder, result)
     start = time.perf_counter()
     try:
-        open_loggers(cfg, trainer, folder, resumed.step)
+        open_loggers(cfg, trainer, folder, resumed.step, parts.network)
         if cfg.compile:
             module.network.compile_blocks()
         trainer.fit(module, datamodule=StreamData(stream, cfg), ckpt_path=resumed.path, weights_only=True)
@@ -108,6 +109,13 @@ def check_combination(cfg: DictConfig, parts: Parts) -> None:
             f"Set one of {', '.join(PRECISIONS)}."
         )
     parts.objective.check(cfg.batch_size)
+    if parts.balance is not None and not isinstance(parts.network, DiTMoE):
+        raise UserError("The network has no experts whose load could be balanced. Leave balance= out, or set network=.")
+    if parts.base is not None and parts.balance is not None and parts.balance.bias_rate:
+        raise UserError(
+            "Biases of the routers move with balance.bias_rate, and an adapter has no place for them. "
+            "Set balance.bias_rate=0."
+        )
     if parts.network.config["class_dropout_prob"] <= 0 < cfg.objective.label_drop:
         raise UserError(
             "The network has no null class for dropped labels. "
@@ -193,8 +201,11 @@ def finish(
         result["seconds"]["evaluation"] = time.perf_counter() - start
     result["status"] = "finished"
     after = result["metrics"].get("after", {})
-    for logger in trainer.loggers if after else ():
-        logger.log_metrics({f"eval/{key}": value for key, value in after.items()}, step=cfg.max_steps)
+    for logger in trainer.loggers:
+        if after:
+            logger.log_metrics({f"eval/{key}": value for key, value in after.items()}, step=cfg.max_steps)
+        if isinstance(logger, WandbRun):
+            logger.finish_training(folder)
 
 
 def denoising(cfg: DictConfig, parts: Parts) -> dict[str, float]:

@@ -15,6 +15,7 @@ from ditune.errors import UserError
 from ditune.objectives import Loss, Objective, State
 from ditune.peft import PeftMethod
 
+from .balance import Balance, Watched
 from .ema import Ema, with_weights
 
 STEP_LEVELS = 7  # losses of steps of length 1, 1/2, ... 1/128 are logged apart, those between with the longer one
@@ -35,6 +36,7 @@ class GenerativeModule(pl.LightningModule):
         seed: of all random numbers of the training.
         batch_size: global batch.
         identity: plain values that a checkpoint must share with the run that resumes from it.
+        balance: of the experts' load; None = the network has no experts, or nobody looks at them.
         log_every: steps between two lines of the log.
     """
 
@@ -52,6 +54,7 @@ class GenerativeModule(pl.LightningModule):
         seed: int,
         batch_size: int,
         identity: dict[str, Any],
+        balance: Balance | None = None,
         log_every: int = 10,
     ):
         super().__init__()
@@ -59,6 +62,7 @@ class GenerativeModule(pl.LightningModule):
         self.autoencoder = autoencoder.eval().requires_grad_(False)
         self.make_optimizer, self.make_scheduler = optimizer, scheduler
         self.ema = Ema(method.trainable(network), ema_decay)
+        self.balance, self.statistics = balance, None  # a RoutingStatistics, where a RoutingMonitor wants one
         self.teacher: dict[str, Tensor] = {}  # weights of what trains, where the objective has a teacher
         self.seed, self.batch_size, self.identity, self.log_every = seed, batch_size, identity, log_every
 
@@ -75,10 +79,14 @@ class GenerativeModule(pl.LightningModule):
         draws = Draws(self.seed, step, (positions - step * self.batch_size).tolist(), self.device)
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             x0 = self.latents(pictures, draws)
-        loss = self.objective.loss(self.network, (x0, y), draws, self._state(step))
+        network = self.network if self.balance is None else Watched(self.network)
+        loss = self.objective.loss(network, (x0, y), draws, self._state(step))
+        added, parts = (0.0, {}) if self.balance is None else self.balance.loss(network.routing, step)
+        if self.statistics is not None:
+            self.statistics.add(network.routing, loss.time, network.y)
         if (step + 1) % self.log_every == 0:
-            self._log_loss(loss, len(y))
-        return loss.total + self.method.penalty(self.network)
+            self._log_loss(loss, len(y), parts)
+        return loss.total + self.method.penalty(self.network) + added
 
     def _state(self, step: int) -> State:
         """Before the step's first micro-step and after it the average is the same, so that all see one teacher."""
@@ -100,8 +108,8 @@ class GenerativeModule(pl.LightningModule):
         mean, *logvar = x.float().unbind(1)  # (N, M, C, h, w)
         return self.autoencoder.from_moments(mean, logvar[0] if logvar else None, normal)
 
-    def _log_loss(self, loss: Loss, size: int) -> None:
-        values = {f"train/{name}": part.mean() for name, part in loss.parts.items()}
+    def _log_loss(self, loss: Loss, size: int, parts: dict[str, Tensor]) -> None:
+        values = {f"train/{name}": part.mean() for name, part in (loss.parts | parts).items()}
         bins = (loss.time * LOSS_BINS).long().clamp(max=LOSS_BINS - 1)
         for k in range(LOSS_BINS):
             # NaN where no sample stood: Lightning repeats the last value of a name that is left out
@@ -130,6 +138,10 @@ class GenerativeModule(pl.LightningModule):
         if (self.global_step + 1) % self.log_every == 0:
             self.log("train/grad_norm", norm)
 
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        if self.balance is not None:
+            self.balance.update(self.network)
+
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
         self.method.after_step(self.network, self.global_step + 1)
@@ -142,6 +154,7 @@ class GenerativeModule(pl.LightningModule):
         checkpoint["ema"] = self.ema.state_dict()
         checkpoint["teacher"] = {name: value.cpu() for name, value in self.teacher.items()}
         checkpoint["method"] = self.method.training_state()
+        checkpoint["balance"] = Balance.state_dict(self.network)
         checkpoint["identity"] = self.identity
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -150,6 +163,7 @@ class GenerativeModule(pl.LightningModule):
         self.method.load_training_state(checkpoint["method"])
         self.ema.load_state_dict(checkpoint["ema"])
         self.teacher = checkpoint["teacher"]
+        Balance.load_state_dict(self.network, checkpoint["balance"])
         # a run may stop between micro-steps; it goes on with the first one of the step that was not finished
         loop = checkpoint["loops"]["fit_loop"]
         progress = loop["epoch_loop.batch_progress"]

@@ -17,12 +17,18 @@ from ditune.objectives import Objective, State
 from ditune.peft import PeftMethod
 
 
-def parameter_table(network: nn.Module, method: PeftMethod) -> Table:
-    """Trainable and frozen parameters by kind; blocks are summed up."""
+def parameter_kinds(network: nn.Module) -> dict[str, list[int]]:
+    """Numbers of trained and frozen parameters by kind; blocks are summed up."""
     counts: dict[str, list[int]] = {}
     for name, parameter in network.named_parameters():
         kind = re.sub(r"^blocks\.\d+\.", "blocks.*.", name)
         counts.setdefault(kind, [0, 0])[0 if parameter.requires_grad else 1] += parameter.numel()
+    return counts
+
+
+def parameter_table(network: nn.Module, method: PeftMethod) -> Table:
+    """Trainable and frozen parameters by kind."""
+    counts = parameter_kinds(network)
     trainable, frozen = (sum(column) for column in zip(*counts.values(), strict=True))
     table = Table(title=f"{method.title}: {trainable:,} of {trainable + frozen:,} parameters train")
     table.add_column("parameter")

@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig
 from pytorch_lightning.callbacks import ModelCheckpoint
+from torch import nn
 
 from ditune.build import Parts, build_drawer, make, plain
 from ditune.data.stream import MicroBatches, PictureStream, training_loader
@@ -16,9 +17,13 @@ from ditune.errors import UserError
 
 from .callbacks import DrawSamples, StepClock, StopOnSignal
 from .checkpoint_io import AtomicCheckpointIO, newest_checkpoint
+from .loggers import WandbRun
 from .metrics_csv import MetricsCsv
 from .module import GenerativeModule
+from .plan import parameter_kinds
 from .progress import TrainingProgress
+from .routing_monitor import RoutingMonitor
+from .strips import DrawStrips
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +102,7 @@ def identity(cfg: DictConfig, parts: Parts) -> dict[str, Any]:
         "batch_size": cfg.batch_size,
         "precision": cfg.trainer.precision,
         "seed": cfg.seed,
+        "balance": plain(cfg.balance) if cfg.balance else None,
     }
 
 
@@ -112,6 +118,7 @@ def build_module(cfg: DictConfig, parts: Parts, identity: dict[str, Any]) -> Gen
         seed=cfg.seed,
         batch_size=cfg.batch_size,
         identity=identity,
+        balance=parts.balance,
         log_every=cfg.trainer.log_every_n_steps,
     )
 
@@ -126,6 +133,7 @@ def build_trainer(cfg: DictConfig, parts: Parts, folder: Path) -> tuple[pl.Train
         clock,
         TrainingProgress(),
         DrawSamples(drawer, parts.pictures, sheets.n, cfg.seed, folder / "samples", sheets.every_n_steps),
+        RoutingMonitor(folder / "routing", cfg.callbacks.routing.every_n_steps),
         stop,
         ModelCheckpoint(
             folder / "checkpoints",
@@ -139,11 +147,15 @@ def build_trainer(cfg: DictConfig, parts: Parts, folder: Path) -> tuple[pl.Train
             save_on_train_epoch_end=False,
         ),
     ]
+    if drawer.process.network.get("step"):
+        strips = cfg.callbacks.strips
+        arguments = (strips.n, list(strips.steps), cfg.seed, folder / "samples", sheets.every_n_steps)
+        callbacks.append(DrawStrips(drawer, parts.pictures, *arguments))
     trainer = make(cfg.trainer, "trainer", callbacks=callbacks, logger=False, plugins=[AtomicCheckpointIO()])
     return trainer, clock, stop
 
 
-def open_loggers(cfg: DictConfig, trainer: pl.Trainer, folder: Path, first_step: int) -> None:
+def open_loggers(cfg: DictConfig, trainer: pl.Trainer, folder: Path, first_step: int, network: nn.Module) -> None:
     """metrics.csv and the logger of the config."""
     chosen = make(cfg.logger, "logger")
     table = chosen if isinstance(chosen, MetricsCsv) else MetricsCsv(folder)
@@ -151,3 +163,5 @@ def open_loggers(cfg: DictConfig, trainer: pl.Trainer, folder: Path, first_step:
     trainer.loggers = [table] if chosen is table else [table, chosen]
     if trainer.is_global_zero:
         chosen.log_hyperparams(plain(cfg))
+        if isinstance(chosen, WandbRun):
+            chosen.describe([(kind, *sizes) for kind, sizes in parameter_kinds(network).items()])

@@ -1,0 +1,123 @@
+"""DiT-MoE as its authors publish it (feizc/DiT-MoE): a `.pt` file, bare or with "ema" or "model" inside.
+
+Each expert is a module of its own there; ours are stacked, and transposed. The published XL and G have fused attention
+with norms on queries and keys. They are also the ones that were trained as rectified flows, on times that are told
+unscaled; S and B were trained as DiT. No file says so: it is known from the authors' README.
+"""
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ditune.errors import UserError
+from ditune.networks import DiTMoE
+from ditune.networks.dit_moe import SIZES
+
+from .source import Content, Source
+
+# the fused attention's names: ours
+ATTENTION = {"attn.Wqkv.": "attn.qkv.", "attn.out_proj.": "attn.proj."}
+# an expert's layers: our stacked ones
+STACKED = {"gate_proj": "w_gate_EDF", "up_proj": "w_up_EDF", "down_proj": "w_down_EFD"}
+EXPERT = re.compile(r"(.*moe\.)experts\.(\d+)\.(\w+)\.weight")
+FLOW = {"kind": "flow", "time_scale": 1.0, "data_at": 0, "sigma_min": 0.0}
+
+
+def recognises(source: Source) -> bool:
+    return {"x_embedder.proj.weight", "blocks.0.moe.experts.0.gate_proj.weight"} <= set(source.tensors)
+
+
+def read(source: Source, **overrides: Any) -> Content:
+    tensors = to_ours(source.tensors)
+    return Content(DiTMoE, infer_config(tensors, source, **overrides), tensors)
+
+
+def process(source: Source) -> dict[str, Any]:
+    """Config of the process that the file's network was trained for; {} = DiT's own."""
+    return FLOW if "blocks.0.attn.Wqkv.weight" in source.tensors else {}
+
+
+def drawing(source: Source) -> dict[str, Any]:
+    """The paper does not give its guidance. 50 Euler steps are the code's, 1.5 is what others report with."""
+    if process(source):
+        return {"sampler": "Euler", "steps": 50, "guidance": 1.5}
+    return {"sampler": "DDPM", "steps": 250, "guidance": 1.5, "guidance_channels": 3}
+
+
+def to_ours(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our state dict from theirs."""
+    ours: dict[str, Tensor] = {}
+    experts: dict[str, dict[int, Tensor]] = {}
+    for key, tensor in theirs.items():
+        match = EXPERT.fullmatch(key)
+        if match:
+            experts.setdefault(f"{match[1]}experts.{STACKED[match[3]]}", {})[int(match[2])] = tensor.T
+            continue
+        for name, our in ATTENTION.items():
+            key = key.replace(name, our)
+        if key.endswith("moe.gate.weight"):
+            key = key.replace("gate", "router")
+            ours[key.replace("weight", "bias_E")] = torch.zeros(len(tensor), device=tensor.device)
+        ours[key] = tensor
+    return ours | {key: _stacked(key, own) for key, own in experts.items()}
+
+
+def _stacked(key: str, experts: dict[int, Tensor]) -> Tensor:
+    missing = sorted(set(range(max(experts) + 1)) - experts.keys())
+    if missing:
+        layer = next(layer for layer, stacked in STACKED.items() if key.endswith(stacked))
+        name = f"{key.rpartition('.')[0]}.{missing[0]}.{layer}.weight"
+        raise UserError(f"The DiT-MoE file has no {name}. Fetch it again.")
+    return torch.stack([experts[e] for e in range(len(experts))])
+
+
+def to_theirs(ours: dict[str, Tensor], fused_attention: bool) -> dict[str, Tensor]:
+    """Their state dict from ours, for networks of their form; inverts `to_ours`."""
+    theirs: dict[str, Tensor] = {}
+    layers = {stacked: layer for layer, stacked in STACKED.items()}
+    for key, tensor in ours.items():
+        *path, name = key.split(".")
+        if name in layers:
+            for e, weight in enumerate(tensor):
+                theirs[f"{'.'.join(path)}.{e}.{layers[name]}.weight"] = weight.T.contiguous()
+        elif name != "bias_E":
+            key = key.replace("moe.router", "moe.gate")
+            for fused, our in ATTENTION.items() if fused_attention else ():
+                key = key.replace(our, fused)
+            theirs[key] = tensor
+    return theirs
+
+
+def infer_config(ours: dict[str, Tensor], source: Source, input_size: int | None = None, **_: Any) -> dict[str, Any]:
+    """Constructor arguments from shapes; heads from the norms of queries, or from the published sizes."""
+    hidden_size, in_channels, patch_size, _ = ours["x_embedder.proj.weight"].shape
+    norm = ours.get("blocks.0.attn.q_norm.weight")
+    known = {hidden: (heads, top_k) for hidden, _, heads, _, top_k, _ in SIZES.values()}
+    if hidden_size not in known:
+        raise UserError(
+            f"{source.path} has the unpublished hidden size {hidden_size}. Save it in this project's format."
+        )
+    heads, top_k = known[hidden_size]
+    if input_size is None:
+        if "pos_embed" not in ours:
+            raise UserError(f"{source.path} has no pos_embed, which would tell its resolution. Give input_size.")
+        input_size = round(ours["pos_embed"].shape[1] ** 0.5) * patch_size
+    num_experts, _, width = ours["blocks.0.moe.experts.w_gate_EDF"].shape
+    out = ours["final_layer.linear.bias"].numel() // patch_size**2
+    return {
+        "input_size": input_size,
+        "patch_size": patch_size,
+        "in_channels": in_channels,
+        "hidden_size": hidden_size,
+        "depth": 1 + max(int(key.split(".")[1]) for key in ours if key.startswith("blocks.")),
+        "num_heads": heads if norm is None else hidden_size // len(norm),
+        "num_classes": ours["y_embedder.embedding_table.weight"].shape[0] - 1,
+        "learn_sigma": out == 2 * in_channels,
+        "num_experts": num_experts,
+        "top_k": min(top_k, num_experts),
+        "expert_ratio": width / hidden_size,
+        "shared_ratio": len(ours["blocks.0.moe.shared_experts.gate_proj.weight"]) / hidden_size,
+        "qk_norm": norm is not None,
+    }

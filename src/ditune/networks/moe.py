@@ -1,0 +1,175 @@
+"""Mixture of experts: routed experts with stacked weights beside shared ones that see every token.
+
+Suffixes of names as in routing.py, and F: width of an expert. R: rows of one expert.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, silu
+
+from .dit import scaled
+from .routing import Dispatch, Router, Routing
+
+Product = Callable[[Tensor, Tensor], Tensor]  # rows (R, D), weights (D, F) -> (R, F); or of all experts at once
+
+
+def swiglu_form(mm: Product, x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
+    return mm(silu(mm(x, w_gate)) * mm(x, w_up), w_down)
+
+
+def gelu_form(mm: Product, x: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor) -> Tensor:
+    return mm(gelu(mm(x, w_in) + b_in, approximate="tanh"), w_out) + b_out
+
+
+# expert: (its form, its weights with their shapes). 'gelu' is DiT's own MLP, which no SwiGLU can hold.
+FORMS: dict[str, tuple[Callable[..., Tensor], dict[str, str]]] = {
+    "swiglu": (swiglu_form, {"w_gate_EDF": "EDF", "w_up_EDF": "EDF", "w_down_EFD": "EFD"}),
+    "gelu": (gelu_form, {"w_in_EDF": "EDF", "b_in_EF": "EF", "w_out_EFD": "EFD", "b_out_ED": "ED"}),
+}
+
+
+@torch.compiler.disable
+def by_slices(form: Callable[..., Tensor], x_SD: Tensor, counts_E: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """Expert by expert: an expert's activations stay in the cache. An expert without tokens gets gradients of zero.
+
+    The weights are unbound: `w[e]` would make a gradient of the full size for every expert.
+    """
+    rows = zip(x_SD.split(counts_E.tolist()), *(w.unbind() for w in weights), strict=True)
+    return torch.cat([form(torch.matmul, x_RD, *own) for x_RD, *own in rows])
+
+
+def by_grouped_mm(form: Callable[..., Tensor], x_SD: Tensor, counts_E: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """All experts in one kernel; nothing waits for the counts."""
+    ends_E = counts_E.cumsum(0, dtype=torch.int32)
+    rows = [w if w.ndim == 3 else w.repeat_interleave(counts_E, dim=0, output_size=len(x_SD)) for w in weights]
+    return form(lambda x, w: torch.nn.functional.grouped_mm(x, w, offs=ends_E), x_SD, *rows)
+
+
+def back_end(x_SD: Tensor, weights: Sequence[Tensor]) -> Callable[..., Tensor]:
+    """What is fastest for device and dtype (docs/moe.md); grouped_mm wants rows that are multiples of 16 bytes."""
+    aligned = all(size * x_SD.element_size() % 16 == 0 for w in weights if w.ndim == 3 for size in w.shape[1:])
+    return by_grouped_mm if x_SD.is_cuda and x_SD.dtype == torch.bfloat16 and aligned else by_slices
+
+
+class Experts(nn.Module):
+    """E experts of one form and width, their weights stacked."""
+
+    def __init__(self, num_experts: int, hidden_size: int, width: int, form: str = "swiglu"):
+        super().__init__()
+        if form not in FORMS:
+            raise ValueError(f"expert must be one of {', '.join(FORMS)}, not {form!r}")
+        self.form, shapes = FORMS[form]
+        sizes = {"E": num_experts, "D": hidden_size, "F": width}
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.empty([sizes[letter] for letter in shape])))
+
+    def initialize_weights(self) -> None:
+        for parameter in self.parameters():
+            if parameter.ndim == 3:  # each expert as the linear layer that it is
+                for w in parameter.unbind():
+                    nn.init.xavier_uniform_(w)
+            else:
+                nn.init.zeros_(parameter)
+
+    def forward(self, x_SD: Tensor, counts_E: Tensor) -> Tensor:  # (S, D), (E,) -> (S, D)
+        device = x_SD.device.type
+        # autocast knows neither grouped_mm nor that a slice's weights were cast before
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_SD.dtype
+        x_SD, weights = x_SD.to(dtype), [w.to(dtype) for w in self.parameters()]
+        return back_end(x_SD, weights)(self.form, x_SD, counts_E, weights)
+
+
+class SwiGLU(nn.Module):
+    """The shared experts: several of them without a gate are one that is as wide as all."""
+
+    def __init__(self, hidden_size: int, width: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, width, bias=False)
+        self.up_proj = nn.Linear(hidden_size, width, bias=False)
+        self.down_proj = nn.Linear(width, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class ToRows(torch.autograd.Function):
+    """Tokens (M, D) to rows (S, D). `ToTokens` is its adjoint, so that neither needs atomic additions."""
+
+    @staticmethod
+    def forward(ctx: Any, x_MD: Tensor, token_S: Tensor, rows_Mk: Tensor) -> Tensor:
+        ctx.save_for_backward(token_S, rows_Mk)
+        return x_MD.index_select(0, token_S)
+
+    @staticmethod
+    def backward(ctx: Any, grad_SD: Tensor) -> tuple[Tensor, None, None]:
+        return ToTokens.apply(grad_SD, *ctx.saved_tensors), None, None
+
+
+class ToTokens(torch.autograd.Function):
+    """Rows (S, D) to the sums of each token's rows (M, D)."""
+
+    @staticmethod
+    def forward(ctx: Any, y_SD: Tensor, token_S: Tensor, rows_Mk: Tensor) -> Tensor:
+        ctx.save_for_backward(token_S, rows_Mk)
+        return y_SD.index_select(0, rows_Mk.flatten()).unflatten(0, rows_Mk.shape).sum(dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, grad_MD: Tensor) -> tuple[Tensor, None, None]:
+        return ToRows.apply(grad_MD, *ctx.saved_tensors), None, None
+
+
+def to_rows(x_MD: Tensor, dispatch: Dispatch) -> Tensor:  # (S, D)
+    if dispatch.rows_Mk is None:
+        return x_MD.index_select(0, dispatch.token_S)
+    return ToRows.apply(x_MD, dispatch.token_S, dispatch.rows_Mk)
+
+
+def to_tokens(y_SD: Tensor, dispatch: Dispatch, tokens: int) -> Tensor:  # (M, D)
+    if dispatch.rows_Mk is None:
+        return y_SD.new_zeros(tokens, y_SD.shape[1]).index_add(0, dispatch.token_S, y_SD)
+    return ToTokens.apply(y_SD, dispatch.token_S, dispatch.rows_Mk)
+
+
+class MoE(nn.Module):
+    """Routed experts, weighted by their scores, plus the shared experts.
+
+    Args:
+        hidden_size: D.
+        num_experts: E routed experts of form `expert` ('swiglu' or 'gelu') and width `expert_size`, F.
+        shared_size: width of the shared SwiGLU experts together; 0 = none.
+        expert_size, expert: as above.
+        routing: arguments of `Router`.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        expert_size: int,
+        shared_size: int,
+        expert: str = "swiglu",
+        **routing: Any,
+    ):
+        super().__init__()
+        self.router = Router(hidden_size, num_experts, **routing)
+        self.experts = Experts(num_experts, hidden_size, expert_size, expert)
+        self.shared_experts = SwiGLU(hidden_size, shared_size) if shared_size else None
+        self.register_parameter("gamma_routed", None)  # (D,), scales the routed sum: added by DiffFit
+        self.register_parameter("gamma_shared", None)  # (D,), scales the shared output: added by DiffFit
+
+    def initialize_weights(self) -> None:
+        nn.init.kaiming_uniform_(self.router.weight, a=5**0.5)
+        self.experts.initialize_weights()
+
+    def forward(self, x_NTD: Tensor) -> tuple[Tensor, Routing]:  # (N, T, D)
+        dispatch, routing = self.router(x_NTD)
+        x_MD = x_NTD.flatten(0, 1)
+        y_SD = self.experts(to_rows(x_MD, dispatch), dispatch.counts_E)
+        y_SD = y_SD * dispatch.weight_S.to(y_SD.dtype)[:, None]
+        y_NTD = scaled(to_tokens(y_SD, dispatch, len(x_MD)).view(x_NTD.shape), self.gamma_routed)
+        if self.shared_experts is not None:
+            y_NTD = y_NTD + scaled(self.shared_experts(x_NTD), self.gamma_shared)
+        return y_NTD, routing

@@ -1,0 +1,34 @@
+"""MeanFlow (Geng et al. 2025, arXiv 2505.13447)."""
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ditune.objectives.base import Network, State
+from ditune.objectives.flow_map import FlowMap
+from ditune.processes import expanded
+
+
+class MeanFlow(FlowMap):
+    """u = v - d du/dt: what (t - r) u = integral of v says when it is differentiated along the path.
+
+    The total derivative du/dt = v grad_x u + d/dt u, with the step's end r held fixed, is one Jacobian-vector product
+    in forward mode. Attention has it in its plain form only, and compiled blocks are run as written for it.
+    """
+
+    def mean_velocity(
+        self, network: Network, x_t: Tensor, v: Tensor, t: Tensor, d: Tensor, y: Tensor, state: State
+    ) -> Tensor:
+        return v - expanded(d, v) * self.derivative(network, x_t, v, t, d, y)
+
+    @torch.no_grad()
+    def derivative(self, network: Network, x_t: Tensor, v: Tensor, t: Tensor, d: Tensor, y: Tensor) -> Tensor:
+        """du/dt (N, C, H, W) along the path: dx/dt = v, dd/dt = 1 because r stays."""
+
+        def u(x: Tensor, t: Tensor, d: Tensor) -> Tensor:
+            return self.process.velocity(network, x, t, y, d)
+
+        one = torch.ones_like(t)
+        with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
+            _, derivative = torch.func.jvp(u, (x_t, t, d), (v, one, one))
+        return derivative

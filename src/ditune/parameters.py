@@ -1,0 +1,43 @@
+"""How many parameters every method trains of every network, counted without their weights."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from ditune.errors import UserError
+from ditune.networks import build_network
+
+
+def count(row: str, network: str, num_classes: int, peft: Path) -> tuple[int, int]:
+    """Parameters that train, and all of the network without its position table.
+
+    Args:
+        row: a method and what is set besides its config, as in "lora r=16".
+        network: a name that `build_network` knows.
+        num_classes: of the label table, which has a row for the null class too.
+        peft: folder with the methods' configs.
+    """
+    method, *settings = row.split()
+    if not (peft / f"{method}.yaml").is_file():
+        raise UserError(f"There is no method {method!r} in configs/peft/. Name one of its files in rows=.")
+    own = OmegaConf.merge(OmegaConf.load(peft / f"{method}.yaml"), OmegaConf.from_dotlist(settings))
+    cfg = OmegaConf.create({"max_steps": 1000, "peft": own})  # the length of a training changes no count
+    with torch.device("meta"):
+        built = build_network(network, num_classes=num_classes)
+        total = sum(p.numel() for p in built.parameters())
+        method = instantiate(cfg.peft, _convert_="all")
+        method.apply(built)
+    return sum(p.numel() for p in method.trainable(built).values()), total
+
+
+def parameter_table(rows: Sequence[str], networks: Sequence[str], num_classes: int, peft: Path) -> str:
+    """Markdown: methods down, networks across, a method's share of the network behind its count."""
+    lines = ["| method | " + " | ".join(networks) + " |", "|---|" + "---|" * len(networks)]
+    for row in rows:
+        counts = [count(row, network, num_classes, peft) for network in networks]
+        cells = [f"{trains:,} ({100 * trains / total:.3f} %)" for trains, total in counts]
+        lines.append(f"| {row} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"

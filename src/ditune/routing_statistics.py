@@ -1,0 +1,104 @@
+"""Which experts compute what: load by layer, by time, by position, by class; and numbers that sum it up.
+
+Suffixes of names: L layers, B bins of time, T tokens of an image, K classes with the null class, E experts.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ditune.networks import DiTMoE
+from ditune.networks.routing import Routing, load
+
+BINS = 10  # of time, from data to noise
+
+
+class RoutingStatistics:
+    """Counts of what was computed by which expert, over any number of batches.
+
+    Args:
+        network: whose layers are counted.
+        device: where; counting waits for nothing.
+    """
+
+    def __init__(self, network: DiTMoE, device: torch.device | str = "cpu"):
+        layers, tokens = network.moe_layers, network.pos_embed.shape[1]
+        self.layers, experts = list(layers), network.config["num_experts"]
+        self.top_k = network.config["top_k"]
+        self.counts = {
+            name: torch.zeros(len(layers), size, experts, dtype=torch.float64, device=device)
+            for name, size in (("time", BINS), ("position", tokens), ("class", network.num_classes + 1))
+        }
+        self.sums = torch.zeros(len(layers), 3, dtype=torch.float64, device=device)  # entropy, top score, tokens
+
+    @torch.no_grad()
+    def add(self, routing: Sequence[Routing], time: Tensor, y: Tensor) -> None:
+        """Count one batch.
+
+        Args:
+            routing: of every layer.
+            time: (N,) in [0, 1], 0 = data.
+            y: (N,) classes that the network was told.
+        """
+        bins = (time.float() * BINS).long().clamp(0, BINS - 1)
+        for i, layer in enumerate(routing):
+            chosen_NTE = layer.chosen_NTE.double()
+            by_image_NE = chosen_NTE.sum(dim=1)
+            self.counts["time"][i].index_add_(0, bins, by_image_NE)
+            self.counts["class"][i].index_add_(0, y, by_image_NE)
+            self.counts["position"][i] += chosen_NTE.sum(dim=0)
+            p_NTE = layer.scores_NTE / layer.scores_NTE.sum(dim=-1, keepdim=True)
+            entropy = -(p_NTE * p_NTE.clamp(min=1e-20).log()).sum(dim=-1).sum()
+            taken = (layer.scores_NTE * layer.chosen_NTE).sum()
+            self.sums[i] += torch.stack([entropy, taken, torch.full_like(taken, p_NTE[..., 0].numel())])
+
+    def over_processes(self) -> None:
+        """Sum over all processes; each of them must call it."""
+        if dist.is_available() and dist.is_initialized():
+            for table in (*self.counts.values(), self.sums):
+                dist.all_reduce(table)
+
+    @property
+    def load_LE(self) -> Tensor:
+        """Load of each expert relative to an even one, which is 1."""
+        return load(self.counts["position"].sum(dim=1)).cpu()
+
+    def per_layer(self) -> dict[str, Tensor]:
+        """Numbers of every layer, (L,) each.
+
+        max_vio: load of the fullest expert over the mean, minus 1 (arXiv 2408.15664, eq. 4).
+        cv: standard deviation of the loads over their mean.
+        entropy: of a token's scores over the experts, in parts of the largest one: 1 = the router does not know.
+        top_score: sum of a token's chosen scores.
+        dead: share of experts with less than a hundredth of an even load.
+        mi_time, mi_position, mi_class: mutual information with the expert, in nats: 0 = it says nothing.
+        """
+        load_LE, sums = self.load_LE, self.sums.cpu()
+        experts = load_LE.shape[1]
+        values = {
+            "max_vio": load_LE.max(dim=1).values - 1,
+            "cv": load_LE.std(dim=1, correction=0),
+            "entropy": sums[:, 0] / sums[:, 2] / torch.tensor(max(experts, 2)).log(),
+            "top_score": sums[:, 1] / sums[:, 2],
+            "dead": (load_LE < 0.01).double().mean(dim=1),
+        }
+        return values | {f"mi_{name}": mutual_information(table.cpu()) for name, table in self.counts.items()}
+
+    def log(self) -> dict[str, float]:
+        """For metrics.csv and dashboards: means over the layers, and every layer's numbers and loads."""
+        values = {}
+        for name, by_layer in self.per_layer().items():
+            values[f"routing/{name}"] = by_layer.mean().item()
+            values |= {f"routing/layer{i:02}/{name}": v for i, v in zip(self.layers, by_layer.tolist(), strict=True)}
+        for i, row in zip(self.layers, self.load_LE.tolist(), strict=True):
+            values |= {f"routing/layer{i:02}/load{e:02}": value for e, value in enumerate(row)}
+        return values
+
+
+def mutual_information(counts: Tensor) -> Tensor:  # (..., C, E) -> (...)
+    """I(C; E) of a table of counts, in nats."""
+    p = counts / counts.sum(dim=(-2, -1), keepdim=True).clamp(min=1)
+    independent = p.sum(dim=-1, keepdim=True) * p.sum(dim=-2, keepdim=True)
+    return torch.where(p > 0, p * (p / independent.clamp(min=1e-300)).log(), 0.0).sum(dim=(-2, -1))

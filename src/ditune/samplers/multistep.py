@@ -1,0 +1,83 @@
+"""Multistep methods on a flow, by diffusers' schedulers: one network evaluation a step, and a memory.
+
+diffusers counts sigma = t and gives the network 1000 sigma; its "flow prediction" is epsilon - x_0, our velocity.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ditune.errors import UserError
+from ditune.processes import FlowProcess
+from ditune.samplers.guidance import ModelFn
+
+METHODS = ("dpm_solver", "unipc")
+
+
+class Multistep:
+    """DPM-Solver++ of second order (arXiv 2211.01095) or UniPC (arXiv 2302.04867).
+
+    Networks that are told steps are asked for the velocity itself.
+
+    Args:
+        method: 'dpm_solver' or 'unipc'.
+        shift: time shift of the steps (arXiv 2403.03206): above 1 more of them stand near the noise; 1 = none.
+
+    Raises:
+        UserError: an unknown method, or a shift that is not positive.
+    """
+
+    process = FlowProcess
+
+    def __init__(self, method: str = "dpm_solver", shift: float = 1.0):
+        if method not in METHODS or shift <= 0:
+            raise UserError(f"There is no such method. Set method to one of {', '.join(METHODS)} and shift above 0.")
+        self.method, self.shift = method, shift
+
+    def check(self, process: FlowProcess) -> None:
+        """Any number of steps will do."""
+
+    def scheduler(self, times: np.ndarray):  # (steps + 1,), from 1 to 0
+        """diffusers' scheduler on our times: its own grid does not end in even steps, and may shift twice."""
+        from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
+
+        kind = {"dpm_solver": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler}[self.method]
+        scheduler = kind(
+            prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=2, final_sigmas_type="zero"
+        )
+        scheduler.set_timesteps(len(times) - 1)
+        # at sigma = 1 the logarithm of the signal is infinite, so the first step begins just below
+        sigmas = times.clip(max=1 - 1e-4)
+        scheduler.sigmas = torch.from_numpy(sigmas).float()
+        scheduler.timesteps = torch.from_numpy(1000 * sigmas[:-1]).float()
+        return scheduler
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        model_fn: ModelFn,
+        process: FlowProcess,
+        x: Tensor,
+        noise: Callable[[], Tensor],
+        on_step: Callable[[float, Tensor, Tensor], None] | None = None,
+    ) -> Tensor:  # (N, C, H, W)
+        """Go from noise to data.
+
+        Args:
+            model_fn: (x, t) -> velocity.
+            process: its steps are the steps taken.
+            x: (N, C, H, W) standard normal noise.
+            noise: not called.
+            on_step: called after every step with (t at its beginning, x, predicted x_0).
+        """
+        times = process.times(self.shift).numpy()
+        scheduler = self.scheduler(times)
+        for t, timestep in zip(times[:-1].tolist(), scheduler.timesteps, strict=True):
+            velocity = model_fn(x, torch.full((len(x),), t, device=x.device))
+            x0 = x - t * velocity
+            x = scheduler.step(velocity, timestep, x, return_dict=False)[0]
+            if on_step is not None:
+                on_step(t, x, x0)
+        return x

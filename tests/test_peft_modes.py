@@ -1,0 +1,219 @@
+"""Every method in every way a training runs: bf16, recomputed blocks, compiled ones, two processes, any objective."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import ROOT, SMALL, assert_same_bits, checkpoint, compose
+from peft_helpers import NAMES, NETWORKS, adapt, build_base, inputs
+from torch.testing import assert_close
+
+from ditune.build import build_parts, freeze_in_bf16
+from ditune.checkpoints import read_adapter
+from ditune.draws import Draws
+from ditune.errors import UserError
+from ditune.objectives.base import State
+from ditune.peft import Adapters
+from ditune.run import load_run
+from ditune.training import train
+
+CASES = [(network, name) for network in NETWORKS for name in NAMES]
+OBJECTIVES = sorted(path.stem for path in (ROOT / "configs" / "objective").glob("*.yaml"))
+THREE = ("bitfit", "difffit", "lora")
+FAMILIES = ("difffit", "adaptformer", "vpt_shallow", "lora")  # new parameters, modules, tokens; peft's layers
+
+
+def gradients(network, method) -> dict[str, torch.Tensor]:
+    x, t, y = inputs()
+    network.zero_grad()
+    ((network(x, t, y).float() - x).square().mean() + method.penalty(network)).backward()
+    return {name: p.grad.clone() for name, p in method.trainable(network).items()}
+
+
+@pytest.mark.parametrize(("network", "name"), CASES)
+def test_frozen_weights_in_bf16(network, name):
+    adapted, method = adapt(network, name)
+    expected = gradients(adapted, method)
+    freeze_in_bf16(adapted)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gradients(adapted, method)
+    assert {p.dtype for p in method.trainable(adapted).values()} == {torch.float32}
+    assert found.keys() == expected.keys()
+    flat, exact = (torch.cat([g.flatten() for g in part.values()]) for part in (found, expected))
+    assert torch.cosine_similarity(flat, exact, dim=0) > 0.95
+
+
+@pytest.mark.parametrize(("network", "name"), CASES)
+def test_blocks_that_are_computed_again(network, name):
+    adapted, method = adapt(network, name)
+    expected = gradients(adapted, method)
+    adapted.gradient_checkpointing = True
+    found = gradients(adapted, method)
+    for key, gradient in expected.items():
+        assert_close(found[key], gradient, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_compiled_blocks(network, name):
+    """By dynamo and autograd alone, without a compiler for the kernels; one graph, without breaks."""
+    adapted, method = adapt(network, name)
+    expected = gradients(adapted, method)
+    torch._dynamo.reset()
+    for block in adapted.blocks:
+        block.compile(backend="aot_eager", fullgraph=True, dynamic=False)
+    found = gradients(adapted, method)
+    for key, gradient in expected.items():
+        assert_close(found[key], gradient, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("name", THREE)
+def test_any_objective(tmp_path, pictures, objective, name):
+    settings = [setting for setting in SMALL if not setting.startswith("objective.")]
+    settings += [f"data.root={pictures}", f"objective={objective}", f"peft={name}"]
+    if objective == "diffusion":
+        settings.append("network.learn_sigma=true")
+    parts = build_parts(compose(tmp_path, *settings))
+    network, method = parts.network, parts.method
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for parameter in network.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+    x, _, y = inputs()
+    x = x.repeat(1, 1, 2, 2)
+    state = State(0, 10, len(x), ema=network, teacher=network)
+    loss = parts.objective.loss(network, (x, y.clamp(max=2)), Draws(0, 0, list(range(len(x))), "cpu"), state)
+    loss.total.backward()
+    assert all(p.grad is not None for p in method.trainable(network).values())
+    assert all(p.grad is None for p in network.parameters() if not p.requires_grad)
+
+
+# Two processes
+
+WORKER = """
+import os, sys, torch
+sys.path[:0] = {paths!r}
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from peft_helpers import NAMES, NETWORKS, adapt, inputs
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+for kind in NETWORKS:
+    for name in NAMES:
+        network, method = adapt(kind, name)
+        wrapped = DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
+        optimizer = torch.optim.SGD(method.trainable(network).values(), lr=0.1)
+        for step in range(1, 3):
+            x, t, y = inputs(seed=10 * step + rank)
+            optimizer.zero_grad()
+            ((wrapped(x, t, y) - x).square().mean() + method.penalty(network)).backward()
+            optimizer.step()
+            method.after_step(network, step)
+        for key, p in method.trainable(network).items():
+            both = [torch.empty_like(p) for _ in range(2)]
+            dist.all_gather(both, p.detach())
+            assert torch.equal(*both), (kind, name, key)
+        if rank == 0:
+            print("done", kind, name, flush=True)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.ddp
+@pytest.mark.slow
+def test_two_processes_for_all_methods(tmp_path):
+    """Every parameter that trains gets a gradient in every step, or DDP would fail in the next one."""
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER.format(paths=[str(ROOT / "src"), str(ROOT / "tests")]))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("done") == len(CASES)
+
+
+# Whole trainings
+
+ADALORA = ["peft=adalora", "peft.deltaT=1", "max_steps=4", "callbacks.checkpoint.every_n_steps=2"]
+
+
+def test_adalora_goes_on_as_if_it_had_never_stopped(small, base, tmp_path):
+    common = [*ADALORA, f"pretrained={base}", "callbacks.checkpoint.keep=9"]
+    whole, halved = tmp_path / "whole", tmp_path / "halved"
+    train(small(*common, folder=whole))
+    train(small(*common, folder=halved))
+    (halved / "checkpoints" / "step_00000004.ckpt").unlink()
+    train(small(*common, "resume=auto", folder=halved))
+    one, two = checkpoint(whole), checkpoint(halved)
+    for key in ("state_dict", "ema", "method", "optimizer_states"):
+        assert_same_bits(one[key], two[key], key)
+    ranks = one["method"]["rank_pattern"]
+    assert sum(map(sum, ranks.values())) == 2 * 8  # of 2 x 12
+
+
+@pytest.mark.parametrize("name", ["lora", "pissa", "vpt_deep"])
+def test_a_run_is_loaded_as_it_ended(small, base, tmp_path, name):
+    folder = tmp_path / "run"
+    assert (
+        train(
+            small(
+                f"peft={name}",
+                f"pretrained={base}",
+                "max_steps=2",
+                "callbacks.checkpoint.every_n_steps=2",
+                folder=folder,
+            )
+        )
+        == 0
+    )
+    trained = checkpoint(folder)["ema"]
+    run, (_, tensors) = load_run(folder), read_adapter(folder / "adapter")
+    assert run.drawer.draw(run.network, torch.tensor([0, 1]), seed=0).shape == (2, 3, 16, 16)
+    assert json.loads((folder / "result.json").read_text())["method"] == name
+    if name != "pissa":
+        assert sum(t.numel() for t in tensors.values()) == sum(t.numel() for t in trained.values())
+
+
+@pytest.mark.parametrize("way", ["reinit", "mean", "map"])
+def test_new_classes_of_a_run(small, base, tmp_path, way, pictures):
+    classes = tmp_path / "classes.txt"
+    classes.write_text("eel\ncat\ndog\nfox")
+    folder = tmp_path / "run"
+    common = [f"pretrained={base}", f"data.classes={classes}", "max_steps=2", "peft=lora"]
+    with pytest.raises(UserError, match="adapt its label table"):
+        train(small(*common))
+    with pytest.raises(UserError, match=r"peft\.train_labels=true"):
+        train(small(*common, f"classes={way}", "peft.train_labels=false"))
+    assert train(small(*common, f"classes={way}", folder=folder)) == 0
+    run = load_run(folder)
+    assert run.network.num_classes == 4
+    assert run.class_names == ["eel", "cat", "dog", "fox"]
+    assert run.reshaped
+    assert "before" not in json.loads((folder / "result.json").read_text())["denoising"]
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_another_resolution_of_a_run(small, base, tmp_path, scale):
+    folder = tmp_path / "run"
+    common = [f"pretrained={base}", "data.resolution=32", f"network.pos_embed_scale={scale}", "max_steps=1"]
+    with pytest.raises(UserError, match="new_resolution=true"):
+        train(small("peft=difffit", *common))
+    assert train(small("peft=difffit", *common, "new_resolution=true", folder=folder)) == 0
+    network = load_run(folder).network
+    assert network.pos_embed.shape == (1, 256, 32)
+    every_second = network.pos_embed.view(16, 16, 32)[:: round(1 / scale), :: round(1 / scale)][:8, :8]
+    own = build_base("dit").config | {"input_size": 16}
+    assert_close(every_second, type(network)(**own).pos_embed.view(8, 8, 32), atol=1e-6, rtol=0)
+
+
+def test_adapters_are_switched_in_evaluation_mode(tmp_path):
+    network = build_base("dit")
+    adapters = Adapters(network)
+    adapted, method = adapt("dit", "lora")
+    adapters.add("one", type(method)("LORA", r=8), method.to_file(adapted)[1])
+    network.train()
+    adapters.use("one")
+    network.eval()
+    assert not any(module.training for module in network.modules())
