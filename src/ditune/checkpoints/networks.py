@@ -21,19 +21,23 @@ FORMAT = "ditune-network-1"
 FOREIGN: tuple[ModuleType, ...] = (shortcut_jax, diffusers_dit, official_dit, official_dit_moe)
 
 
-def save_network(path: Path | str, network: DiT, process: dict, **provenance) -> None:
+def save_network(
+    path: Path | str, network: DiT, process: dict, *, position_table: bool = False, **provenance: Any
+) -> None:
     """Write weights in fp32; the configs of network and process, and `provenance`, go into the header.
 
     Args:
         path: `.safetensors` file to write.
         network: a plain network (merge an adapter first).
         process: config of the process that the network was trained for.
+        position_table: the computed table is stored too, as other readers of DiT's keys expect it.
         provenance: what else a reader should know: class names, training set, steps, metrics.
     """
     header = {"format": FORMAT, "class": type(network).__name__, "network": network.config, "process": process}
     header["provenance"] = provenance
-    # the position table is computed from the config, so it is not stored
-    tensors = {k: v.detach().float().cpu().contiguous() for k, v in network.state_dict().items() if k != "pos_embed"}
+    tensors = {k: v.detach().float().cpu().contiguous() for k, v in network.state_dict().items()}
+    if not position_table:
+        tensors.pop("pos_embed", None)  # computed from the config
     with atomic(path) as temporary:
         save_file(tensors, temporary, metadata={"ditune": json.dumps(header)})
 
