@@ -13,9 +13,9 @@ from ditune.draws import Draws
 from ditune.errors import UserError
 from ditune.networks import build_network
 from ditune.objectives import LiveReflow, ProgressiveDistillation, Shortcut, State
-from ditune.processes import FlowProcess, GaussianProcess
+from ditune.processes import FlowProcess, GaussianProcess, build_process
 from ditune.run import load_run
-from ditune.samplers import Jumps, sample
+from ditune.samplers import Jumps, default_sampler, sample
 from ditune.training import train
 
 TOLD = FlowProcess(step="log2", base_steps=128)
@@ -100,11 +100,19 @@ def test_guidance_is_bootstrapped_at_the_finest_half_steps_only():
         (lambda: ProgressiveDistillation(FlowProcess(base_steps=128), label_drop=0.1), "label_drop=0"),
         (lambda: Jumps().check(TOLD.in_steps(3)), "one of 1, 2, 4, 8, 16, 32, 64, 128"),
         (lambda: Jumps().check(FlowProcess().in_steps(4)), "sampler=euler"),
+        (lambda: Jumps().check(LiveReflow(TOLD).process.in_steps(4)), "one of 1, 128"),
     ],
 )
 def test_what_cannot_work_is_refused(work, message):
     with pytest.raises(UserError, match=message):
         work()
+
+
+def test_the_straightened_flow_is_drawn_by_itself():
+    process = LiveReflow(TOLD).process
+    assert default_sampler(process).told == 1.0
+    assert build_process(process.config).config == process.config
+    assert type(default_sampler(TOLD)) is Jumps
 
 
 # Networks that were not told steps

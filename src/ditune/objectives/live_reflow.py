@@ -33,7 +33,7 @@ class LiveReflow(FlowObjective):
         guidance: float = 1.0,
         label_drop: float = 0.1,
     ):
-        super().__init__(process, label_drop)
+        super().__init__(process.changed(straightened=True), label_drop)
         if process.step == "none":
             raise UserError("Live reflow tells two flows apart by the step. Set objective.process.step=log2 (or size).")
         if reflow_every < 1 or steps < 1:

@@ -35,6 +35,8 @@ class FlowProcess:
             paper's d. None: any d in [0, 1].
         diffusion: config of the diffusion that the network was trained on, and in whose terms it is asked; then
             time_scale and data_at are not used. None: it is asked in the flow's.
+        straightened: d = 1 tells the network to follow a second, straightened flow, and between it and the finest step
+            there is nothing (live reflow).
 
     Raises:
         UserError: unknown names, or numbers out of range.
@@ -50,6 +52,7 @@ class FlowProcess:
         step: str = "none",
         base_steps: int | None = None,
         diffusion: dict | None = None,
+        straightened: bool = False,
     ):
         if step not in STEPS:
             raise UserError(f"The process knows no step {step!r}. Choose one of {', '.join(STEPS)}.")
@@ -67,16 +70,20 @@ class FlowProcess:
             "step": step,
             "base_steps": base_steps,
             "diffusion": diffusion,
+            "straightened": straightened,
         }
         self.time_scale, self.data_at, self.sigma_min = time_scale, data_at, sigma_min
-        self.step, self.base_steps = step, base_steps
+        self.step, self.base_steps, self.straightened = step, base_steps, straightened
         self.diffused = None if diffusion is None else Diffused(GaussianProcess(**diffusion))
         self.steps = 1
 
+    def changed(self, **changes: object) -> "FlowProcess":
+        """The same process but for some arguments."""
+        return FlowProcess(**{key: value for key, value in (self.config | changes).items() if key != "kind"})
+
     def on_diffusion(self, diffusion: dict) -> "FlowProcess":
         """The same flow by a network that was trained on a diffusion."""
-        arguments = {key: value for key, value in self.config.items() if key != "kind"}
-        return FlowProcess(**(arguments | {"diffusion": diffusion}))
+        return self.changed(diffusion=diffusion)
 
     @property
     def network(self) -> dict[str, bool]:

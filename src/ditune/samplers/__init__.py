@@ -40,6 +40,8 @@ __all__ = [
 def default_sampler(process: Process) -> Sampler:
     """What draws a network of this process where nothing else is asked for."""
     if isinstance(process, FlowProcess):
+        if process.straightened:
+            return Euler(told=1.0)
         return Euler() if process.step == "none" else Jumps()
     return DDIM()
 

@@ -29,7 +29,8 @@ class Jumps:
             raise UserError("The network is not told the length of a step, so it cannot jump. Set sampler=euler.")
         if process.base_steps is None:
             return
-        trained = [2**k for k in range(process.base_steps.bit_length())]
+        halvings = process.base_steps.bit_length() - 1
+        trained = [2**k for k in ((0, halvings) if process.straightened else range(halvings + 1))]
         if process.steps not in trained:
             raise UserError(
                 f"The network was not trained for {process.steps} steps. "
