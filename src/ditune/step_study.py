@@ -26,7 +26,7 @@ def study(cfg: DictConfig) -> Path:
     """Judge every run at every number of steps; values that stand in `out` already are not measured again.
 
     Raises:
-        UserError: a run is missing, or does not fit the reference.
+        UserError: a run is missing or has not finished, or does not fit the reference.
     """
     out, path = Path(cfg.out), Path(cfg.out) / "result.json"
     content = read_json(path) if path.is_file() else {"runs": {}}
@@ -58,6 +58,8 @@ def study(cfg: DictConfig) -> Path:
 
 def facts(run: Run) -> dict:
     result = read_json(run.folder / "result.json")
+    if result["status"] != "finished":
+        raise UserError(f"The run {run.folder} is {result['status']}. Let it finish: resume=auto goes on with it.")
     return {
         "objective": run.cfg.objective._target_.rpartition(".")[2],
         "seed": run.cfg.seed,
