@@ -135,11 +135,11 @@ def test_two_processes_for_all_methods(tmp_path):
 
 # Whole trainings
 
-ADALORA = ["peft=adalora", "peft.deltaT=1", "max_steps=4", "callbacks.checkpoint.every_n_steps=2"]
 
-
-def test_adalora_goes_on_as_if_it_had_never_stopped(small, base, tmp_path):
-    common = [*ADALORA, f"pretrained={base}", "callbacks.checkpoint.keep=9"]
+@pytest.mark.parametrize("settings", [["peft=adalora", "peft.deltaT=1"], ["peft=pissa"], ["peft=vpt_deep"]], ids=str)
+def test_it_goes_on_as_if_it_had_never_stopped(small, base, tmp_path, settings):
+    common = [*settings, f"pretrained={base}", "max_steps=4"]
+    common += ["callbacks.checkpoint.every_n_steps=2", "callbacks.checkpoint.keep=9"]
     whole, halved = tmp_path / "whole", tmp_path / "halved"
     train(small(*common, folder=whole))
     train(small(*common, folder=halved))
@@ -148,8 +148,8 @@ def test_adalora_goes_on_as_if_it_had_never_stopped(small, base, tmp_path):
     one, two = checkpoint(whole), checkpoint(halved)
     for key in ("state_dict", "ema", "method", "optimizer_states"):
         assert_same_bits(one[key], two[key], key)
-    ranks = one["method"]["rank_pattern"]
-    assert sum(map(sum, ranks.values())) == 2 * 8  # of 2 x 12
+    if one["method"]:
+        assert sum(map(sum, one["method"]["rank_pattern"].values())) == 2 * 8  # of 2 x 12
 
 
 @pytest.mark.parametrize("name", ["lora", "pissa", "vpt_deep"])
