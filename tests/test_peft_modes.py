@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from helpers import ROOT, SMALL, assert_same_bits, checkpoint, compose
-from peft_helpers import NAMES, NETWORKS, adapt, build_base, inputs
+from peft_helpers import CASES, adapt, build_base, inputs
 from torch.testing import assert_close
 
 from ditune.build import build_parts, freeze_in_bf16
@@ -19,7 +19,6 @@ from ditune.peft import Adapters
 from ditune.run import load_run
 from ditune.training import train
 
-CASES = [(network, name) for network in NETWORKS for name in NAMES]
 OBJECTIVES = sorted(path.stem for path in (ROOT / "configs" / "objective").glob("*.yaml"))
 THREE = ("bitfit", "difffit", "lora")
 FAMILIES = ("difffit", "adaptformer", "vpt_shallow", "lora")  # new parameters, modules, tokens; peft's layers
@@ -97,26 +96,25 @@ import os, sys, torch
 sys.path[:0] = {paths!r}
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from peft_helpers import NAMES, NETWORKS, adapt, inputs
+from peft_helpers import CASES, adapt, inputs
 dist.init_process_group("gloo")
 rank = dist.get_rank()
-for kind in NETWORKS:
-    for name in NAMES:
-        network, method = adapt(kind, name)
-        wrapped = DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
-        optimizer = torch.optim.SGD(method.trainable(network).values(), lr=0.1)
-        for step in range(1, 3):
-            x, t, y = inputs(seed=10 * step + rank)
-            optimizer.zero_grad()
-            ((wrapped(x, t, y) - x).square().mean() + method.penalty(network)).backward()
-            optimizer.step()
-            method.after_step(network, step)
-        for key, p in method.trainable(network).items():
-            both = [torch.empty_like(p) for _ in range(2)]
-            dist.all_gather(both, p.detach())
-            assert torch.equal(*both), (kind, name, key)
-        if rank == 0:
-            print("done", kind, name, flush=True)
+for kind, name in CASES:
+    network, method = adapt(kind, name)
+    wrapped = DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
+    optimizer = torch.optim.SGD(method.trainable(network).values(), lr=0.1)
+    for step in range(1, 3):
+        x, t, y = inputs(seed=10 * step + rank)
+        optimizer.zero_grad()
+        ((wrapped(x, t, y) - x).square().mean() + method.penalty(network)).backward()
+        optimizer.step()
+        method.after_step(network, step)
+    for key, p in method.trainable(network).items():
+        both = [torch.empty_like(p) for _ in range(2)]
+        dist.all_gather(both, p.detach())
+        assert torch.equal(*both), (kind, name, key)
+    if rank == 0:
+        print("done", kind, name, flush=True)
 dist.destroy_process_group()
 """
 
