@@ -167,6 +167,8 @@ def test_a_run_in_bf16_is_loaded_as_it_ended(small, base, tmp_path, name):
     assert run.drawer.draw(run.network, torch.tensor([0, 1]), seed=0).shape == (2, 3, 16, 16)
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["method"] == name
+    assert result["adapter_bytes"] == (tmp_path / "run" / "adapter" / "adapter_model.safetensors").stat().st_size
+    assert result["seconds_per_step"] == pytest.approx(cfg.batch_size / result["images_per_second"])
     parts, unseen = build_parts(cfg), make(cfg.data.pictures, "data", split="test")
     loss = denoising_loss(run.network, parts.objective, parts.autoencoder, unseen, cfg.metrics.seed, bf16=True)
     # where a weight is changed and not only added to, what was rounded in training is not rounded here
