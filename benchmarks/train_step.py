@@ -1,6 +1,6 @@
 """Seconds of a training step, as ratios to plain full fine-tuning in fp32 in the same run.
 
-    python benchmarks/train_step.py [--network emoji_s] [--batch 16] [--rounds 5]
+    python benchmarks/train_step.py [--network emoji_s] [--batch 16] [--rounds 5] [--methods]
 
 Processor time of one thread, which other work on the machine hardly changes. Variants are timed in turn, in rounds,
 so that a slow moment meets all of them; medians are shown.
@@ -24,10 +24,11 @@ from ditune.build import freeze_in_bf16
 from ditune.draws import Draws
 from ditune.networks import DiT, build_network, dit
 from ditune.objectives import GaussianDiffusion
-from ditune.peft import build_peft
+from ditune.parameters import build_method
 from ditune.processes import GaussianProcess
 from ditune.training.ema import Ema
 
+PEFT = Path(__file__).resolve().parents[1] / "configs" / "peft"
 CLASSES, SIZE, CHANNELS = 98, 32, 3
 
 
@@ -47,7 +48,7 @@ def step_function(
 ) -> Callable[[], None]:
     """One optimizer step with EMA. `lean`: fused AdamW, and optimizer and EMA only over what trains."""
     network = trained_network(name)
-    peft = build_peft(method, lr=1e-3)
+    peft = build_method(method, PEFT)
     peft.apply(network)
     if frozen_bf16:
         freeze_in_bf16(network)
@@ -64,7 +65,7 @@ def step_function(
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             loss = objective.loss(network, (x0, y), draws)
-        loss.total.backward()
+        (loss.total + peft.penalty(network)).backward()
         optimizer.step()
         optimizer.zero_grad()
         ema.update(100)
@@ -88,6 +89,7 @@ def main() -> None:
     parser.add_argument("--network", default="emoji_s")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--methods", action="store_true", help="every method, as the main job trains it")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     build = partial(step_function, arguments.network, arguments.batch)
@@ -101,6 +103,10 @@ def main() -> None:
         "the same, compiled blocks": build("difffit", bf16=True, frozen_bf16=True, compile_=True),
         "bitfit, bf16, frozen weights in bf16": build("bitfit", bf16=True, frozen_bf16=True),
     }
+    if arguments.methods:
+        names = sorted(path.stem for path in PEFT.glob("*.yaml"))
+        variants = {"full, fp32": variants["full, fp32"], "full, bf16": variants["full, bf16"]}
+        variants |= {name: build(name, bf16=True, frozen_bf16=True) for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in [*variants, "full, bf16, fused attention kernel"]}
     for round_ in range(arguments.rounds + 1):
         for name, step in variants.items():

@@ -19,6 +19,7 @@ SIZE = {"input_size": 8, "in_channels": 3, "num_classes": CLASSES, "learn_sigma"
 # A network joins every test of every method by its line here.
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "dit": lambda: build_network("tiny", **SIZE),
+    "dit_moe": lambda: build_network("tiny_moe", **SIZE),
 }
 SMALLER = {"vera": {"r": 8}, "fourierft": {"n_frequency": 50}, "vpt_deep": {"num_prompts": 3}}
 

@@ -2,12 +2,12 @@
 
 import ast
 import copy
-import inspect
 from pathlib import Path
 
 import pytest
 from helpers import ROOT, SMALL, compose
 from hydra.errors import ConfigCompositionException
+from miniatures import MINIATURES
 from omegaconf import OmegaConf
 
 from ditune.build import build_parts, make
@@ -36,11 +36,14 @@ def test_every_option_of_every_group_composes(tmp_path, group, option):
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_every_experiment_builds_with_every_method(tmp_path, experiment):
+def test_every_experiment_builds_with_any_method(tmp_path, experiment):
     """With a small network; its base file is written in the shape that the experiment asks for."""
     overrides = [f"experiment={experiment}", "network=tiny", "data.pictures.in_memory=false"]
     cfg = compose(tmp_path, *overrides, "peft=full", "pretrained=null")
-    if cfg.network.learn_sigma != ("learned" in cfg.objective.process.variance):
+    if cfg.data.name in MINIATURES:
+        MINIATURES[cfg.data.name](tmp_path / "data")
+        overrides += [f"data.root={tmp_path}/data", "data.latents=false", "autoencoder=none"]
+    if cfg.network.learn_sigma != ("learned" in cfg.objective.process.get("variance", "")):
         overrides.append(f"network.learn_sigma={not cfg.network.learn_sigma}")
     parts = build_parts(compose(tmp_path, *overrides, "peft=full", "pretrained=null"))
     parts.method.merge(parts.network)
@@ -48,19 +51,25 @@ def test_every_experiment_builds_with_every_method(tmp_path, experiment):
     names = {"class_names": parts.pictures.class_names, "autoencoder": parts.autoencoder.fingerprint}
     save_network(base, parts.network, parts.objective.process.config, **names)
     assert build_parts(compose(tmp_path, *overrides, "peft=difffit", f"pretrained={base}")).base == base
-    for name in METHODS:
+    for name in ("full", "bitfit", "lora"):
         cfg = compose(tmp_path, *overrides, f"peft={name}", f"pretrained={base}")
         method = make(cfg.peft, "peft")
         method.apply(copy.deepcopy(parts.network))
+        assert method.title == name
         assert make(cfg.optimizer, "optimizer").keywords["lr"] == cfg.optimizer.lr
         make(cfg.scheduler, "scheduler")
+
+
+@pytest.mark.parametrize("path", [f for f in FILES if f.parent.name in ("experiment", "model")], ids=lambda p: p.stem)
+def test_experiments_leave_methods_to_their_own_configs(path):
+    """Or peft=... would swap the method and keep keys of another one."""
+    assert "peft" not in OmegaConf.load(path)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_brings_its_own_keys_and_rate(tmp_path, method):
     cfg = compose(tmp_path, f"peft={method}")
-    signature = inspect.signature(METHODS[method]).parameters
-    assert set(cfg.peft) - {"_target_", "name"} <= set(signature)
+    assert make(cfg.peft, "peft").title == method
     assert ("gamma_depth" in cfg.peft) == (method == "difffit")
     assert cfg.optimizer.lr == cfg.peft.lr
     with pytest.raises(TypeError, match="unknown_key"):

@@ -11,7 +11,7 @@ from ditune.objectives import State
 from ditune.training import train
 
 OBJECTIVES = sorted(path.stem for path in (ROOT / "configs" / "objective").glob("*.yaml"))
-NETWORKS = ("tiny",)
+NETWORKS = ("tiny", "tiny_moe")
 SIZE = 64
 
 

@@ -2,14 +2,16 @@
 
 import pytest
 import torch
-from helpers import assert_same_bits
+from helpers import ROOT, assert_same_bits
+from omegaconf import OmegaConf
 from peft_helpers import NAMES, NETWORKS, Trained, build_base, build_method, everything, output, train
 from torch.testing import assert_close
 
 from ditune.checkpoints import load_adapter, load_adapters, read_adapter, save_adapter
 from ditune.errors import UserError
 from ditune.networks import build_network
-from ditune.peft import build_peft, merge
+from ditune.parameters import parameter_table
+from ditune.peft import METHODS, build_peft, merge
 from ditune.training import Ema
 
 NO_IDENTITY = {"vpt_deep", "vpt_shallow"}  # prompts take a share of the attention
@@ -48,6 +50,17 @@ def test_parameters_that_train_of_xl_2_on_food101(name, arguments, count):
         network, method = build_network("dit_xl_2", num_classes=101), build_peft(name, lr=1e-3, **arguments)
         method.apply(network)
     assert sum(p.numel() for p in method.trainable(network).values()) == count
+
+
+def test_table_of_the_docs():
+    """Its first network is counted again; the last one has the counts above."""
+    cfg = OmegaConf.load(ROOT / "configs" / "parameters.yaml")
+    fresh = parameter_table(cfg.rows, ["dit_s_2"], cfg.num_classes, ROOT / "configs" / "peft").splitlines()
+    docs = (ROOT / "docs" / "peft.md").read_text().splitlines()
+    shown = docs[docs.index("| method | " + " | ".join(cfg.networks) + " |") :][: len(fresh)]
+    assert [line.split("|")[1:3] for line in shown] == [line.split("|")[1:3] for line in fresh]
+    assert {row.split()[0] for row in cfg.rows} == set(METHODS)
+    assert {path.stem for path in (ROOT / "configs" / "peft").glob("*.yaml")} == set(METHODS)
 
 
 # The life of an adapter, one training for all tests of a method on a network

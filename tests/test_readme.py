@@ -17,7 +17,7 @@ COMMANDS = [line.split("#")[0].strip() for line in BLOCKS.splitlines() if line.s
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command_composes(command: str, tmp_path: Path) -> None:
-    for placeholder in ("<pictures>", "<run>", "<sweep>"):
+    for placeholder in ("<pictures>", "<run>", "<sweep>", "<team>"):
         command = command.replace(placeholder, str(tmp_path))
     _, script, *arguments = shlex.split(command)
     assert (ROOT / script).is_file()
@@ -30,7 +30,7 @@ def test_command_composes(command: str, tmp_path: Path) -> None:
 
 
 def test_every_entry_point_is_shown() -> None:
-    for script in ("train", "sample", "evaluate", "report", "prepare", "export"):
+    for script in ("train", "sample", "evaluate", "report", "dashboard", "prepare", "export"):
         assert f"python src/{script}.py" in BLOCKS
 
 

@@ -80,7 +80,7 @@ def load_checkpoint(path: Path | str, autoencoder: DictConfig, sampler: DictConf
 
     Args:
         autoencoder, sampler: config groups; the autoencoder must be the one that the network was trained with. Where
-            the sampler has no steps (sampler=published), it is as the file's authors draw.
+            the sampler leaves steps or guidance out (sampler=published), it is as the file's authors draw.
         bf16: the network runs under bf16 autocast.
 
     Raises:
@@ -89,7 +89,7 @@ def load_checkpoint(path: Path | str, autoencoder: DictConfig, sampler: DictConf
     path, codec = Path(path), make(autoencoder, "autoencoder")
     network = load_network(path)
     stored = _stored(path) if is_ours(path) else _official(path, network, codec)
-    if sampler.steps is None:
+    if None in (sampler.steps, sampler.guidance):
         theirs = OURS if is_ours(path) else OURS | foreign_drawing(path)
         sampler = OmegaConf.merge(sampler, {key: value for key, value in theirs.items() if sampler[key] is None})
     drawer = _build_drawer(path, stored, codec, sampler, bf16)

@@ -100,12 +100,10 @@ class DiTMoE(DiT):
         height = x.shape[2] // self.patch_size
         x, c = self.embed(x, t, y, step)
         for block in self.blocks:
-            if isinstance(block, MoEBlock):
-                x, decided = self.through(block, x, c)
-                if routing is not None:
-                    routing.append(decided)
-            else:
-                x = self.through(block, x, c)
+            output = self.through(block, x, c)
+            x, *decided = output if isinstance(output, tuple) else (output,)  # an adapted block is of another class
+            if routing is not None:
+                routing += decided
         return self.unpatchify(self.final_layer(x, c), height)
 
 

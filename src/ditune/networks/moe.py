@@ -27,7 +27,7 @@ def gelu_form(mm: Product, x: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor,
 # expert: (its form, its weights with their shapes). 'gelu' is DiT's own MLP, which no SwiGLU can hold.
 FORMS: dict[str, tuple[Callable[..., Tensor], dict[str, str]]] = {
     "swiglu": (swiglu_form, {"w_gate_EDF": "EDF", "w_up_EDF": "EDF", "w_down_EFD": "EFD"}),
-    "gelu": (gelu_form, {"w_in_EDF": "EDF", "b_in_EF": "EF", "w_out_EFD": "EFD", "b_out_ED": "ED"}),
+    "gelu": (gelu_form, {"w_in_EDF": "EDF", "bias_in_EF": "EF", "w_out_EFD": "EFD", "bias_out_ED": "ED"}),
 }
 
 
@@ -62,6 +62,7 @@ class Experts(nn.Module):
         if form not in FORMS:
             raise ValueError(f"expert must be one of {', '.join(FORMS)}, not {form!r}")
         self.form, shapes = FORMS[form]
+        self.names = list(shapes)
         sizes = {"E": num_experts, "D": hidden_size, "F": width}
         for name, shape in shapes.items():
             self.register_parameter(name, nn.Parameter(torch.empty([sizes[letter] for letter in shape])))
@@ -78,7 +79,7 @@ class Experts(nn.Module):
         device = x_SD.device.type
         # autocast knows neither grouped_mm nor that a slice's weights were cast before
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_SD.dtype
-        x_SD, weights = x_SD.to(dtype), [w.to(dtype) for w in self.parameters()]
+        x_SD, weights = x_SD.to(dtype), [getattr(self, name).to(dtype) for name in self.names]
         return back_end(x_SD, weights)(self.form, x_SD, counts_E, weights)
 
 
@@ -114,15 +115,19 @@ class ToTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y_SD: Tensor, token_S: Tensor, rows_Mk: Tensor) -> Tensor:
         ctx.save_for_backward(token_S, rows_Mk)
-        return y_SD.index_select(0, rows_Mk.flatten()).unflatten(0, rows_Mk.shape).sum(dim=1)
+        return gathered(y_SD, rows_Mk)
 
     @staticmethod
     def backward(ctx: Any, grad_MD: Tensor) -> tuple[Tensor, None, None]:
         return ToRows.apply(grad_MD, *ctx.saved_tensors), None, None
 
 
+def gathered(y_SD: Tensor, rows_Mk: Tensor) -> Tensor:  # (M, D)
+    return y_SD.index_select(0, rows_Mk.flatten()).unflatten(0, rows_Mk.shape).sum(dim=1)
+
+
 def to_rows(x_MD: Tensor, dispatch: Dispatch) -> Tensor:  # (S, D)
-    if dispatch.rows_Mk is None:
+    if dispatch.rows_Mk is None or not torch.is_grad_enabled():  # forward mode knows plain operations only
         return x_MD.index_select(0, dispatch.token_S)
     return ToRows.apply(x_MD, dispatch.token_S, dispatch.rows_Mk)
 
@@ -130,6 +135,8 @@ def to_rows(x_MD: Tensor, dispatch: Dispatch) -> Tensor:  # (S, D)
 def to_tokens(y_SD: Tensor, dispatch: Dispatch, tokens: int) -> Tensor:  # (M, D)
     if dispatch.rows_Mk is None:
         return y_SD.new_zeros(tokens, y_SD.shape[1]).index_add(0, dispatch.token_S, y_SD)
+    if not torch.is_grad_enabled():
+        return gathered(y_SD, dispatch.rows_Mk)
     return ToTokens.apply(y_SD, dispatch.token_S, dispatch.rows_Mk)
 
 

@@ -12,6 +12,7 @@ from .base import PeftMethod
 from .bitfit import BitFit
 from .bottleneck import Adapter, AdaptFormer
 from .difffit import DiffFit
+from .experts import Router, build_on_experts
 from .full import Full
 from .huggingface import HUGGINGFACE, HuggingFace, from_peft_config
 from .labels import adapt_labels
@@ -29,12 +30,15 @@ METHODS: dict[str, Callable[..., PeftMethod]] = {
     "vpt_shallow": partial(VPT, deep=False),
     "norm": NormTuning,
     "adalora": AdaLora,
+    "router": Router,
     **{name: partial(HuggingFace, peft_type, **fixed) for name, (peft_type, fixed) in HUGGINGFACE.items()},
 }
 
 
-def build_peft(name: str, **kwargs) -> PeftMethod:
+def build_peft(name: str, target: str | None = None, **kwargs) -> PeftMethod:
     """The method called `name`, one of `METHODS`; `kwargs` go to its constructor, which refuses unknown ones.
+
+    With `target="experts"` it works on the weights of a DiT-MoE's experts.
 
     Raises:
         UserError: there is no method of that name, or its arguments have values that it cannot use.
@@ -42,8 +46,10 @@ def build_peft(name: str, **kwargs) -> PeftMethod:
     """
     if name not in METHODS:
         raise UserError(f"There is no method {name!r}. Choose one of {', '.join(METHODS)}.")
-    method = METHODS[name](**kwargs)
-    method.arguments = {"name": name, **kwargs}
+    if target not in (None, "experts"):
+        raise UserError(f"There is no target {target!r}. Set peft.target=experts, or leave it out.")
+    method = METHODS[name](**kwargs) if target is None else build_on_experts(name, **kwargs)
+    method.arguments = {"name": name, **kwargs} | ({"target": target} if target else {})
     return method
 
 

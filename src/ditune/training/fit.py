@@ -209,11 +209,11 @@ def finish(
 
 
 def denoising(cfg: DictConfig, parts: Parts) -> dict[str, float]:
-    """Loss on the test split after the training, and of the base before it; nothing where there is no such split."""
+    """Loss on unseen pictures after the training, and of the base before it; nothing where there is no such split."""
     try:
-        pictures = make(cfg.data.pictures, "data", split="test")
+        pictures = make(cfg.data.pictures, "data", split=cfg.metrics.loss_split)
     except UserError as error:
-        log.info("no loss on a test split: %s", error)
+        log.info("no loss on unseen pictures: %s", error)
         return {}
     networks = {"after": parts.network.eval()}
     if parts.base is not None and not parts.reshaped:

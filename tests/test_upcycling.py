@@ -1,0 +1,142 @@
+"""A dense network becomes one with experts and computes the same; published files are drawn as their authors do."""
+
+import json
+import math
+from pathlib import Path
+
+import hydra
+import pytest
+import torch
+from helpers import GOLDEN, SMALL, compose, golden
+from omegaconf import DictConfig
+from torch.testing import assert_close
+
+from ditune import cli
+from ditune.checkpoints import load_network, read_header
+from ditune.checkpoints.official_dit_moe import to_theirs
+from ditune.errors import UserError
+from ditune.networks import DiT, DiTMoE
+from ditune.processes import FlowProcess, GaussianProcess
+from ditune.routing_analysis import analyse
+from ditune.routing_statistics import mutual_information
+from ditune.run import load_checkpoint
+from ditune.samplers import DDPM, Euler
+from ditune.training import train
+from ditune.upcycling import upcycle, upcycle_file
+
+
+def config(name: str, *overrides: str) -> DictConfig:
+    cli.prepare()
+    with hydra.initialize_config_dir(cli.CONFIGS, version_base="1.3"):
+        return hydra.compose(name, list(overrides))
+
+
+def dense() -> DiT:
+    network = DiT(**json.loads((GOLDEN / "tiny_dit_config.json").read_text()))
+    network.load_state_dict(golden("tiny_dit_weights"))
+    return network.eval()
+
+
+@pytest.mark.parametrize("options", [{}, {"shared_ratio": 0.0}, {"moe_every": 2}, {"moe_from": 0.5}])
+@pytest.mark.parametrize(("num_experts", "top_k"), [(4, 2), (3, 1)])
+def test_a_dense_network_keeps_its_function(options, num_experts, top_k):
+    expected = golden("tiny_dit_forward")
+    network = upcycle(dense(), num_experts, top_k, **options)
+    routing = []
+    out = network(expected["x"], expected["t"], expected["y"], routing=routing)
+    assert_close(out, expected["out"], atol=1e-5, rtol=1e-5)
+    assert len(routing) == len(network.moe_layers) > 0
+    assert all(layer.chosen_NTE.any(dim=(0, 1)).sum() > 1 for layer in routing)  # routers do choose
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_one_expert_becomes_several(score):
+    torch.manual_seed(0)
+    shape = {"input_size": 8, "hidden_size": 32, "depth": 2, "num_heads": 2, "num_classes": 3}
+    one = DiTMoE(**shape, num_experts=1, top_k=1, score=score, renormalize=score == "sigmoid", route_scale=2.0).eval()
+    for parameter in one.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    inputs = torch.randn(3, 4, 8, 8), torch.tensor([0.0, 10.0, 999.0]), torch.tensor([0, 1, 3])
+    many = upcycle(one, num_experts=5, top_k=2)
+    assert_close(many(*inputs), one(*inputs), atol=1e-5, rtol=1e-5)
+    with pytest.raises(UserError, match="5 experts already"):
+        upcycle(many, num_experts=8, top_k=2)
+
+
+def test_noise_breaks_the_tie():
+    expected = golden("tiny_dit_forward")
+    inputs = [expected[key] for key in "xty"]
+    network = upcycle(dense(), 4, 2, noise=0.01)
+    copies = network.moe_layers[0].experts.w_in_EDF
+    assert (copies[0] - copies[1]).abs().max() > 0
+    error = (network(*inputs) - expected["out"]).norm() / expected["out"].norm()
+    assert 1e-6 < error < 0.05
+
+
+def test_file_to_file_and_on_to_a_training(base, pictures, tmp_path):
+    out = tmp_path / "made.safetensors"
+    upcycle_file(config("upcycle", f"checkpoint={base}", f"out={out}", "num_experts=4"))
+    header = read_header(out)
+    assert header["class"] == "DiTMoE"
+    assert header["provenance"]["upcycled_from"]["file"] == base.name
+    assert header["process"] == read_header(base)["process"]
+    old, new = load_network(base).eval(), load_network(out).eval()
+    inputs = torch.randn(2, 3, 16, 16), torch.tensor([0, 500]), torch.tensor([0, 3])
+    assert_close(new(*inputs), old(*inputs), atol=1e-5, rtol=1e-5)
+    options = ["num_experts=4", "expert=gelu", "renormalize=true", "expert_ratio=4.0", "shared_ratio=1.0"]
+    network = ["network=tiny_moe", *(f"+network.{option}" for option in options)]
+    common = [*SMALL, f"data.root={pictures}", *network, "balance=batch", f"pretrained={out}", "peft=full"]
+    assert train(compose(tmp_path / "run", *common, "max_steps=2")) == 0
+    folder = analyse(config("analyze_routing", f"run={tmp_path / 'run'}", "n=4", "steps=2"))
+    written = json.loads((folder / "routing.json").read_text())
+    assert sum(written["load"][0]) == pytest.approx(4.0)
+    assert all((folder / f"{name}.png").stat().st_size > 1000 for name in ("load", "time", "position", "class"))
+    with pytest.raises(UserError, match="no experts"):
+        analyse(config("analyze_routing", f"checkpoint={base}"))
+
+
+def test_mutual_information():
+    independent = torch.tensor([[2.0, 4.0], [1.0, 2.0]])
+    decided = torch.tensor([[5.0, 0.0], [0.0, 5.0]])
+    found = mutual_information(torch.stack([independent, decided]).double())
+    assert_close(found, torch.tensor([0.0, math.log(2)], dtype=torch.float64))
+
+
+# Files of the original: process, sampler, steps and guidance of their authors
+
+
+def published(folder: Path, qk_norm: bool) -> Path:
+    shape = {"input_size": 16, "patch_size": 8, "in_channels": 3, "hidden_size": 384, "depth": 1, "num_heads": 6}
+    network = DiTMoE(**shape, num_experts=3, expert_ratio=0.25, shared_ratio=0.5, qk_norm=qk_norm)
+    path = folder / "DiT-MoE.pt"
+    torch.save(to_theirs(network.state_dict(), fused_attention=qk_norm), path)
+    return path
+
+
+def load(path: Path, *overrides: str):
+    cfg = config("evaluate", *overrides)
+    return load_checkpoint(path, cfg.autoencoder, cfg.sampler, bf16=False)
+
+
+def test_the_published_flow_is_drawn_by_euler_and_refuses_ddpm(tmp_path):
+    path = published(tmp_path, qk_norm=True)
+    drawer = load(path).drawer
+    assert drawer.process.config == FlowProcess(time_scale=1.0).config
+    assert (type(drawer.sampler), drawer.steps, drawer.guidance) == (Euler, 50, 1.5)
+    assert load(path, "sampler.guidance=4.0").drawer.guidance == 4.0
+    with pytest.raises(UserError, match="trained on a flow, and DDPM draws from a diffusion"):
+        load(path, "sampler=ddpm")
+
+
+def test_the_published_diffusion_is_drawn_by_ddpm(tmp_path):
+    path = published(tmp_path, qk_norm=False)
+    drawer = load(path).drawer
+    assert drawer.process.config == GaussianProcess().config
+    assert (type(drawer.sampler), drawer.steps, drawer.guidance_channels) == (DDPM, 250, 3)
+    with pytest.raises(UserError, match="trained on a diffusion, and Euler draws from a flow"):
+        load(path, "sampler=euler")
+
+
+def test_files_of_ours_are_drawn_as_before(base):
+    drawer = load(base).drawer
+    assert (type(drawer.sampler).__name__, drawer.steps, drawer.guidance) == ("DDIM", 25, 1.5)
