@@ -24,7 +24,7 @@ from ditune.run import load_checkpoint
 log = logging.getLogger(__name__)
 
 # a dense MLP's layers, transposed where they are matrices: the experts' stacked ones
-MLP = {"w_in_EDF": "fc1.weight", "b_in_EF": "fc1.bias", "w_out_EFD": "fc2.weight", "b_out_ED": "fc2.bias"}
+MLP = {"w_in_EDF": "fc1.weight", "bias_in_EF": "fc1.bias", "w_out_EFD": "fc2.weight", "bias_out_ED": "fc2.bias"}
 
 
 def upcycle(network: DiT, num_experts: int, top_k: int, seed: int = 0, noise: float = 0.0, **options: Any) -> DiTMoE:

@@ -27,7 +27,7 @@ def gelu_form(mm: Product, x: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor,
 # expert: (its form, its weights with their shapes). 'gelu' is DiT's own MLP, which no SwiGLU can hold.
 FORMS: dict[str, tuple[Callable[..., Tensor], dict[str, str]]] = {
     "swiglu": (swiglu_form, {"w_gate_EDF": "EDF", "w_up_EDF": "EDF", "w_down_EFD": "EFD"}),
-    "gelu": (gelu_form, {"w_in_EDF": "EDF", "b_in_EF": "EF", "w_out_EFD": "EFD", "b_out_ED": "ED"}),
+    "gelu": (gelu_form, {"w_in_EDF": "EDF", "bias_in_EF": "EF", "w_out_EFD": "EFD", "bias_out_ED": "ED"}),
 }
 
 
@@ -62,6 +62,7 @@ class Experts(nn.Module):
         if form not in FORMS:
             raise ValueError(f"expert must be one of {', '.join(FORMS)}, not {form!r}")
         self.form, shapes = FORMS[form]
+        self.names = list(shapes)
         sizes = {"E": num_experts, "D": hidden_size, "F": width}
         for name, shape in shapes.items():
             self.register_parameter(name, nn.Parameter(torch.empty([sizes[letter] for letter in shape])))
@@ -78,7 +79,7 @@ class Experts(nn.Module):
         device = x_SD.device.type
         # autocast knows neither grouped_mm nor that a slice's weights were cast before
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_SD.dtype
-        x_SD, weights = x_SD.to(dtype), [w.to(dtype) for w in self.parameters()]
+        x_SD, weights = x_SD.to(dtype), [getattr(self, name).to(dtype) for name in self.names]
         return back_end(x_SD, weights)(self.form, x_SD, counts_E, weights)
 
 

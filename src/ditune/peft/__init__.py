@@ -12,6 +12,7 @@ from .base import PeftMethod
 from .bitfit import BitFit
 from .bottleneck import Adapter, AdaptFormer
 from .difffit import DiffFit
+from .experts import Router, build_on_experts
 from .full import Full
 from .huggingface import HUGGINGFACE, HuggingFace, from_peft_config
 from .labels import adapt_labels
@@ -31,19 +32,25 @@ METHODS: dict[str, Callable[..., PeftMethod]] = {
     "adalora": AdaLora,
     **{name: partial(HuggingFace, peft_type, **fixed) for name, (peft_type, fixed) in HUGGINGFACE.items()},
 }
+MOE_METHODS: dict[str, Callable[..., PeftMethod]] = {"router": Router}  # for networks with experts only
 
 
-def build_peft(name: str, **kwargs) -> PeftMethod:
+def build_peft(name: str, target: str | None = None, **kwargs) -> PeftMethod:
     """The method called `name`, one of `METHODS`; `kwargs` go to its constructor, which refuses unknown ones.
+
+    With `target="experts"` it works on the weights of a DiT-MoE's experts.
 
     Raises:
         UserError: there is no method of that name, or its arguments have values that it cannot use.
         TypeError: it does not know an argument.
     """
-    if name not in METHODS:
-        raise UserError(f"There is no method {name!r}. Choose one of {', '.join(METHODS)}.")
-    method = METHODS[name](**kwargs)
-    method.arguments = {"name": name, **kwargs}
+    known = METHODS | MOE_METHODS
+    if name not in known:
+        raise UserError(f"There is no method {name!r}. Choose one of {', '.join(known)}.")
+    if target not in (None, "experts"):
+        raise UserError(f"There is no target {target!r}. Set peft.target=experts, or leave it out.")
+    method = known[name](**kwargs) if target is None else build_on_experts(name, **kwargs)
+    method.arguments = {"name": name, **kwargs} | ({"target": target} if target else {})
     return method
 
 

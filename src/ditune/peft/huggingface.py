@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ditune.errors import UserError
+from ditune.networks.moe import Experts
 
 from .base import LABELS, PeftMethod
 
@@ -53,9 +54,9 @@ class HuggingFace(PeftMethod):
         from peft import get_peft_config
 
         super().__init__(lr, weight_decay, train_labels)
-        arguments.setdefault("target_modules", QKV)
+        arguments.setdefault("target_modules", [] if arguments.get("target_parameters") else QKV)
         if not isinstance(arguments["target_modules"], str):
-            arguments["target_modules"] = list(arguments["target_modules"])
+            arguments["target_modules"] = list(arguments["target_modules"] or ())
         try:
             with quiet():
                 self.config = get_peft_config({"peft_type": peft_type, **arguments})
@@ -91,7 +92,8 @@ class HuggingFace(PeftMethod):
         if meta:
             network.to("meta")
         del network.peft_config
-        odd = [name for name, layer in layers(network).items() if not isinstance(layer.get_base_layer(), nn.Linear)]
+        linear = (nn.Linear, Experts)  # Experts by the parameters that `target_parameters` names
+        odd = [name for name, layer in layers(network).items() if not isinstance(layer.get_base_layer(), linear)]
         if odd:
             raise UserError(
                 f"peft.target_modules names {odd[0]}, which the network never calls as a linear layer. "
@@ -108,10 +110,13 @@ class HuggingFace(PeftMethod):
                     layer.register_buffer(f"initial_{part}", initial, persistent=False)
 
     def fold(self, network: nn.Module) -> None:
-        for name, layer in layers(network).items():
+        found = layers(network)
+        for layer in found.values():
             layer.merge()
+        for name, layer in found.items():
             parent, _, child = name.rpartition(".")
-            setattr(network.get_submodule(parent), child, layer.get_base_layer())
+            if parent not in found:  # several parameters of one module are wrapped one around the other
+                setattr(network.get_submodule(parent), child, layer.get_base_layer())
 
     def to_file(self, network: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """peft's config and keys. What starts from the base's own values is written as a LoRA on the unchanged base."""

@@ -1,0 +1,110 @@
+"""Methods on the weights of experts instead of attention and adaLN (`target=experts`), and on the routers only."""
+
+from collections.abc import Callable, Iterator
+
+from torch import nn
+
+from ditune.errors import UserError
+from ditune.networks import DiTMoE
+from ditune.networks.moe import FORMS, MoE
+
+from .base import PeftMethod
+from .bottleneck import Adapter, AdaptFormer
+from .huggingface import HuggingFace
+from .norm import ones
+
+
+def moe_layers(network: nn.Module) -> Iterator[MoE]:
+    """The network's layers with experts.
+
+    Raises:
+        UserError: there are none.
+    """
+    if not isinstance(network, DiTMoE):
+        raise UserError("The network has no experts. Leave peft.target out, or give a network that has.")
+    yield from network.moe_layers.values()
+
+
+class Router(PeftMethod):
+    """Only the routers train: which expert computes a token, and what its output counts."""
+
+    def selects(self, name: str) -> bool:
+        return ".router." in name
+
+    def inject(self, network: nn.Module) -> None:
+        list(moe_layers(network))
+
+
+class FullExperts(Router):
+    """Every weight of routed and shared experts trains."""
+
+    def selects(self, name: str) -> bool:
+        return ".experts." in name or ".shared_experts." in name
+
+
+class DiffFitExperts(Router):
+    """A scale per channel on the routed sum and one on the shared output of every layer, as DiffFit's other gammas."""
+
+    def selects(self, name: str) -> bool:
+        return name.endswith(("gamma_routed", "gamma_shared"))
+
+    def inject(self, network: nn.Module) -> None:
+        for layer in moe_layers(network):
+            size = layer.router.weight.shape[1]
+            layer.gamma_routed = ones(size, layer.router.weight)
+            if layer.shared_experts is not None:
+                layer.gamma_shared = ones(size, layer.router.weight)
+
+    def fold(self, network: nn.Module) -> None:
+        for layer in moe_layers(network):
+            for name, parameter in layer.experts.named_parameters():
+                if name in ("w_down_EFD", "w_out_EFD", "bias_out_ED"):
+                    parameter *= layer.gamma_routed
+            if layer.shared_experts is not None:
+                layer.shared_experts.down_proj.weight *= layer.gamma_shared[:, None]
+            layer.gamma_routed = layer.gamma_shared = None
+
+
+class LoraExperts(HuggingFace):
+    """LoRA on every matrix of the routed experts, a pair of factors for each expert, by peft's `target_parameters`."""
+
+    def __init__(self, use_rslora: bool = False, target_modules: object = None, **arguments: object):
+        matrices = sorted({name for _, shapes in FORMS.values() for name, shape in shapes.items() if len(shape) == 3})
+        targets = [f"moe.experts.{name}" for name in matrices]
+        super().__init__("LORA", use_rslora=use_rslora, target_modules=[], target_parameters=targets, **arguments)
+
+    def inject(self, network: nn.Module) -> None:
+        own = {name for layer in moe_layers(network) for name, _ in layer.experts.named_parameters()}
+        self.config.target_parameters = [p for p in self.config.target_parameters if p.rpartition(".")[2] in own]
+        super().inject(network)
+
+
+def rslora_experts(**arguments: object) -> LoraExperts:
+    return LoraExperts(use_rslora=True, **arguments)
+
+
+# Adapters stand beside the whole layer, wherever a network has one.
+ON_EXPERTS: dict[str, Callable[..., PeftMethod]] = {
+    "full": FullExperts,
+    "difffit": DiffFitExperts,
+    "lora": LoraExperts,
+    "rslora": rslora_experts,
+    "adaptformer": AdaptFormer,
+    "adapter": Adapter,
+}
+# keys of configs/peft/difffit.yaml that mean attention and branches
+NOT_ON_EXPERTS = {"difffit": ("gamma_depth", "gammas", "affine_norms")}
+
+
+def build_on_experts(name: str, **kwargs: object) -> PeftMethod:
+    """The method called `name` for the weights of experts.
+
+    Raises:
+        UserError: it has no form for them.
+    """
+    if name not in ON_EXPERTS:
+        raise UserError(
+            f"peft={name} has no form for the weights of experts. Choose one of {', '.join(ON_EXPERTS)}, "
+            "or leave peft.target out."
+        )
+    return ON_EXPERTS[name](**{k: v for k, v in kwargs.items() if k not in NOT_ON_EXPERTS.get(name, ())})
