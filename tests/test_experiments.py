@@ -104,7 +104,7 @@ def xl():
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_fits_the_experiments(tmp_path, xl, method):
     """All eight have the body of difffit_cub, so one stands for them; what a method makes has no memory either."""
-    cfg = compose(tmp_path, "experiment=difffit_food101", f"peft={method}", "protocol=difffit_reruns")
+    cfg = compose(tmp_path, "experiment=difffit_food101", f"peft={method}", "preset=difffit_reruns")
     assert cfg.peft.name == method
     assert cfg.batch_size == (64 if method == "difffit" else 32)
     assert cfg.optimizer.lr == cfg.peft.lr

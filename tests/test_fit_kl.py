@@ -1,0 +1,48 @@
+"""The emoji's own AutoencoderKL: trained by a command, repeatable, loaded as the others."""
+
+import json
+from pathlib import Path
+
+import hydra
+import pytest
+import torch
+from helpers import compose
+from safetensors.torch import load_file
+
+from ditune import cli
+from ditune.build import make
+from ditune.errors import UserError
+from ditune.kl_training import fit
+
+
+def small(out: Path, *overrides: str):
+    cli.prepare()
+    with hydra.initialize_config_dir(cli.CONFIGS, version_base="1.3"):
+        options = ["data.resolution=16", "data.pictures.limit=8", "widths=[8,8,16]", "channels=4", "batch_size=4"]
+        options += ["max_steps=30", "warmup_steps=2", "lr=5e-3", "bf16=false", "limit=3", f"out={out}"]
+        return hydra.compose("fit_kl", [*options, *overrides])
+
+
+def test_it_learns_and_is_loaded_with_its_own_scale(tmp_path):
+    short, long = (fit(small(tmp_path / str(steps), f"max_steps={steps}")) for steps in (1, 30))
+    before, after = (json.loads((folder / "result.json").read_text())["psnr_db"] for folder in (short, long))
+    assert set(after) == {"noto", "twemoji", "fluent3d"}
+    assert all(after[vendor] > before[vendor] + 1 for vendor in after)
+    cfg = compose(tmp_path, "autoencoder=kl_emoji", f"autoencoder.folder={long}", "data=emoji_base").autoencoder
+    codec = make(cfg, "autoencoder")
+    assert codec.latent_shape(64) == (4, 16, 16)
+    scale = json.loads((long / "config.json").read_text())["scaling_factor"]
+    assert codec.scale.tolist() == pytest.approx([scale] * 4)
+    assert torch.isfinite(codec.scale).all()
+
+
+def test_the_same_seed_gives_the_same_weights(tmp_path):
+    one, two = (fit(small(tmp_path / name, "max_steps=2")) for name in "ab")
+    first, second = (load_file(folder / "diffusion_pytorch_model.safetensors") for folder in (one, two))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_without_it_the_error_names_the_command(tmp_path):
+    cfg = compose(tmp_path, "autoencoder=kl_emoji", f"autoencoder.folder={tmp_path}/none").autoencoder
+    with pytest.raises(UserError, match=r"python src/fit_kl\.py"):
+        make(cfg, "autoencoder")
