@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from helpers import ROOT, SMALL, compose
 from hydra.errors import ConfigCompositionException
 from miniatures import MINIATURES
@@ -94,6 +95,15 @@ def test_constructors_refuse_unknown_keys(tmp_path, pictures):
         cfg = compose(tmp_path, *SMALL, f"data.root={pictures}", f"+{group}.unknown_key=1")
         with pytest.raises(UserError, match="unknown_key"):
             make(cfg[group], group)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_no_key_has_the_name_of_a_group(path):
+    """Hydra would take key=value on the command line for a choice of that group."""
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    chosen = {name.split("/")[-1] for entry in content["defaults"] if isinstance(entry, dict) for name in entry}
+    groups = {folder.name for folder in CONFIGS.iterdir() if folder.is_dir()} - {"hydra"}
+    assert not (content.keys() & groups) - chosen
 
 
 # Configs are documentation

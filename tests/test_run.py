@@ -110,6 +110,22 @@ def test_adapter_is_loaded_onto_its_base_as_it_was_judged(adapted: Path, scratch
     assert result(copy)["metrics"]["after"] != result(copy)["metrics"]["before"]
 
 
+def test_another_protocol_is_kept_beside_the_runs_own(adapted: Path, tmp_path: Path) -> None:
+    copy = copytree(adapted, tmp_path / "copy")
+    settings = ["metrics_of=this", "metrics.n=6", "+metrics.judge.batch_size=4", f"paths.cache_dir={tmp_path}/cache"]
+    evaluate(task("evaluate", f"run={copy}", *settings))
+    found = result(copy)
+    assert found["metrics"] == result(adapted)["metrics"]
+    ((key, other),) = found["other_protocols"].items()
+    assert other["protocol"]["n"] == other["after"]["n"] == 6
+    assert other["protocol"]["reference"] == found["metrics"]["protocol"]["reference"]  # the run's data
+    assert len(key) == 16
+    with np.load(copy / "samples.npz", allow_pickle=False) as file:
+        assert len(file["arr_0"]) == 6
+    with pytest.raises(UserError, match="metrics_of=run"):
+        evaluate(task("evaluate", f"run={copy}", "metrics_of=other"))
+
+
 @pytest.mark.parametrize("settings", [[], ["sampler=ddpm", "sampler.batch_size=4", "steps=3", "guidance=2"]])
 def test_picture_i_is_the_same_whatever_is_drawn_with_it(adapted: Path, tmp_path: Path, settings: list[str]) -> None:
     def draw(name: str, *overrides: str) -> dict[str, np.ndarray]:

@@ -15,7 +15,9 @@ from ditune.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = str(ROOT / "configs")
-REPORT_CONFIGS = str(ROOT / "configs" / "report")  # apart: its key `sweep` would be taken for the group configs/sweep
+REPORT_CONFIGS = str(
+    ROOT / "configs" / "reporting"
+)  # apart: its key `sweep` would be taken for the group configs/sweep
 USER_ERROR = 2  # exit code
 
 

@@ -101,12 +101,14 @@ def evaluate(cfg: DictConfig) -> Path:
 def of_run(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
     run = load_run(cfg.run)
     path, settings = run.folder / "result.json", run.cfg
-    if cfg.protocol == "this":
+    if cfg.metrics_of == "this":
         judge = OmegaConf.to_container(cfg.metrics.judge, resolve=True)
         own = {"judge": judge, "n": cfg.metrics.n, "seed": cfg.metrics.seed, "record": None}
         settings.metrics = OmegaConf.merge(settings.metrics, own)
-    elif cfg.protocol != "run":
-        raise UserError(f"protocol is {cfg.protocol}. Set protocol=run for the run's metrics, or =this for metrics=.")
+    elif cfg.metrics_of != "run":
+        raise UserError(
+            f"metrics_of is {cfg.metrics_of}. Set metrics_of=run for the run's metrics, or =this for metrics=."
+        )
     if not settings.metrics.n:
         raise UserError(f"The run {run.folder} was made with metrics.n=0. Set a number of pictures in its config.yaml.")
     network, start = run.network.to(best_device()), time.perf_counter()
@@ -117,7 +119,7 @@ def of_run(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
     speed = finish_blocks(comparison.evaluation.blocks(network), run.folder / "samples.npz", start)
     shutil.rmtree(run.folder / "evaluation")
     result = read_json(path) | {"evaluation": speed}
-    if cfg.protocol == "run":
+    if cfg.metrics_of == "run":
         result["metrics"] = result.get("metrics", {}) | metrics
     else:
         result.setdefault("other_protocols", {})[comparison.evaluation.key] = metrics
