@@ -31,6 +31,7 @@ from ditune.metrics import (
     statistics,
 )
 from ditune.metrics.dinov2 import resize_positions
+from ditune.metrics.inception import read_statistics
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -177,6 +178,25 @@ def test_spatial_features_are_those_of_adms_evaluator(weights: Path):
     expected = extractor.network.Mixed_6d.branch1x1(seen["before"])[:, :7]
     assert expected.shape == (2, 7, 17, 17)
     torch.testing.assert_close(features[:, extractor.columns["spatial"]], expected.flatten(1))
+
+
+def test_fid_to_a_reference_file_of_adms(weights: Path, tmp_path: Path):
+    """Its spatial statistics are of (17, 17, 7), ours of (7, 17, 17)."""
+    generator = np.random.default_rng(0)
+    y = generator.normal(size=(12, 2048)), generator.normal(size=(12, 7, 17, 17))
+    flattened = y[1].transpose(0, 2, 3, 1).reshape(12, -1)  # as TensorFlow does it
+    content = {"mu": y[0].mean(0), "sigma": np.cov(y[0], rowvar=False)}
+    content |= {"mu_s": flattened.mean(0), "sigma_s": np.cov(flattened, rowvar=False)}
+    np.savez(tmp_path / "reference.npz", **content)
+    read = read_statistics(tmp_path / "reference.npz")
+    assert torch.allclose(read["features"][0], torch.from_numpy(y[0]).mean(0))
+    mean, cov = statistics(torch.from_numpy(y[1]).flatten(1))
+    assert torch.allclose(read["spatial"][0], mean)
+    assert torch.allclose(read["spatial"][1], cov)
+    np.savez(tmp_path / "other.npz", mu=np.zeros(4))
+    for name in ("other.npz", "missing.npz"):
+        with pytest.raises(UserError, match="Give a reference file"):
+            read_statistics(tmp_path / name)
 
 
 @pytest.mark.parametrize("extractor", [Inception2015, DINOv2])

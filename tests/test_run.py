@@ -88,7 +88,9 @@ def test_run_from_scratch_is_loaded_as_it_was_judged(scratch: Path, tmp_path: Pa
     for name in ("grid", "nearest"):
         (copy / "samples" / f"{name}.png").unlink()
     assert evaluate(task("evaluate", f"run={copy}")) == copy / "result.json"
-    assert result(copy) == before | {"metrics": {"kept": 1} | before["metrics"]}
+    after = result(copy)
+    assert after.pop("evaluation")["images_per_second"] > 0
+    assert after == before | {"metrics": {"kept": 1} | before["metrics"]}
     for name in ("grid", "nearest"):
         assert (copy / "samples" / f"{name}.png").read_bytes() == (scratch / "samples" / f"{name}.png").read_bytes()
 
@@ -104,7 +106,7 @@ def test_adapter_is_loaded_onto_its_base_as_it_was_judged(adapted: Path, scratch
     (copy / "result.json").write_text('{"status": "finished"}')
     evaluate(task("evaluate", f"run={copy}"))
     # the training kept frozen weights in bf16, here they are fp32: under autocast that is the same
-    assert result(copy) == {"status": "finished", "metrics": result(adapted)["metrics"]}
+    assert result(copy)["metrics"] == result(adapted)["metrics"]
     assert result(copy)["metrics"]["after"] != result(copy)["metrics"]["before"]
 
 

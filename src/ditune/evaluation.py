@@ -62,7 +62,7 @@ class Evaluation:
             "resolution": drawer.resolution,
             "autoencoder": drawer.autoencoder.fingerprint,
             "reference": self.reference.fingerprint,
-            "features": self.judge.extractor.identity,  # has a resolution of its own
+            "features": self.judge.identity,  # has a resolution of its own
         }
 
     @property

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from ditune.blocks import Blocks, NpzPictures, rank
+from ditune.blocks import Blocks, NpzPictures, rank, world_size
 from ditune.build import build_evaluation, make
 from ditune.checkpoints import load_network, locate, read_json, sha256, write_json
 from ditune.data import Pictures
@@ -114,9 +114,9 @@ def of_run(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
     metrics = comparison(network, None if run.reshaped else run.base, run.folder / "samples")
     if rank() != 0:
         return path, metrics
-    finish_blocks(comparison.evaluation.blocks(network), run.folder / "samples.npz", start)
+    speed = finish_blocks(comparison.evaluation.blocks(network), run.folder / "samples.npz", start)
     shutil.rmtree(run.folder / "evaluation")
-    result = read_json(path)
+    result = read_json(path) | {"evaluation": speed}
     if cfg.protocol == "run":
         result["metrics"] = result.get("metrics", {}) | metrics
     else:
@@ -136,21 +136,22 @@ def of_checkpoint(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
     values = evaluation(network, folder)
     if rank() != 0:
         return folder / "result.json", {}
-    finish_blocks(evaluation.blocks(network), folder / "samples.npz", start)
+    speed = finish_blocks(evaluation.blocks(network), folder / "samples.npz", start)
     shutil.rmtree(folder / "evaluation")
     if cfg.record is not None:
         record.add(checkpoint, evaluation, values)
     metrics = {"protocol": evaluation.protocol, "values": values}
     facts = {"checkpoint": str(cfg.checkpoint), "sha256": sha256(checkpoint), "protocol_key": evaluation.key}
-    write_json(folder / "result.json", facts | {"metrics": metrics})
+    write_json(folder / "result.json", facts | {"evaluation": speed, "metrics": metrics})
     return folder / "result.json", metrics
 
 
-def finish_blocks(blocks: Blocks, path: Path, start: float) -> None:
-    """Write the pictures as ADM's .npz and say how fast they came."""
+def finish_blocks(blocks: Blocks, path: Path, start: float) -> dict[str, float]:
+    """Write the pictures as ADM's .npz; returns how long drawing and judging took and how many pictures a second."""
     seconds = time.perf_counter() - start
     log.info("%d pictures drawn and judged in %.0f s, %.1f images/s", len(blocks), seconds, len(blocks) / seconds)
     blocks.save_npz(path)
+    return {"seconds": seconds, "images_per_second": len(blocks) / seconds, "processes": world_size()}
 
 
 def of_images(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
@@ -177,7 +178,7 @@ def of_pictures(cfg: DictConfig, pictures: PictureSet, facts: dict[str, Any]) ->
         "n": len(pictures),
         "resolution": cfg.data.resolution,
         "reference": reference.fingerprint,
-        "features": judge.extractor.identity,
+        "features": judge.identity,
     }
     metrics = {"protocol": protocol, "values": values}
     write_json(folder / "result.json", facts | {"fingerprint": pictures.fingerprint, "metrics": metrics})

@@ -1,13 +1,17 @@
 """Inception of 2015, on which the literature's FID rests, and the distances that carry its names."""
 
+import hashlib
 import io
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from ditune.metrics.distances import frechet_distance
+from ditune.errors import UserError
+from ditune.metrics.distances import frechet_distance, frechet_from_statistics, statistics
 from ditune.metrics.features import check_file, exact, read_tensors
 from ditune.metrics.judge import Judge
 
@@ -69,18 +73,70 @@ class Inception2015(nn.Module):
 
 
 class InceptionJudge(Judge):
-    """FID, sFID and IS besides the distances that every judge gives; N stands in their names."""
+    """FID, sFID and IS besides the distances that every judge gives; N stands in their names.
+
+    Args:
+        statistics: a reference file of ADM's (.npz with mu, sigma and mu_s, sigma_s), such as the literature's
+            VIRTUAL_imagenet256_labeled.npz; FID and sFID are then to it. None = to the reference's pictures.
+
+    Raises:
+        UserError: the file is missing or holds something else.
+    """
+
+    def __init__(
+        self,
+        extractor: Inception2015,
+        cache: str | Path | None = None,
+        batch_size: int = 64,
+        statistics: str | Path | None = None,
+    ) -> None:
+        super().__init__(extractor, cache, batch_size)
+        self.statistics = None if statistics is None else read_statistics(Path(statistics))
+        self._sha256 = None if statistics is None else hashlib.sha256(Path(statistics).read_bytes()).hexdigest()
+
+    @property
+    def identity(self) -> dict[str, str | int]:
+        return super().identity | ({} if self._sha256 is None else {"statistics": self._sha256})
 
     def compare(self, x: Tensor, y: Tensor) -> dict[str, float | int]:
         """{fid_10k, sfid_10k, is_10k, kid_inception, precision_inception, ...} for 10,000 pictures."""
         values, columns, count = super().compare(x, y), self.extractor.columns, short(len(x))
         fid = values.pop(f"fd_{self.extractor.name}")
+        if self.statistics is None:
+            sfid = frechet_distance(x[:, columns["spatial"]], y[:, columns["spatial"]])
+        else:
+            fid, sfid = (
+                frechet_from_statistics(*statistics(x[:, columns[name]]), *self.statistics[name])
+                for name in ("features", "spatial")
+            )
         own = {
             f"fid_{count}": fid,
-            f"sfid_{count}": frechet_distance(x[:, columns["spatial"]], y[:, columns["spatial"]]),
+            f"sfid_{count}": sfid,
             f"is_{count}": inception_score(x[:, columns["logits"]]),
         }
         return own | values
+
+
+def read_statistics(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """Mean and covariance, float64, of pool3 and of the spatial features, from a reference file of ADM's.
+
+    Its spatial columns stand as TensorFlow flattens them, (17, 17, 7); here they are put in the order (7, 17, 17).
+
+    Raises:
+        UserError: the file is missing or holds something else.
+    """
+    remedy = "Give a reference file of ADM's evaluator, a .npz with mu, sigma, mu_s and sigma_s."
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            found = {name: torch.from_numpy(file[name]).double() for name in ("mu", "sigma", "mu_s", "sigma_s")}
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        raise UserError(f"The statistics {path} cannot be read ({error}). {remedy}") from error
+    side = 17 * 17
+    if found["sigma"].shape != (2048, 2048) or found["sigma_s"].shape != (SPATIAL_CHANNELS * side,) * 2:
+        raise UserError(f"The statistics {path} are not of the 2015 Inception. {remedy}")
+    order = torch.arange(side * SPATIAL_CHANNELS).view(side, SPATIAL_CHANNELS).T.flatten()
+    spatial = found["mu_s"][order], found["sigma_s"][order][:, order]
+    return {"features": (found["mu"], found["sigma"]), "spatial": spatial}
 
 
 def inception_score(logits: Tensor, split: int = 5000) -> float:

@@ -34,6 +34,11 @@ class Judge:
         self.cache = None if cache is None else Path(cache)
         self.batch_size = batch_size
 
+    @property
+    def identity(self) -> dict[str, str | int]:
+        """Everything that changes the values, but the pictures and the reference."""
+        return dict(self.extractor.identity)
+
     def __call__(self, pictures: Tensor | PictureSet, reference: PictureSet) -> dict[str, float | int]:
         """Distances of pictures to a reference; see `compare`."""
         return self.compare(self.features(pictures), self.reference(reference))

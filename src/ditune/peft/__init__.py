@@ -30,9 +30,9 @@ METHODS: dict[str, Callable[..., PeftMethod]] = {
     "vpt_shallow": partial(VPT, deep=False),
     "norm": NormTuning,
     "adalora": AdaLora,
-    "router": Router,
     **{name: partial(HuggingFace, peft_type, **fixed) for name, (peft_type, fixed) in HUGGINGFACE.items()},
 }
+MOE_METHODS: dict[str, Callable[..., PeftMethod]] = {"router": Router}  # for networks with experts only
 
 
 def build_peft(name: str, target: str | None = None, **kwargs) -> PeftMethod:
@@ -44,11 +44,12 @@ def build_peft(name: str, target: str | None = None, **kwargs) -> PeftMethod:
         UserError: there is no method of that name, or its arguments have values that it cannot use.
         TypeError: it does not know an argument.
     """
-    if name not in METHODS:
-        raise UserError(f"There is no method {name!r}. Choose one of {', '.join(METHODS)}.")
+    known = METHODS | MOE_METHODS
+    if name not in known:
+        raise UserError(f"There is no method {name!r}. Choose one of {', '.join(known)}.")
     if target not in (None, "experts"):
         raise UserError(f"There is no target {target!r}. Set peft.target=experts, or leave it out.")
-    method = METHODS[name](**kwargs) if target is None else build_on_experts(name, **kwargs)
+    method = known[name](**kwargs) if target is None else build_on_experts(name, **kwargs)
     method.arguments = {"name": name, **kwargs} | ({"target": target} if target else {})
     return method
 
