@@ -26,7 +26,7 @@ def task(tmp_path: Path, *overrides: str) -> DictConfig:
     """The config of `fit_codec.py <overrides>`, with its folders in `tmp_path`."""
     cli.prepare()
     with hydra.initialize_config_dir(cli.CONFIGS, version_base="1.3"):
-        folders = [f"out={tmp_path}/codecs", f"report={tmp_path}/report", f"paths.cache_dir={tmp_path}/cache"]
+        folders = [f"out={tmp_path}/codecs", f"results={tmp_path}/report", f"paths.cache_dir={tmp_path}/cache"]
         return hydra.compose("fit_codec", [*folders, *overrides])
 
 

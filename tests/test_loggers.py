@@ -150,7 +150,7 @@ def test_tensorboard(small, tmp_path):
 def test_dry_run_shows_the_plan_and_stops(small, base, tmp_path, capsys):
     assert train(small("peft=bitfit", f"pretrained={base}", "dry_run=true")) == 0
     shown = capsys.readouterr().out
-    for text in ("BitFit", "parameters train", "global batch", "expected memory"):
+    for text in ("bitfit", "parameters train", "global batch", "expected memory"):
         assert text in shown
     assert (tmp_path / "run" / "config.yaml").exists()
     assert not list((tmp_path / "run").rglob("*.ckpt"))

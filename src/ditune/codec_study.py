@@ -66,7 +66,7 @@ def study(cfg: DictConfig) -> str:
         log.info("measuring on %s", vendor)
         rows += measure(vendor, source, candidates, judge, cfg)
         sheet |= examples(vendor, source, candidates, cfg)
-    folder, table = Path(cfg.report), markdown_table(rows, judge.extractor.name, cfg.data.resolution)
+    folder, table = Path(cfg.results), markdown_table(rows, judge.extractor.name, cfg.data.resolution)
     write_json(folder / "result.json", facts(cfg, pictures, linear, judge) | {"rows": [asdict(row) for row in rows]})
     with atomic(folder / "table.md") as temporary:
         temporary.write_text(table, encoding="utf-8")
