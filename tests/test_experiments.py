@@ -109,7 +109,8 @@ def test_every_method_fits_the_experiments(tmp_path, xl, method):
     assert cfg.batch_size == (64 if method == "difffit" else 32)
     assert cfg.optimizer.lr == cfg.peft.lr
     with torch.device("meta"):
-        make(cfg.peft, "peft", _convert_="all").apply(copy.deepcopy(xl))
+        network = build_network("dit_moe_s_2_8e2a", num_classes=101) if method == "router" else copy.deepcopy(xl)
+        make(cfg.peft, "peft", _convert_="all").apply(network)
 
 
 def test_a_published_network_is_found_by_name_and_remembered(tmp_path):

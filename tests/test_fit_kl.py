@@ -18,7 +18,7 @@ from ditune.kl_training import fit
 def small(out: Path, *overrides: str):
     cli.prepare()
     with hydra.initialize_config_dir(cli.CONFIGS, version_base="1.3"):
-        options = ["data.resolution=16", "data.pictures.limit=8", "widths=[8,8,16]", "channels=4", "batch_size=4"]
+        options = ["data.resolution=16", "+data.pictures.limit=8", "widths=[8,8,16]", "channels=4", "batch_size=4"]
         options += ["max_steps=30", "warmup_steps=2", "lr=5e-3", "bf16=false", "limit=3", f"out={out}"]
         return hydra.compose("fit_kl", [*options, *overrides])
 
