@@ -21,6 +21,8 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "dit": lambda: build_network("tiny", **SIZE),
     "dit_moe": lambda: build_network("tiny_moe", **SIZE),
 }
+NEEDS_EXPERTS = {"router"}
+CASES = [(network, name) for network in NETWORKS for name in NAMES if name not in NEEDS_EXPERTS or network == "dit_moe"]
 SMALLER = {"vera": {"r": 8}, "fourierft": {"n_frequency": 50}, "vpt_deep": {"num_prompts": 3}}
 
 

@@ -2,6 +2,8 @@
 
 import ast
 import copy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -160,3 +162,15 @@ def test_only_the_trainer_knows_lightning():
     for file in PACKAGE.rglob("*.py"):
         if "pytorch_lightning" in file.read_text(encoding="utf-8"):
             assert file.parent.name == "training" or file.name in ("cli.py", "build.py"), file
+
+
+@pytest.mark.slow
+def test_every_part_can_be_imported_first():
+    """Each in a process of its own: a circle of imports shows only in some orders."""
+    starts = [
+        subprocess.Popen([sys.executable, "-c", f"import ditune.{part}"], cwd=ROOT / "src", stderr=subprocess.PIPE)
+        for part in ("data", "checkpoints", "fetch")
+    ]
+    for start in starts:
+        error = start.communicate(timeout=240)[1]
+        assert start.returncode == 0, error.decode()

@@ -2,14 +2,16 @@
 
 import pytest
 import torch
-from helpers import assert_same_bits
-from peft_helpers import NAMES, NETWORKS, Trained, build_base, build_method, everything, output, train
+from helpers import ROOT, assert_same_bits
+from omegaconf import OmegaConf
+from peft_helpers import CASES, NEEDS_EXPERTS, Trained, build_base, build_method, everything, output, train
 from torch.testing import assert_close
 
 from ditune.checkpoints import load_adapter, load_adapters, read_adapter, save_adapter
 from ditune.errors import UserError
 from ditune.networks import build_network
-from ditune.peft import build_peft, merge
+from ditune.parameters import parameter_table
+from ditune.peft import METHODS, build_peft, merge
 from ditune.training import Ema
 
 NO_IDENTITY = {"vpt_deep", "vpt_shallow"}  # prompts take a share of the attention
@@ -50,10 +52,21 @@ def test_parameters_that_train_of_xl_2_on_food101(name, arguments, count):
     assert sum(p.numel() for p in method.trainable(network).values()) == count
 
 
+def test_table_of_the_docs():
+    """Its first network is counted again; the last one has the counts above."""
+    cfg = OmegaConf.load(ROOT / "configs" / "parameters.yaml")
+    fresh = parameter_table(cfg.rows, ["dit_s_2"], cfg.num_classes, ROOT / "configs" / "peft").splitlines()
+    docs = (ROOT / "docs" / "peft.md").read_text().splitlines()
+    shown = docs[docs.index("| method | " + " | ".join(cfg.networks) + " |") :][: len(fresh)]
+    assert [line.split("|")[1:3] for line in shown] == [line.split("|")[1:3] for line in fresh]
+    assert {row.split()[0] for row in cfg.rows} == set(METHODS) - NEEDS_EXPERTS
+    assert {path.stem for path in (ROOT / "configs" / "peft").glob("*.yaml")} == set(METHODS)
+
+
 # The life of an adapter, one training for all tests of a method on a network
 
 
-@pytest.fixture(scope="module", params=[(n, m) for n in NETWORKS for m in NAMES], ids="-".join)
+@pytest.fixture(scope="module", params=CASES, ids="-".join)
 def case(request) -> tuple[str, str, Trained]:
     return *request.param, train(*request.param)
 
@@ -72,7 +85,7 @@ def test_only_what_it_declares_has_changed(case):
     after = everything(trained.network)
     changed = {key for key, value in after.items() if not torch.equal(value, trained.before[key])}
     assert changed == declared
-    assert "y_embedder.embedding_table.weight" in declared
+    assert ("y_embedder.embedding_table.weight" in declared) == trained.method.train_labels
     assert Ema(trained.method.trainable(trained.network), decay=0.9).average.keys() == declared
     if name != "full":
         assert sum(after[key].numel() for key in declared) < 0.5 * sum(value.numel() for value in after.values())

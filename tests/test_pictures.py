@@ -176,6 +176,15 @@ def test_top_folders_are_splits(tmp_path: Path, other: str) -> None:
     assert len(Pictures(path, 8)) == 10
 
 
+def test_settings_are_searched_on_a_tenth_of_the_training_pictures() -> None:
+    archive = ROOT / "assets" / "emoji" / "fluent3d.zip"
+    whole, fit, val = (Pictures(archive, 32, split=s).names for s in ("train", "train.fit", "train.val"))
+    assert sorted(fit + val) == sorted(whole)
+    assert 0.08 < len(val) / len(whole) < 0.12
+    with pytest.raises(UserError, match="no picture in the split"):
+        Pictures(archive, 32, split="train.rest")
+
+
 def test_hashed_split_is_a_stable_tenth(tmp_path: Path) -> None:
     path = make(tmp_path / "a.zip", {f"{c}/{i}.png": b"" for c in COLOURS for i in range(200)})
     train, test = Pictures(path, 8, split="train"), Pictures(path, 8, split="test")

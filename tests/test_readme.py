@@ -30,7 +30,7 @@ def test_command_composes(command: str, tmp_path: Path) -> None:
 
 
 def test_every_entry_point_is_shown() -> None:
-    for script in ("train", "sample", "evaluate", "report", "dashboard"):
+    for script in ("train", "sample", "evaluate", "report", "dashboard", "prepare", "export"):
         assert f"python src/{script}.py" in BLOCKS
 
 

@@ -7,12 +7,13 @@ import torch
 from helpers import SMALL_FLOW, assert_same_bits, checkpoint, compose
 from torch.testing import assert_close
 
+from ditune.build import build_parts
 from ditune.checkpoints import load_network, save_network
 from ditune.draws import Draws
 from ditune.errors import UserError
 from ditune.networks import build_network
 from ditune.objectives import LiveReflow, ProgressiveDistillation, Shortcut, State
-from ditune.processes import FlowProcess
+from ditune.processes import FlowProcess, GaussianProcess
 from ditune.run import load_run
 from ditune.samplers import Jumps, sample
 from ditune.training import train
@@ -138,6 +139,22 @@ def test_a_method_trains_its_weights_and_the_step_embedder(tmp_path, pictures, f
     assert all("bias" in n or "_embedder." in n for n in trained)
     assert run.network.step_embedder.mlp[2].weight.abs().max() > 0
     assert run.drawer.draw(run.network, torch.tensor([0]), seed=0).shape == (1, 3, 16, 16)
+
+
+def test_an_official_diffusion_network_becomes_a_shortcut_network(tmp_path, pictures):
+    """Its file says nothing of its process, which is DiT's: epsilon with a learned variance."""
+    torch.manual_seed(0)
+    official = build_network("dit_s_8", input_size=16, in_channels=3, num_classes=3)
+    torch.save(official.state_dict(), tmp_path / "dit.pt")
+    overrides = [*SMALL_SHORTCUT, f"data.root={pictures}", "network=dit_s_8", "peft=bitfit"]
+    parts = build_parts(compose(tmp_path, *overrides, f"pretrained={tmp_path}/dit.pt"))
+    process = parts.objective.process
+    assert process.config["diffusion"] == GaussianProcess().config
+    assert parts.network.step_embedder.mlp[2].weight.requires_grad
+    x, t, y = torch.randn(2, 3, 16, 16), torch.tensor([0.9, 0.2]), torch.tensor([0, 3])
+    flow = FlowProcess().on_diffusion(GaussianProcess().config)
+    expected = flow.velocity(official, x, t, y)
+    assert_close(process.velocity(parts.network, x, t, y, torch.tensor([0.5, 0.1])), expected)
 
 
 # Teachers

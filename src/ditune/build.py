@@ -14,7 +14,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from ditune.autoencoders import Autoencoder
-from ditune.checkpoints import is_ours, load_network, locate, read_header, sha256
+from ditune.checkpoints import foreign_process, is_ours, load_network, locate, read_header, sha256
 from ditune.data import Pictures
 from ditune.drawing import Drawer
 from ditune.errors import UserError
@@ -22,6 +22,7 @@ from ditune.evaluation import Evaluation
 from ditune.networks import DiT
 from ditune.objectives import Objective
 from ditune.peft import PeftMethod, adapt_labels
+from ditune.processes import GaussianProcess
 from ditune.samplers import check
 
 log = logging.getLogger(__name__)
@@ -136,7 +137,10 @@ def build_network(
             "or new_resolution=true where only input_size and pos_embed_scale differ."
         )
     if header is not None:
-        _check_base(base, header, class_names if cfg.classes is None else None, autoencoder, objective)
+        _check_process(base, header["process"], objective)
+        _check_base(base, header, class_names if cfg.classes is None else None, autoencoder)
+    else:
+        _check_process(base, foreign_process(base) or GaussianProcess().config, objective)
     return loaded, base, base_config
 
 
@@ -156,28 +160,31 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def _check_base(
-    base: Path, header: dict, class_names: list[str] | None, autoencoder: Autoencoder, objective: Objective
-) -> None:
-    theirs, ours = header["process"], objective.process.config
+def _check_process(base: Path, theirs: Mapping, objective: Objective) -> None:
+    """Whether the objective can go on from what the base was trained on; a flow's takes a diffusion for one."""
+    ours = objective.process.config
     if theirs.get("kind") == "flow" and ours.get("kind") != "flow":
         raise UserError(
             f"The base network {base.name} was trained on a flow, the objective is for a diffusion. "
             "Choose an objective= of flows."
         )
-    if ours.get("kind") == "flow" and theirs.get("kind") != "flow":
-        log.info("the base network %s was trained on a diffusion and is read as a flow", base.name)
-        objective.process = objective.process.on_diffusion(theirs)
-        theirs = objective.process.config
+    if ours.get("kind") == "flow":
+        diffusion = theirs.get("diffusion") if theirs.get("kind") == "flow" else dict(theirs)
+        if diffusion:
+            log.info("the base network %s was trained on a diffusion and is read as a flow", base.name)
+            objective.process = objective.process.on_diffusion(diffusion)
+        if theirs.get("kind") != "flow":
+            return
     if theirs.get("step") == "none":  # it may learn to be told steps
         theirs = {key: value for key, value in theirs.items() if key not in ("step", "base_steps")}
-    if theirs.get("diffusion"):
-        objective.process = objective.process.on_diffusion(theirs["diffusion"])
     different = _differences(theirs, objective.process.config)
     if different:
         raise UserError(
             f"The base network {base.name} was trained on another process: {different}. Set objective.* as there."
         )
+
+
+def _check_base(base: Path, header: dict, class_names: list[str] | None, autoencoder: Autoencoder) -> None:
     provenance = header["provenance"]
     if provenance["autoencoder"] != autoencoder.fingerprint:
         raise UserError(f"The base network {base.name} was trained on other latents. Choose its autoencoder=.")

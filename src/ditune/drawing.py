@@ -11,7 +11,7 @@ from ditune.autoencoders import Autoencoder
 from ditune.data import to_uint8
 from ditune.draws import mix
 from ditune.processes import Process
-from ditune.samplers import NoiseStream, Sampler, default_sampler, sample
+from ditune.samplers import Jumps, NoiseStream, Sampler, default_sampler, sample
 
 log = logging.getLogger(__name__)
 
@@ -23,8 +23,9 @@ class Drawer:
     Args:
         process, autoencoder: of the network.
         resolution: side of the pictures, in pixels.
-        sampler: how, None = as suits the process.
-        steps, guidance, guidance_interval, guidance_channels, guidance_rescale: see `ditune.samplers.sample`.
+        sampler: how; None = as suits the process.
+        steps: None = 4 of a sampler that jumps, 25 of others.
+        guidance, guidance_interval, guidance_channels, guidance_rescale: see `ditune.samplers.sample`.
         batch_size: pictures at once; every batch is padded to it, so that rounding does not depend on their number.
         bf16: the network runs under bf16 autocast.
     """
@@ -33,7 +34,7 @@ class Drawer:
     autoencoder: Autoencoder
     resolution: int
     sampler: Sampler | None
-    steps: int
+    steps: int | None
     guidance: float = 1.0
     guidance_interval: Sequence[float] = (0.0, 1.0)
     guidance_channels: int | None = None
@@ -43,6 +44,8 @@ class Drawer:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sampler", self.sampler or default_sampler(self.process))
+        if self.steps is None:
+            object.__setattr__(self, "steps", 4 if isinstance(self.sampler, Jumps) else 25)
 
     def draw(
         self,

@@ -29,7 +29,7 @@ from ditune.networks import DiT
 from ditune.processes import GaussianProcess, build_process
 
 STORED = ("process", "autoencoder", "resolution", "class_names")  # what a file must say about itself to be drawn from
-OURS = {"steps": 25, "guidance": 1.5}  # of drawing, where no authors say otherwise
+OURS = {"guidance": 1.5}  # of drawing, where no authors say otherwise
 
 
 @dataclass(frozen=True)

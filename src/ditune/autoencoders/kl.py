@@ -18,7 +18,7 @@ class KL(Autoencoder):
     name    in the names of caches
     folder  with config.json and diffusion_pytorch_model.safetensors, as the hub lays them out; used where it is there
     hub     repository on huggingface.co for where it is not; None = only the folder
-    scale   on latents; 0.18215 for Stable Diffusion's
+    scale   on latents; 0.18215 for Stable Diffusion's; None = the scaling_factor of config.json
     tiling  compute in overlapping tiles: less memory at 512 px and more, slightly other numbers
     bf16    decode in bf16. Encoding stays in fp32: it is done once, and its error would stay in every epoch.
 
@@ -32,14 +32,14 @@ class KL(Autoencoder):
         name: str,
         folder: str | Path,
         hub: str | None = None,
-        scale: float = 0.18215,
+        scale: float | None = None,
         tiling: bool = False,
         bf16: bool = False,
     ) -> None:
         vae = load(Path(folder), hub)
         super().__init__(vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1))
         self.vae, self._name, self.bf16 = vae, name, bf16
-        self.scale.fill_(scale)
+        self.scale.fill_(vae.config.scaling_factor if scale is None else scale)
         if tiling:
             vae.enable_tiling()
 
@@ -67,7 +67,10 @@ def load(folder: Path, hub: str | None) -> torch.nn.Module:
 
     local = (folder / FILES[0]).is_file()
     if not local and hub is None:
-        raise UserError(f"There is no autoencoder in {folder}: {' and '.join(FILES)} are expected there.")
+        raise UserError(
+            f"There is no autoencoder in {folder}: {' and '.join(FILES)} are expected there. "
+            "The emoji's own is made by `python src/fit_kl.py`."
+        )
     try:
         return AutoencoderKL.from_pretrained(folder if local else hub)
     except Exception as error:  # the hub's client raises errors of many kinds

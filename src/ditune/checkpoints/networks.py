@@ -37,7 +37,7 @@ def save_network(
     header["provenance"] = provenance
     tensors = {k: v.detach().float().cpu().contiguous() for k, v in network.state_dict().items()}
     if not position_table:
-        del tensors["pos_embed"]  # computed from the config
+        tensors.pop("pos_embed", None)  # computed from the config
     with atomic(path) as temporary:
         save_file(tensors, temporary, metadata={"ditune": json.dumps(header)})
 

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from ditune import fetch  # the module: it imports this package, and may be half loaded here
 from ditune.errors import UserError
-from ditune.fetch import fetch, record_first_use
 
 ADDRESS = "https://dl.fbaipublicfiles.com/DiT/models"
 # name: its file. Licence of the weights: CC-BY-NC 4.0 (facebookresearch/DiT).
@@ -26,6 +26,6 @@ def locate(name: str, folder: Path | str, download: bool = True) -> Path:
     if not path.is_file():
         if not download:
             raise UserError(f"The network {name} is not there. Put {url} at {path}, or start without dry_run.")
-        fetch(url, path)
-    record_first_use(path, url)
+        fetch.fetch(url, path)
+    fetch.record_first_use(path, url)
     return path

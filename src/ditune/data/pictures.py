@@ -40,6 +40,7 @@ class Pictures(Dataset):
     resolution    side of the square pictures, in pixels
     split         name of the split; None = all. From the column `split`, or from top folders train/ and test/ or val/.
                   A source with neither is split by a hash of each file's path: a tenth is 'test', the rest 'train'.
+                  'train.val' is a tenth of 'train', by such a hash too, and 'train.fit' the rest: to search settings.
     class_column  column of metadata.csv that names the class; None, or no metadata.csv = the first folder
     classes       class names in the order of their labels, or a text file with one a line;
                   None = the sorted names of all splits of all sources (as text: '10' comes before '2')
@@ -81,7 +82,7 @@ class Pictures(Dataset):
         """Take the pictures of one split out of all that were found."""
         self.class_names, self.everything = class_names, found
         self.hashes, kept = apply_manifest(found, manifest)
-        items = kept if split is None else [item for item in kept if item.split == split]
+        items = kept if split is None else [item for item in kept if _is_in(item, split)]
         if not items:
             splits = ", ".join(sorted({item.split for item in found}))
             raise UserError(f"There is no picture in the split '{split}'. The sources have these splits: {splits}.")
@@ -226,6 +227,14 @@ def _first_folder(name: str) -> str:
 def hashed_split(name: str) -> str:
     """The same for a path on every machine, whatever else is in the source."""
     return "test" if int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) % 10 == 0 else "train"
+
+
+def _is_in(item: Item, split: str) -> bool:
+    whole, dot, part = split.partition(".")
+    if not dot:
+        return item.split == split
+    held_out = hashed_split(f"held out of {whole}: {item.name}") == "test"
+    return item.split == whole and part == ("val" if held_out else "fit")
 
 
 def _class_names(classes: str | Path | Sequence[str] | None, items: list[Item]) -> list[str]:

@@ -64,7 +64,7 @@ class Run:
         }
         for other in result.get("other_protocols", {}).values():
             values |= {name: value for name, value in other["after"].items() if name not in values}
-        for name in ("images_per_second", "peak_memory_mib"):
+        for name in ("images_per_second", "seconds_per_step", "adapter_bytes", "peak_memory_mib"):
             values[name] = result.get(name)
         values["seconds"] = result.get("seconds", {}).get("fit")
         return {name: value for name, value in values.items() if value is not None}

@@ -13,6 +13,8 @@ COLUMNS = {
     "share": ("share", 100, "{:.2f} %"),
     "test loss before": ("test_loss before", 1, "{:.4f}"),
     "test loss after": ("test_loss", 1, "{:.4f}"),
+    "adapter MB": ("adapter_bytes", 1e-6, "{:.2f}"),
+    "s/step": ("seconds_per_step", 1, "{:.3f}"),
     "images/s": ("images_per_second", 1, "{:.0f}"),
     "seconds": ("seconds", 1, "{:.0f}"),
 }

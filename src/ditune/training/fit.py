@@ -76,6 +76,7 @@ def train(cfg: DictConfig) -> int:
             "status": "stopped" if trainer.global_step < cfg.max_steps else "trained",
             "steps": trainer.global_step,
             "seconds": {"fit": before + time.perf_counter() - start},
+            "seconds_per_step": clock.seconds / steps if steps else None,
             "images_per_second": steps * cfg.batch_size / clock.seconds if steps else None,
             "peak_memory_mib": peak_memory_mib(trainer.strategy.root_device),
         }
@@ -196,6 +197,8 @@ def finish(
     with module.ema.applied():
         start = time.perf_counter()
         save_trained(cfg, parts, folder)
+        if parts.base is not None:
+            result["adapter_bytes"] = (folder / "adapter" / "adapter_model.safetensors").stat().st_size
         result["denoising"] = denoising(cfg, parts)
         result["metrics"] = {} if comparison is None else comparison(parts.network, base, folder / "samples")
         result["seconds"]["evaluation"] = time.perf_counter() - start
@@ -209,11 +212,11 @@ def finish(
 
 
 def denoising(cfg: DictConfig, parts: Parts) -> dict[str, float]:
-    """Loss on the test split after the training, and of the base before it; nothing where there is no such split."""
+    """Loss on unseen pictures after the training, and of the base before it; nothing where there is no such split."""
     try:
-        pictures = make(cfg.data.pictures, "data", split="test")
+        pictures = make(cfg.data.pictures, "data", split=cfg.metrics.loss_split)
     except UserError as error:
-        log.info("no loss on a test split: %s", error)
+        log.info("no loss on unseen pictures: %s", error)
         return {}
     networks = {"after": parts.network.eval()}
     if parts.base is not None and not parts.reshaped:

@@ -1,0 +1,107 @@
+"""A small AutoencoderKL for the emoji, from scratch: squared error, and a weak pull of the posterior to N(0, I)."""
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+from ditune.autoencoders import KL
+from ditune.build import make
+from ditune.checkpoints import write_json
+from ditune.codec_study import psnr, reconstruct
+from ditune.data import Pictures, from_uint8
+from ditune.data.stream import PictureStream
+from ditune.draws import Draws
+from ditune.run import best_device
+
+log = logging.getLogger(__name__)
+
+SCALED_ON = 256  # pictures that the latents' scale is measured on
+
+
+def fit(cfg: DictConfig) -> Path:
+    """Train, save as the hub lays it out, and measure PSNR on unseen pictures; returns the folder.
+
+    Raises:
+        UserError: the settings or a file are wrong.
+    """
+    device, folder = best_device(), Path(cfg.out)
+    pictures = make(cfg.data.pictures, "data")
+    pictures.load()
+    vae = build(cfg).to(device)
+    log.info("%s parameters, %d pictures", f"{sum(p.numel() for p in vae.parameters()):,}", len(pictures))
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=cfg.lr, weight_decay=0.0)
+    stream, start = PictureStream(pictures, cfg.seed, flip=False), time.perf_counter()
+    for step in range(cfg.max_steps):
+        positions = range(step * cfg.batch_size, (step + 1) * cfg.batch_size)
+        x = from_uint8(stream.__getitems__(positions)[0].to(device))  # (B, 3, R, R)
+        for group in optimizer.param_groups:
+            group["lr"] = cfg.lr * min(1.0, (step + 1) / cfg.warmup_steps) * (1 - step / cfg.max_steps)
+        error, divergence = losses(vae, x, Draws(cfg.seed, step, range(cfg.batch_size), device), cfg.bf16)
+        optimizer.zero_grad()
+        (error + cfg.kl_weight * divergence).backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        if (step + 1) % cfg.log_every == 0:
+            rate = (step + 1) * cfg.batch_size / (time.perf_counter() - start)
+            log.info("step %d: error %.5f, KL %.1f, %.0f images/s", step + 1, error.item(), divergence.item(), rate)
+    seconds = time.perf_counter() - start
+    save(vae, pictures, folder)
+    values = measure(KL("kl_emoji", folder).to(device).eval(), cfg)
+    facts = {"parameters": sum(p.numel() for p in vae.parameters()), "steps": cfg.max_steps, "seconds": seconds}
+    write_json(folder / "result.json", facts | {"batch_size": cfg.batch_size, "seed": cfg.seed, "psnr_db": values})
+    for name, value in values.items():
+        log.info("%s: %.2f dB", name, value)
+    return folder
+
+
+def build(cfg: DictConfig) -> Any:
+    from diffusers import AutoencoderKL  # takes seconds
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(cfg.seed)
+        return AutoencoderKL(
+            block_out_channels=tuple(cfg.widths),
+            layers_per_block=cfg.layers,
+            down_block_types=("DownEncoderBlock2D",) * len(cfg.widths),
+            up_block_types=("UpDecoderBlock2D",) * len(cfg.widths),
+            latent_channels=cfg.channels,
+            norm_num_groups=8,
+            sample_size=cfg.data.resolution,
+            mid_block_add_attention=False,
+        )
+
+
+def losses(vae: Any, x: Tensor, draws: Draws, bf16: bool) -> tuple[Tensor, Tensor]:
+    """Mean squared error of pixels in [-1, 1], and KL(posterior || N(0, I)) of a picture, in nats; both of ()."""
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+        posterior = vae.encode(x).latent_dist
+        z = posterior.mean + posterior.std * draws.normal("posterior", posterior.mean.shape[1:])
+        decoded = vae.decode(z).sample
+    return (decoded.float() - x).square().mean(), posterior.kl().mean()
+
+
+@torch.no_grad()
+def save(vae: Any, pictures: Pictures, folder: Path) -> None:
+    """Config and weights, with the scale that brings the latents' means to unit variance."""
+    vae = vae.eval()
+    device = next(vae.parameters()).device
+    rows = list(range(0, len(pictures), max(1, len(pictures) // SCALED_ON)))
+    means = torch.cat(
+        [vae.encode(from_uint8(pictures.__getitems__([row])[0].to(device))).latent_dist.mean for row in rows]
+    )
+    vae.register_to_config(scaling_factor=1 / means.std().item())
+    vae.save_pretrained(folder)
+
+
+def measure(codec: KL, cfg: DictConfig) -> dict[str, float]:
+    """PSNR on pictures that were in no training, by vendor."""
+    found = {}
+    for vendor, source in cfg.vendors.items():
+        unseen = Pictures(source, cfg.data.resolution, "test", limit=cfg.limit).load()
+        found[vendor] = psnr(reconstruct(codec, unseen), unseen)
+    return found
