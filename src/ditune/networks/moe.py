@@ -38,12 +38,13 @@ def by_slices(form: Callable[..., Tensor], x_SD: Tensor, counts_E: Tensor, weigh
     The weights are unbound: `w[e]` would make a gradient of the full size for every expert.
     """
     rows = zip(x_SD.split(counts_E.tolist()), *(w.unbind() for w in weights), strict=True)
-    return torch.cat([form(torch.matmul, x_RD, *own) for x_RD, *own in rows])
+    return torch.cat([form(torch.matmul, x_RD, *(w.to(x_RD.dtype) for w in own)) for x_RD, *own in rows])
 
 
 def by_grouped_mm(form: Callable[..., Tensor], x_SD: Tensor, counts_E: Tensor, weights: Sequence[Tensor]) -> Tensor:
     """All experts in one kernel; nothing waits for the counts."""
     ends_E = counts_E.cumsum(0, dtype=torch.int32)
+    weights = [w.to(x_SD.dtype) for w in weights]  # autocast does not know grouped_mm
     rows = [w if w.ndim == 3 else w.repeat_interleave(counts_E, dim=0, output_size=len(x_SD)) for w in weights]
     return form(lambda x, w: torch.nn.functional.grouped_mm(x, w, offs=ends_E), x_SD, *rows)
 
@@ -77,9 +78,9 @@ class Experts(nn.Module):
 
     def forward(self, x_SD: Tensor, counts_E: Tensor) -> Tensor:  # (S, D), (E,) -> (S, D)
         device = x_SD.device.type
-        # autocast knows neither grouped_mm nor that a slice's weights were cast before
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_SD.dtype
-        x_SD, weights = x_SD.to(dtype), [getattr(self, name).to(dtype) for name in self.names]
+        if torch.is_autocast_enabled(device):
+            x_SD = x_SD.to(torch.get_autocast_dtype(device))
+        weights = [getattr(self, name) for name in self.names]
         return back_end(x_SD, weights)(self.form, x_SD, counts_E, weights)
 
 
