@@ -24,7 +24,7 @@ class Shortcut(FlowObjective):
         process: the flow; its network is told steps, of at least 1/M (`base_steps`).
         bootstrap_every: one sample in so many is bootstrapped: 4 in the paper, 8 in its code.
         levels: of the bootstrapped samples. 'spread': in turn, over the steps too, so that every level is trained at
-            every batch size. 'uniform': drawn, as the paper is said to. 'code': the code's list, the same in every step;
+            every batch size. 'uniform': drawn, as the paper is said to; 'code': the code's list, the same in each step;
             needs L bootstrapped samples in a batch, for smaller ones the code trains nothing but d = 1.
         dt_bias: with levels='code', more samples of d = 1 and d = 1/2 (`bootstrap_dt_bias` there).
         target: whose two half steps are the target: 'ema', or the 'live' network.
