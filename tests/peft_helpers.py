@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from ditune.networks import build_network
-from ditune.peft import METHODS, PeftMethod, build_peft
+from ditune.peft import METHODS, MOE_METHODS, PeftMethod, build_peft
 
 NAMES = list(METHODS)
 STEPS = 5
@@ -21,8 +21,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "dit": lambda: build_network("tiny", **SIZE),
     "dit_moe": lambda: build_network("tiny_moe", **SIZE),
 }
-NEEDS_EXPERTS = {"router"}
-CASES = [(network, name) for network in NETWORKS for name in NAMES if name not in NEEDS_EXPERTS or network == "dit_moe"]
+CASES = [(network, name) for network in NETWORKS for name in NAMES] + [("dit_moe", name) for name in MOE_METHODS]
 SMALLER = {"vera": {"r": 8}, "fourierft": {"n_frequency": 50}, "vpt_deep": {"num_prompts": 3}}
 
 

@@ -42,6 +42,11 @@ MISTAKES = {
     "nothing to adapt": (["peft=bitfit"], "Set pretrained="),
     "trainables in bf16": (["trainer.precision=bf16-true"], "Set one of bf16-mixed, 32-true"),
     "no null class": (["network.class_dropout_prob=0"], "label_drop=0"),
+    "guidance without a null class": (
+        ["network.class_dropout_prob=0", "objective.label_drop=0", "sampler.guidance=2"],
+        "Set sampler.guidance=1",
+    ),
+    "dropout in an adapter": (["peft=lora", "+peft.lora_dropout=0.1", "pretrained=@base"], "lora_dropout"),
     "missing value": (["data.root=???"], "no value for data.root"),
 }
 

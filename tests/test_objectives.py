@@ -6,9 +6,13 @@ from helpers import ROOT, SMALL_FLOW, compose
 from torch.testing import assert_close
 
 from ditune.build import build_parts
+from ditune.checkpoints import save_network
 from ditune.draws import Draws
+from ditune.errors import UserError
 from ditune.objectives import State
 from ditune.training import train
+from ditune.training.fit import check_combination
+from ditune.training.setup import identity
 
 OBJECTIVES = sorted(path.stem for path in (ROOT / "configs" / "objective").glob("*.yaml"))
 NETWORKS = ("tiny", "tiny_moe")
@@ -60,3 +64,30 @@ def test_a_run_in_bf16_with_micro_steps(tmp_path, pictures, objective):
     header = (tmp_path / "metrics.csv").read_text().splitlines()[0]
     assert "train/loss_step_1_128" in header
     assert "train/velocity_rms" in header
+
+
+def test_a_method_without_forward_derivatives_is_refused(tmp_path, pictures):
+    """Before the training: alpha-Flow would come to its first derivative only after most of it."""
+    flow = [*SMALL_FLOW[:-1], "objective=alpha_flow", f"data.root={pictures}"]
+    base, parts = tmp_path / "base.safetensors", build_parts(compose(tmp_path, *flow, "peft=full"))
+    facts = {"class_names": parts.pictures.class_names, "autoencoder": parts.autoencoder.fingerprint}
+    parts.method.merge(parts.network)
+    save_network(base, parts.network, parts.objective.process.config, **facts)
+    cfg = compose(tmp_path, *flow, "peft=loha", "peft.r=2", f"pretrained={base}")
+    with pytest.raises(UserError, match="differentiates the network by its input"):
+        check_combination(cfg, build_parts(cfg))
+    other = [*SMALL_FLOW, f"data.root={pictures}", "peft=full", f"pretrained={base}"]
+    with pytest.raises(UserError, match=r"another process.*Set objective"):  # and not: choose another network
+        build_parts(compose(tmp_path, *other))
+
+
+@pytest.mark.parametrize(
+    ("objective", "scheduled"), [("alpha_flow", True), ("progressive_distillation", True), ("shortcut", False)]
+)
+def test_a_schedule_over_the_training_is_not_stretched_by_resuming(tmp_path, pictures, objective, scheduled):
+    def marks(steps):
+        overrides = [*SMALL_FLOW[:-1], f"objective={objective}", f"data.root={pictures}", "peft=full"]
+        cfg = compose(tmp_path, *overrides, f"max_steps={steps}")
+        return identity(cfg, build_parts(cfg))
+
+    assert (marks(5) != marks(6)) == scheduled

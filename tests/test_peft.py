@@ -4,14 +4,14 @@ import pytest
 import torch
 from helpers import ROOT, assert_same_bits
 from omegaconf import OmegaConf
-from peft_helpers import CASES, NEEDS_EXPERTS, Trained, build_base, build_method, everything, output, train
+from peft_helpers import CASES, Trained, build_base, build_method, everything, output, train
 from torch.testing import assert_close
 
 from ditune.checkpoints import load_adapter, load_adapters, read_adapter, save_adapter
 from ditune.errors import UserError
 from ditune.networks import build_network
 from ditune.parameters import parameter_table
-from ditune.peft import METHODS, build_peft, merge
+from ditune.peft import METHODS, MOE_METHODS, build_peft, merge
 from ditune.training import Ema
 
 NO_IDENTITY = {"vpt_deep", "vpt_shallow"}  # prompts take a share of the attention
@@ -59,8 +59,8 @@ def test_table_of_the_docs():
     docs = (ROOT / "docs" / "peft.md").read_text().splitlines()
     shown = docs[docs.index("| method | " + " | ".join(cfg.networks) + " |") :][: len(fresh)]
     assert [line.split("|")[1:3] for line in shown] == [line.split("|")[1:3] for line in fresh]
-    assert {row.split()[0] for row in cfg.rows} == set(METHODS) - NEEDS_EXPERTS
-    assert {path.stem for path in (ROOT / "configs" / "peft").glob("*.yaml")} == set(METHODS)
+    assert {row.split()[0] for row in cfg.rows} == set(METHODS)
+    assert {path.stem for path in (ROOT / "configs" / "peft").glob("*.yaml")} == {*METHODS, *MOE_METHODS}
 
 
 # The life of an adapter, one training for all tests of a method on a network

@@ -16,9 +16,10 @@ from ditune.checkpoints import load_network, read_header
 from ditune.checkpoints.official_dit_moe import to_theirs
 from ditune.errors import UserError
 from ditune.networks import DiT, DiTMoE
+from ditune.peft import build_peft
 from ditune.processes import FlowProcess, GaussianProcess
 from ditune.routing_analysis import analyse
-from ditune.routing_statistics import mutual_information
+from ditune.routing_statistics import RoutingStatistics, mutual_information
 from ditune.run import load_checkpoint
 from ditune.samplers import DDPM, Euler
 from ditune.training import train
@@ -140,3 +141,16 @@ def test_the_published_diffusion_is_drawn_by_ddpm(tmp_path):
 def test_files_of_ours_are_drawn_as_before(base):
     drawer = load(base).drawer
     assert (type(drawer.sampler).__name__, drawer.steps, drawer.guidance) == ("DDIM", 25, 1.5)
+
+
+def test_prompts_have_no_position():
+    """Visual prompts are routed as tokens are, and the statistics count them everywhere but by position."""
+    network = upcycle(dense(), num_experts=4, top_k=2)
+    build_peft("vpt_deep", lr=1e-3, num_prompts=3).apply(network)
+    expected, routing = golden("tiny_dit_forward"), []
+    network(expected["x"], expected["t"], expected["y"], routing=routing)
+    statistics = RoutingStatistics(network)
+    statistics.add(routing, torch.zeros(len(expected["x"])), expected["y"])
+    tokens = network.pos_embed.shape[1]
+    assert statistics.counts["position"][0].sum() == len(expected["x"]) * tokens * 2
+    assert statistics.counts["time"][0].sum() == len(expected["x"]) * (tokens + 3) * 2

@@ -130,17 +130,17 @@ def build_network(
             "Give data with the base's classes (data.classes), adapt its label table (classes=reinit, reuse, mean or "
             "map), or train without a base (pretrained=null peft=full)."
         )
+    if header is not None:
+        _check_process(base, header["process"], objective)
+        _check_base(base, header, class_names if cfg.classes is None else None, autoencoder)
+    else:
+        _check_process(base, foreign_process(base) or GaussianProcess().config, objective)
     different = _differences(loaded.config, network.config)
     if different:
         raise UserError(
             f"The base network {base.name} is another than network=: {different}. Choose its network=, "
             "or new_resolution=true where only input_size and pos_embed_scale differ."
         )
-    if header is not None:
-        _check_process(base, header["process"], objective)
-        _check_base(base, header, class_names if cfg.classes is None else None, autoencoder)
-    else:
-        _check_process(base, foreign_process(base) or GaussianProcess().config, objective)
     return loaded, base, base_config
 
 
@@ -229,6 +229,8 @@ def build_drawer(cfg: DictConfig, parts: Parts, sampler: DictConfig | None = Non
         **make(sampler, "sampler"),
     )
     check(drawer.sampler, drawer.process, drawer.steps)
+    if drawer.guidance != 1 and parts.network.config["class_dropout_prob"] <= 0:
+        raise UserError("The network has no null class to be guided away from. Set sampler.guidance=1.")
     return drawer
 
 

@@ -110,7 +110,10 @@ def of_run(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
             f"metrics_of is {cfg.metrics_of}. Set metrics_of=run for the run's metrics, or =this for metrics=."
         )
     if not settings.metrics.n:
-        raise UserError(f"The run {run.folder} was made with metrics.n=0. Set a number of pictures in its config.yaml.")
+        raise UserError(
+            f"The run {run.folder} was made with metrics.n=0. "
+            "Set metrics_of=this, and metrics= and metrics.n= of this command are taken."
+        )
     network, start = run.network.to(best_device()), time.perf_counter()
     comparison = build_comparison(settings, run.drawer, run.folder / "evaluation")
     metrics = comparison(network, None if run.reshaped else run.base, run.folder / "samples")

@@ -48,7 +48,8 @@ class RoutingStatistics:
             by_image_NE = chosen_NTE.sum(dim=1)
             self.counts["time"][i].index_add_(0, bins, by_image_NE)
             self.counts["class"][i].index_add_(0, y, by_image_NE)
-            self.counts["position"][i] += chosen_NTE.sum(dim=0)
+            # prompts (VPT) stand before the tokens of the image and have no position in it
+            self.counts["position"][i] += chosen_NTE[:, -self.counts["position"].shape[1] :].sum(dim=0)
             p_NTE = layer.scores_NTE / layer.scores_NTE.sum(dim=-1, keepdim=True)
             entropy = -(p_NTE * p_NTE.clamp(min=1e-20).log()).sum(dim=-1).sum()
             taken = (layer.scores_NTE * layer.chosen_NTE).sum()

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from ditune.build import seeded
-from ditune.checkpoints import read_header, save_network, sha256
+from ditune.checkpoints import is_ours, locate, read_header, save_network, sha256
 from ditune.errors import UserError
 from ditune.networks import DiT, DiTMoE
 from ditune.networks.dit_moe import MoEBlock
@@ -103,13 +103,14 @@ def upcycle_file(cfg: DictConfig) -> Path:
     Raises:
         UserError: the file or the settings are wrong.
     """
-    path, out = Path(cfg.checkpoint), Path(cfg.out)
+    out = Path(cfg.out)
     if out.suffix != ".safetensors":
         raise UserError(f"out is {out}, but networks are written as safetensors. Set out=<file>.safetensors.")
+    path = locate(cfg.checkpoint, Path(cfg.paths.cache_dir) / "networks")
     trained = load_checkpoint(path, cfg.autoencoder, cfg.sampler, bf16=False)
     options = {} if isinstance(trained.network, DiTMoE) else dict(cfg.options)
     made = upcycle(trained.network, cfg.num_experts, cfg.top_k, cfg.seed, cfg.noise, **options)
-    facts = read_header(path)["provenance"] if path.suffix == ".safetensors" else {}
+    facts = read_header(path)["provenance"] if is_ours(path) else {}
     facts |= {
         "class_names": trained.class_names,
         "autoencoder": trained.drawer.autoencoder.fingerprint,

@@ -23,6 +23,8 @@ def atomic(path: Path | str) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
+        os.umask(mask := os.umask(0))
+        temporary.chmod(0o666 & ~mask)  # some writers keep others from reading
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -123,9 +123,10 @@ class Benchmark(Pictures):
         files = [f"{root / a.file}" + (f" (from {a.urls[0]})" if a.urls else "") for a in cls.archives if a.needed]
         top = root / cls.tops[0] / cls.marker
         hand = f" {cls.by_hand}" if cls.by_hand else ""
+        command = f"python src/prepare.py data={cls.__module__.rpartition('.')[2]}"
         return (
             f"{cls.title} is not in {root}: there is no {top}. Put {', '.join(files)} there and run "
-            f"`python src/prepare.py` with data.root={root}, which unpacks and checks it.{hand}"
+            f"`{command}` with data.root={root}, which unpacks and checks it.{hand}"
         )
 
     @cached_property

@@ -37,6 +37,8 @@ class AlphaFlow(MeanFlow):
         process, others: see `FlowMap`.
     """
 
+    scheduled = True
+
     def __init__(
         self,
         process: FlowProcess,

@@ -69,6 +69,8 @@ class Objective(Protocol):
 
     process: object
     has_teacher: bool  # a copy of the weights is kept, in checkpoints too
+    scheduled: bool  # what is learned at a step depends on the length of the training
+    forward_mode: bool  # the network is differentiated by its input, with torch.func.jvp
 
     def check(self, batch_size: int) -> None:
         """Refuse what cannot work, before a training begins."""

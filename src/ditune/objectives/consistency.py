@@ -70,6 +70,8 @@ class ConsistencyDistillation(Consistency):
 class ConsistencyTraining(Consistency):
     """The neighbour lies on the straight path of the same picture and noise; neighbours come nearer over L parts."""
 
+    scheduled = True
+
     def level(self, step: int, max_steps: int) -> int:
         return min(self.finest, step * self.finest // max_steps)
 

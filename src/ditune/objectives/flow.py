@@ -34,6 +34,8 @@ class FlowObjective(ABC):
     """
 
     has_teacher = False
+    scheduled = False
+    forward_mode = False
 
     def __init__(self, process: FlowProcess, label_drop: float = 0.1):
         if not 0 <= label_drop <= 1:

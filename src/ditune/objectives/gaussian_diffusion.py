@@ -77,6 +77,8 @@ class GaussianDiffusion:
         return Loss(losses["loss"].mean(), parts, self.process.network_time(t) / self.process.timesteps)
 
     has_teacher = False
+    scheduled = False
+    forward_mode = False
 
     def check(self, batch_size: int) -> None:
         """Nothing of this objective depends on the batch."""

@@ -49,7 +49,7 @@ class LiveReflow(FlowObjective):
         t = 1 - (draws.uniform("t").to(x0.device) * base_steps).floor().to(x0) / base_steps
         d = torch.where(straightened, 1.0, 1 / base_steps)
         noise = draws.normal("noise", x0.shape[1:]).to(x0)
-        y = torch.where(straightened, y, drop_labels(y, draws, self.label_drop, null))
+        y = torch.where(straightened & (self.label_drop < 1), y, drop_labels(y, draws, self.label_drop, null))
         target, rows = self.process.target(x0, noise), straightened.nonzero()[:, 0]
         if len(rows):
             drawn = self.draw(network, noise[rows], y[rows], null)

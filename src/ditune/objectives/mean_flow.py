@@ -16,6 +16,8 @@ class MeanFlow(FlowMap):
     in forward mode. Attention has it in its plain form only, and compiled blocks are run as written for it.
     """
 
+    forward_mode = True
+
     def mean_velocity(
         self, network: Network, x_t: Tensor, v: Tensor, t: Tensor, d: Tensor, y: Tensor, state: State
     ) -> Tensor:

@@ -22,6 +22,7 @@ class ProgressiveDistillation(FlowObjective):
     """
 
     has_teacher = True
+    scheduled = True
 
     def __init__(
         self, process: FlowProcess, guidance: float = 1.0, clamp: float | None = None, label_drop: float = 0.0

@@ -28,6 +28,8 @@ class SoFlow(FlowMap):
         process, others: see `FlowMap`.
     """
 
+    scheduled = True
+
     def __init__(
         self,
         process: FlowProcess,

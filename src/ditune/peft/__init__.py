@@ -68,6 +68,7 @@ def merge(network: nn.Module) -> None:
 __all__ = [
     "HUGGINGFACE",
     "METHODS",
+    "MOE_METHODS",
     "VPT",
     "AdaptFormer",
     "Adapter",

@@ -23,6 +23,7 @@ class PeftMethod(ABC):
         train_labels: the label table trains too, as every row of DiffFit's tables does.
     """
 
+    forward_mode = True  # the adapted network can be differentiated by torch.func.jvp
     unmergeable: str | None = None  # why the method cannot become a plain network, where it cannot
 
     def __init__(self, lr: float, weight_decay: float = 0.0, train_labels: bool = True):

@@ -54,6 +54,15 @@ class HuggingFace(PeftMethod):
         from peft import get_peft_config
 
         super().__init__(lr, weight_decay, train_labels)
+        dropout = [key for key, value in arguments.items() if key.endswith("dropout") and value]
+        if dropout:
+            raise UserError(
+                f"peft.{dropout[0]} draws random numbers that no resumed run could draw again. Leave it out, or set 0."
+            )
+        if peft_type == "VERA" and arguments.setdefault("save_projection", False):
+            raise UserError("VeRA's random matrices are saved as their seed. Leave peft.save_projection out.")
+        # its own backward functions, and weights that are replaced while they compute, have no forward derivative
+        self.forward_mode = peft_type != "LOHA" and not arguments.get("target_parameters")
         arguments.setdefault("target_modules", [] if arguments.get("target_parameters") else QKV)
         if not isinstance(arguments["target_modules"], str):
             arguments["target_modules"] = list(arguments["target_modules"] or ())
@@ -196,6 +205,7 @@ def from_peft_config(config: dict[str, Any]) -> HuggingFace:
         raise UserError(f"peft has no method {config['peft_type']!r}. Install the release that wrote the adapter.")
     known = KNOWN[config["peft_type"]].__dataclass_fields__
     arguments = {k: v for k, v in config.items() if k in known} | {"inference_mode": False}
+    arguments |= {key: 0.0 for key in arguments if key.endswith("dropout")}  # of training
     if "save_projection" in arguments:  # VeRA's matrices come from the file below, as SHiRA's places do
         arguments["save_projection"] = False
     return HuggingFace(train_labels=False, **arguments)

@@ -32,7 +32,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
         UserError: there are checkpoints and all of them are damaged; a run never starts over in silence.
     """
     for leftover in folder.glob(".*.tmp-*"):
-        leftover.unlink()
+        leftover.unlink(missing_ok=True)  # all ranks clean up
     found = sorted(folder.glob("*.ckpt"), reverse=True)
     for path in found:
         if _is_whole(path):

@@ -62,8 +62,8 @@ def train(cfg: DictConfig) -> int:
     comparison = build_comparison(cfg, build_drawer(cfg, parts)) if judged else None
     source = training_source(cfg, parts.pictures, parts.autoencoder)
     stream = PictureStream(source, cfg.seed, cfg.data.flip)
-    result = {"status": "running", **describe(cfg, parts)}
     before = earlier_seconds(folder, resumed)
+    result = {"status": "running", **describe(cfg, parts), "seconds": {"fit": before}}
     write_result(trainer, folder, result)
     start = time.perf_counter()
     try:
@@ -81,8 +81,17 @@ def train(cfg: DictConfig) -> int:
             "peak_memory_mib": peak_memory_mib(trainer.strategy.root_device),
         }
         if result["status"] == "trained" and trainer.is_global_zero:
-            finish(cfg, parts, module, trainer, comparison, result)
+            with stop.at_once():
+                finish(cfg, parts, module, trainer, comparison, result)
+    except KeyboardInterrupt:
+        if result["status"] != "trained" or stop.stopped_by is None:
+            result |= {"status": "failed", "error": "interrupted"}
+            raise
+        log.warning("stopped while the network was judged; what was trained is saved, resume=auto judges it again")
+        result["status"] = "stopped"
     except BaseException as error:
+        if result["status"] == "running":
+            result["seconds"] = {"fit": before + time.perf_counter() - start}
         result |= {"status": "failed", "error": str(error)}
         raise
     finally:
@@ -117,10 +126,16 @@ def check_combination(cfg: DictConfig, parts: Parts) -> None:
             "Biases of the routers move with balance.bias_rate, and an adapter has no place for them. "
             "Set balance.bias_rate=0."
         )
-    if parts.network.config["class_dropout_prob"] <= 0 < cfg.objective.label_drop:
+    if parts.objective.forward_mode and not parts.method.forward_mode:
         raise UserError(
-            "The network has no null class for dropped labels. "
-            "Set objective.label_drop=0, or network.class_dropout_prob above 0."
+            f"{type(parts.objective).__name__} differentiates the network by its input, which peft={cfg.peft.name} "
+            "cannot. Choose another method, or objective=shortcut."
+        )
+    guided = getattr(parts.objective, "guidance", 1) != 1
+    if parts.network.config["class_dropout_prob"] <= 0 and (guided or cfg.objective.label_drop > 0):
+        raise UserError(
+            "The network has no null class for dropped labels or guidance. "
+            "Set objective.label_drop=0 and guidance=1, or network.class_dropout_prob above 0."
         )
 
 
@@ -203,12 +218,30 @@ def finish(
         result["metrics"] = {} if comparison is None else comparison(parts.network, base, folder / "samples")
         result["seconds"]["evaluation"] = time.perf_counter() - start
     result["status"] = "finished"
+    summarise(result, folder)
     after = result["metrics"].get("after", {})
     for logger in trainer.loggers:
         if after:
             logger.log_metrics({f"eval/{key}": value for key, value in after.items()}, step=cfg.max_steps)
         if isinstance(logger, WandbRun):
             logger.finish_training(folder)
+
+
+def summarise(result: dict[str, Any], folder: Path) -> None:
+    """The outcome in the log's last lines."""
+    before, after = (result["metrics"].get(which, {}) for which in ("before", "after"))
+    for name, values in (
+        ("loss on unseen pictures", result["denoising"]),
+        *(
+            (key, {"before": before.get(key), "after": value})
+            for key, value in after.items()
+            if key.startswith(("kid", "fid", "fd"))
+        ),
+    ):
+        known = [f"{values[which]:.4f} {which}" for which in ("before", "after") if values.get(which) is not None]
+        if known:
+            log.info("%s: %s", name, ", ".join(known))
+    log.info("everything of this run is in %s", folder)
 
 
 def denoising(cfg: DictConfig, parts: Parts) -> dict[str, float]:

@@ -12,6 +12,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import nn
 
 from ditune.build import Parts, build_drawer, make, plain
+from ditune.checkpoints import read_json
 from ditune.data.stream import MicroBatches, PictureStream, training_loader
 from ditune.errors import UserError
 
@@ -66,6 +67,12 @@ def find_checkpoint(cfg: DictConfig, folder: Path, identity: dict[str, Any]) -> 
         raise UserError(f"resume is {cfg.resume!r}. Set resume=auto and run_dir=<the run's folder>, or leave it out.")
     newest = newest_checkpoint(folder / "checkpoints")
     if newest is None:
+        result = folder / "result.json"
+        if result.is_file() and read_json(result).get("status") == "finished":
+            raise UserError(
+                f"The run folder {folder} holds a finished run, whose checkpoints are gone or were never due. "
+                "Choose another run_dir, or delete the folder to run it again."
+            )
         if cfg.resume:
             log.warning("nothing to resume in %s: the run begins at step 0", folder)
         return Resumed(None, 0)
@@ -85,11 +92,13 @@ def find_checkpoint(cfg: DictConfig, folder: Path, identity: dict[str, Any]) -> 
 
 
 def identity(cfg: DictConfig, parts: Parts) -> dict[str, Any]:
-    """What must be the same when a run goes on; devices, workers, max_steps and what is logged may change."""
+    """What must be the same when a run goes on; devices, workers, max_steps (where nothing but the rate
+    depends on it) and what is logged may change."""
     scheduler = {key: value for key, value in plain(cfg.scheduler).items() if key != "max_steps"}
     return {
         "network": parts.network.config,
         "objective": plain(cfg.objective),
+        "max_steps": cfg.max_steps if parts.objective.scheduled else None,
         "peft": plain(cfg.peft),
         "autoencoder": parts.autoencoder.fingerprint,
         "optimizer": plain(cfg.optimizer),
@@ -101,6 +110,7 @@ def identity(cfg: DictConfig, parts: Parts) -> dict[str, Any]:
         "flip": cfg.data.flip,
         "batch_size": cfg.batch_size,
         "precision": cfg.trainer.precision,
+        "gradient_clip_val": cfg.trainer.gradient_clip_val,
         "seed": cfg.seed,
         "balance": plain(cfg.balance) if cfg.balance else None,
     }

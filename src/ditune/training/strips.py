@@ -57,11 +57,13 @@ class DrawStrips(Callback):
             return False
         return True
 
-    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         step = trainer.global_step
         due = step == trainer.max_steps or (self.every_n_steps and step % self.every_n_steps == 0)
         path = self.folder / f"strips_{step:07d}.png"
-        if not due or not self.rows or not trainer.is_global_zero or path.exists():
+        if (batch_idx + 1) % trainer.accumulate_grad_batches or not due or not self.rows or not trainer.is_global_zero:
             return
         module.network.eval()
         with module.ema.applied():
