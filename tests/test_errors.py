@@ -46,6 +46,8 @@ MISTAKES = {
         ["network.class_dropout_prob=0", "objective.label_drop=0", "sampler.guidance=2"],
         "Set sampler.guidance=1",
     ),
+    "Inception without its weights": (["metrics=fid", "metrics.n=2"], "weights are missing"),
+    "DINOv2 without its weights": (["metrics=dinov2", "metrics.n=2"], "weights are missing"),
     "dropout in an adapter": (["peft=lora", "+peft.lora_dropout=0.1", "pretrained=@base"], "lora_dropout"),
     "missing value": (["data.root=???"], "no value for data.root"),
 }

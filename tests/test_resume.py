@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import assert_same_bits, checkpoint
 
+from ditune.checkpoints import read_json
 from ditune.errors import UserError
 from ditune.training import GenerativeModule, train
 from ditune.training.checkpoint_io import AtomicCheckpointIO, newest_checkpoint
@@ -123,6 +124,28 @@ def test_resuming_a_finished_run_changes_no_weight(run):
     before = (whole / "network.safetensors").read_bytes()
     assert run("whole", "peft=full", "resume=auto")[1] == 0
     assert (whole / "network.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("resume", [[], ["resume=auto"]])
+def test_a_finished_run_without_checkpoints_is_not_run_over(run, resume):
+    folder, _ = run("done", "peft=full", steps=2)
+    before = (folder / "result.json").read_bytes()
+    with pytest.raises(UserError, match="holds a finished run"):
+        run("done", "peft=full", *resume)
+    assert (folder / "result.json").read_bytes() == before
+
+
+def test_stopped_by_a_signal_while_it_is_judged(run, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("ditune.training.fit.denoising", lambda *_: terminate())
+        folder, code = run("run", "peft=full")
+    assert code == STOPPED
+    assert read_json(folder / "result.json")["status"] == "stopped"
+    assert (folder / "network.safetensors").is_file()
+    before = (folder / "network.safetensors").read_bytes()
+    assert run("run", "peft=full", "resume=auto") == (folder, 0)
+    assert read_json(folder / "result.json")["status"] == "finished"
+    assert (folder / "network.safetensors").read_bytes() == before
 
 
 def test_resume_without_a_checkpoint_starts_the_run(run):
