@@ -26,7 +26,8 @@ def prepare() -> None:
     os.environ.setdefault("DITUNE_ROOT", str(ROOT))
     # processes that submitit starts find the package as this one does
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT / "src"), os.environ.get("PYTHONPATH"))))
-    logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(_is_worth_reading)
+    for talker in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
+        logging.getLogger(f"pytorch_lightning.{talker}").addFilter(_is_worth_reading)
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # between Lightning and torch
     warnings.filterwarnings("ignore", message=".*module\\(s\\) in eval mode.*")  # the autoencoder is, on purpose
 
@@ -46,7 +47,7 @@ def reported(work: Callable[[], int | None], traceback: bool) -> None:
     except (UserError, OmegaConfBaseException) as error:
         if traceback or in_sweep():
             raise  # a sweep goes on with its next job and shows the error at its end
-        text = str(error) if isinstance(error, UserError) else f"The config is wrong: {error}"
+        text = str(error) if isinstance(error, UserError) else f"The config is wrong: {str(error).splitlines()[0]}."
         sys.stderr.write(f"\nError: {text}\n")
         sys.exit(USER_ERROR)
     if code:
