@@ -235,7 +235,7 @@ def summarise(result: dict[str, Any], folder: Path) -> None:
         *(
             (key, {"before": before.get(key), "after": value})
             for key, value in after.items()
-            if key.startswith(("kid", "fid", "fd"))
+            if key.startswith(("kid", "fid", "fd")) and not key.endswith("_std")
         ),
     ):
         known = [f"{values[which]:.4f} {which}" for which in ("before", "after") if values.get(which) is not None]
