@@ -164,7 +164,8 @@ def test_one_inception_gives_both_the_same_metrics(weights: Path):
     # their FID takes a minute at 2048 dimensions, and its root of a singular matrix is inexact; hence 4 of them
     few = [batch[:, features][:, :: 2048 // 4] for batch in (x, y)]
     theirs = fid_statistics_to_metric(*map(fid_features_to_statistics, few), verbose=False)
-    assert frechet_distance(*few) == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)
+    # a small difference of larger traces, whose roots are rounded in another way on every machine: hence `abs`
+    assert frechet_distance(*few) == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6, abs=1e-7)
     assert ours["fid_7"] == frechet_distance(x[:, features], y[:, features])
     assert ours["sfid_7"] > 0
     assert not any(name.startswith("fd_") for name in ours)  # FID has one name only
