@@ -28,6 +28,7 @@ MISTAKES = {
     "batch and micro-steps": (["trainer.accumulate_grad_batches=3"], "multiple of 3"),
     "empty batch": (["batch_size=0"], "batch_size is the global batch, 0"),
     "resume by a path": (["resume=last.ckpt"], "resume=auto"),
+    "sizes of no file": (["network=as_pretrained"], "Set pretrained=<file>"),
     "no such network": (["network.name=dit_xxl_2"], "there is no network 'dit_xxl_2'"),
     "no such method": (["peft.name=diffit"], "There is no method 'diffit'"),
     "key of another method": (["peft=bitfit", "+peft.gamma_depth=1"], "gamma_depth"),

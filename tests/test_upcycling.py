@@ -84,9 +84,8 @@ def test_file_to_file_and_on_to_a_training(base, pictures, tmp_path):
     old, new = load_network(base).eval(), load_network(out).eval()
     inputs = torch.randn(2, 3, 16, 16), torch.tensor([0, 500]), torch.tensor([0, 3])
     assert_close(new(*inputs), old(*inputs), atol=1e-5, rtol=1e-5)
-    options = ["num_experts=4", "expert=gelu", "renormalize=true", "expert_ratio=4.0", "shared_ratio=1.0"]
-    network = ["network=tiny_moe", *(f"+network.{option}" for option in options)]
-    common = [*SMALL, f"data.root={pictures}", *network, "balance=batch", f"pretrained={out}", "peft=full"]
+    like = ["network=as_pretrained", f"pretrained={out}"]
+    common = [*SMALL, f"data.root={pictures}", *like, "balance=batch", "peft=full"]
     assert train(compose(tmp_path / "run", *common, "max_steps=2")) == 0
     folder = analyse(config("analyze_routing", f"run={tmp_path / 'run'}", "n=4", "steps=2"))
     written = json.loads((folder / "routing.json").read_text())

@@ -120,4 +120,5 @@ def upcycle_file(cfg: DictConfig) -> Path:
     save_network(out, made, trained.drawer.process.config, **facts)
     before, after = (sum(p.numel() for p in network.parameters()) for network in (trained.network, made))
     log.info("%s: %s parameters, %s before", out, f"{after:,}", f"{before:,}")
+    log.info("train on from it with network=as_pretrained pretrained=%s balance=batch peft=full", out)
     return out

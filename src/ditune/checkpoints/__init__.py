@@ -2,7 +2,7 @@
 
 from .adapters import check_file, load_adapter, load_adapters, read_adapter, save_adapter
 from .files import atomic, read_json, sha256, write_json
-from .networks import foreign_drawing, foreign_process, is_ours, load_network, read_header, save_network
+from .networks import foreign_drawing, foreign_process, is_ours, load_network, network_like, read_header, save_network
 from .published import locate
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "load_adapters",
     "load_network",
     "locate",
+    "network_like",
     "read_adapter",
     "read_header",
     "read_json",

@@ -13,6 +13,7 @@ from ditune.networks import CLASSES, DiT
 
 from . import diffusers_dit, official_dit, official_dit_moe, shortcut_jax
 from .files import atomic
+from .published import locate
 from .source import Content, Source
 
 FORMAT = "ditune-network-1"
@@ -77,13 +78,7 @@ def load_network(path: Path | str, **overrides: Any) -> nn.Module:
         UserError: the file is missing, damaged, of an unknown kind, or does not fit the overrides.
     """
     source = Source(path)
-    if "ditune" in source.header:
-        header = read_header(path)
-        if header.get("class", "DiT") not in CLASSES:  # files from before there was more than DiT say none
-            raise UserError(f"{path} holds a {header['class']}, which this release does not know. Use a newer one.")
-        content = Content(CLASSES[header.get("class", "DiT")], header["network"], source.content)
-    else:
-        content = _format_of(source).read(source, **overrides)
+    content = _content(source, **overrides)
     network = content.build(**(content.config | overrides))
     tensors = content.tensors
     if overrides.get("step") and not content.config.get("step"):
@@ -96,6 +91,34 @@ def load_network(path: Path | str, **overrides: Any) -> nn.Module:
         raise UserError(f"{path} does not fit the network: {error}. Check the overrides {overrides}.") from error
     network.file = source.path
     return network
+
+
+def network_like(name: str, checkpoint: str | None, cache_dir: str, **overrides: Any) -> nn.Module:
+    """An untrained network of the file's kind and sizes, for `network=as_pretrained`.
+
+    Args:
+        name: of the config; nothing depends on it.
+        checkpoint: the file, or the name of a published one.
+        cache_dir: folder of published ones.
+        overrides: constructor arguments that replace those of the file.
+
+    Raises:
+        UserError: no file is given, or it cannot be read.
+    """
+    if checkpoint is None:
+        raise UserError("network=as_pretrained takes its sizes from a file. Set pretrained=<file> or another network=.")
+    content = _content(Source(locate(checkpoint, cache_dir)), **overrides)
+    return content.build(**(content.config | overrides))
+
+
+def _content(source: Source, **overrides: Any) -> Content:
+    if "ditune" not in source.header:
+        return _format_of(source).read(source, **overrides)
+    header = read_header(source.path)
+    kind = header.get("class", "DiT")  # files from before there was more than DiT say none
+    if kind not in CLASSES:
+        raise UserError(f"{source.path} holds a {kind}, which this release does not know. Use a newer one.")
+    return Content(CLASSES[kind], header["network"], source.content)
 
 
 def foreign_process(path: Path | str) -> dict[str, Any]:

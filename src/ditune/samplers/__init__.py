@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ditune.errors import UserError
 from ditune.processes import FlowProcess, GaussianProcess, Process
+from ditune.samplers.base import Sampler
 from ditune.samplers.ddim import DDIM
 from ditune.samplers.ddpm import DDPM
 from ditune.samplers.euler import Euler
@@ -16,7 +17,6 @@ from ditune.samplers.multistep import Multistep
 from ditune.samplers.noise import NoiseStream
 from ditune.samplers.runge_kutta import RungeKutta
 
-Sampler = DDPM | DDIM | Euler | Jumps | Renoise | RungeKutta | Multistep
 NAMES = {GaussianProcess: "a diffusion", FlowProcess: "a flow"}
 
 __all__ = [

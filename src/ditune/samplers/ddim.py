@@ -1,16 +1,17 @@
 """Denoising diffusion implicit models (Song et al. 2020, arXiv 2010.02502)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from ditune.errors import UserError
 from ditune.processes import GaussianProcess
+from ditune.samplers.base import NoiseFn, Sampler, Step
 from ditune.samplers.guidance import ModelFn
 
 
-class DDIM:
+class DDIM(Sampler):
     """Walks from noise to data along the predicted noise; without randomness at eta = 0.
 
     Args:
@@ -30,27 +31,7 @@ class DDIM:
             )
         self.eta, self.clip = eta, clip
 
-    def check(self, process: GaussianProcess) -> None:
-        """Any number of the process's timesteps will do."""
-
-    @torch.inference_mode()
-    def __call__(
-        self,
-        model_fn: ModelFn,
-        process: GaussianProcess,
-        x: Tensor,
-        noise: Callable[[], Tensor],
-        on_step: Callable[[int, Tensor, Tensor], None] | None = None,
-    ) -> Tensor:  # (N, C, H, W)
-        """Denoise x_T.
-
-        Args:
-            model_fn: (x, network time) -> raw output.
-            process: its steps are the steps taken.
-            x: (N, C, H, W) standard normal noise.
-            noise: gives (N, C, H, W) standard normal noise; called only where eta > 0, and not at the last step.
-            on_step: called after every step with (timestep of the network, x, predicted x_0).
-        """
+    def walk(self, model_fn: ModelFn, process: GaussianProcess, x: Tensor, noise: NoiseFn) -> Iterator[Step]:
         for step in reversed(range(process.steps)):
             t = torch.full((len(x),), step, device=x.device)
             prediction = process.predict(model_fn(x, process.network_time(t)), x, t, self.clip)
@@ -60,9 +41,7 @@ class DDIM:
             x = process.at("alpha_prev", t, x) * prediction.x0 + direction * prediction.epsilon  # eq. 12
             if self.eta > 0 and step > 0:
                 x = x + variance.sqrt() * noise().to(x)
-            if on_step is not None:
-                on_step(int(process.timestep_map[step]), x, prediction.x0)
-        return x
+            yield int(process.timestep_map[step]), x, prediction.x0
 
     @torch.inference_mode()
     def reverse(

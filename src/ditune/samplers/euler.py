@@ -1,6 +1,6 @@
 """Euler's method on a flow (Liu et al. 2022, arXiv 2209.03003)."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
@@ -8,10 +8,11 @@ from torch import Tensor
 
 from ditune.errors import UserError
 from ditune.processes import FlowProcess
+from ditune.samplers.base import NoiseFn, Sampler, Step
 from ditune.samplers.guidance import ModelFn
 
 
-class Euler:
+class Euler(Sampler):
     """Walks from noise to data along the velocity at each step's beginning.
 
     Args:
@@ -32,33 +33,11 @@ class Euler:
             raise UserError("Euler's steps cannot be so. Set shift above 0, eta to 0 or more and told between 0 and 1.")
         self.shift, self.eta, self.told = shift, eta, told
 
-    def check(self, process: FlowProcess) -> None:
-        """Euler takes any number of steps."""
-
-    @torch.inference_mode()
-    def __call__(
-        self,
-        model_fn: ModelFn,
-        process: FlowProcess,
-        x: Tensor,
-        noise: Callable[[], Tensor],
-        on_step: Callable[[float, Tensor, Tensor], None] | None = None,
-    ) -> Tensor:  # (N, C, H, W)
-        """Go from noise to data.
-
-        Args:
-            model_fn: (x, t, told) -> velocity.
-            process: its steps are the steps taken.
-            x: (N, C, H, W) standard normal noise.
-            noise: gives (N, C, H, W) standard normal noise; called only where eta > 0, and not at the last step.
-            on_step: called after every step with (t at its beginning, x, predicted x_0).
-        """
+    def walk(self, model_fn: ModelFn, process: FlowProcess, x: Tensor, noise: NoiseFn) -> Iterator[Step]:
         for t, s in pairwise(process.times(self.shift).tolist()):
             velocity = model_fn(x, *(torch.full((len(x),), value, device=x.device) for value in (t, self.told)))
             x0, epsilon = x - t * velocity, x + (1 - t) * velocity
             x = x - (t - s) * velocity
             if self.eta > 0 and s > 0:
                 x = x - (t - s) * self.eta * epsilon + (2 * self.eta * t * (t - s)) ** 0.5 * noise().to(x)
-            if on_step is not None:
-                on_step(t, x, x0)
-        return x
+            yield t, x, x0

@@ -1,6 +1,6 @@
 """Steps as long as the network has learned them: shortcut models and other flow maps, and consistency models."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
@@ -8,10 +8,11 @@ from torch import Tensor
 
 from ditune.errors import UserError
 from ditune.processes import FlowProcess
+from ditune.samplers.base import NoiseFn, Sampler, Step
 from ditune.samplers.guidance import ModelFn
 
 
-class Jumps:
+class Jumps(Sampler):
     """Walks from noise to data in equal steps, each by the mean velocity over it (arXiv 2410.12557, algorithm 2).
 
     Shortcut models take 1, 2, 4 ... M steps; networks of any length of step take any number.
@@ -37,62 +38,21 @@ class Jumps:
                 f"Set steps to one of {', '.join(map(str, trained))}."
             )
 
-    @torch.inference_mode()
-    def __call__(
-        self,
-        model_fn: ModelFn,
-        process: FlowProcess,
-        x: Tensor,
-        noise: Callable[[], Tensor],
-        on_step: Callable[[float, Tensor, Tensor], None] | None = None,
-    ) -> Tensor:  # (N, C, H, W)
-        """Go from noise to data.
-
-        Args:
-            model_fn: (x, t, length of the step) -> mean velocity.
-            process: its steps are the steps taken.
-            x: (N, C, H, W) standard normal noise.
-            noise: not called.
-            on_step: called after every step with (t at its beginning, x, predicted x_0).
-        """
+    def walk(self, model_fn: ModelFn, process: FlowProcess, x: Tensor, noise: NoiseFn) -> Iterator[Step]:
         for t, s in pairwise(process.times().tolist()):
             velocity = model_fn(x, *(torch.full((len(x),), value, device=x.device) for value in (t, t - s)))
             x0, x = x - t * velocity, x - (t - s) * velocity
-            if on_step is not None:
-                on_step(t, x, x0)
-        return x
+            yield t, x, x0
 
 
-class Renoise:
+class Renoise(Sampler):
     """Jumps to the data and puts in the noise that belongs to the next step (arXiv 2303.01469, algorithm 1)."""
 
     process = FlowProcess
 
-    def check(self, process: FlowProcess) -> None:
-        """Any number of steps will do."""
-
-    @torch.inference_mode()
-    def __call__(
-        self,
-        model_fn: ModelFn,
-        process: FlowProcess,
-        x: Tensor,
-        noise: Callable[[], Tensor],
-        on_step: Callable[[float, Tensor, Tensor], None] | None = None,
-    ) -> Tensor:  # (N, C, H, W)
-        """Go from noise to data.
-
-        Args:
-            model_fn: (x, t, t) -> mean velocity down to the data.
-            process: its steps are the steps taken.
-            x: (N, C, H, W) standard normal noise.
-            noise: gives (N, C, H, W) standard normal noise; called at every step but the last.
-            on_step: called after every step with (t at its beginning, x, predicted x_0).
-        """
+    def walk(self, model_fn: ModelFn, process: FlowProcess, x: Tensor, noise: NoiseFn) -> Iterator[Step]:
         for t, s in pairwise(process.times().tolist()):
             times = torch.full((len(x),), t, device=x.device)
             x0 = x - t * model_fn(x, times, times)
             x = (1 - s) * x0 + s * noise().to(x) if s > 0 else x0
-            if on_step is not None:
-                on_step(t, x, x0)
-        return x
+            yield t, x, x0

@@ -3,7 +3,7 @@
 diffusers counts sigma = t and gives the network 1000 sigma; its "flow prediction" is epsilon - x_0, our velocity.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -11,12 +11,13 @@ from torch import Tensor
 
 from ditune.errors import UserError
 from ditune.processes import FlowProcess
+from ditune.samplers.base import NoiseFn, Sampler, Step
 from ditune.samplers.guidance import ModelFn
 
 METHODS = ("dpm_solver", "unipc")
 
 
-class Multistep:
+class Multistep(Sampler):
     """DPM-Solver++ of second order (arXiv 2211.01095) or UniPC (arXiv 2302.04867).
 
     Networks that are told steps are asked for the velocity itself.
@@ -36,9 +37,6 @@ class Multistep:
             raise UserError(f"There is no such method. Set method to one of {', '.join(METHODS)} and shift above 0.")
         self.method, self.shift = method, shift
 
-    def check(self, process: FlowProcess) -> None:
-        """Any number of steps will do."""
-
     def scheduler(self, times: np.ndarray):  # (steps + 1,), from 1 to 0
         """diffusers' scheduler on our times: its own grid does not end in even steps, and may shift twice."""
         from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
@@ -54,30 +52,11 @@ class Multistep:
         scheduler.timesteps = torch.from_numpy(1000 * sigmas[:-1]).float()
         return scheduler
 
-    @torch.inference_mode()
-    def __call__(
-        self,
-        model_fn: ModelFn,
-        process: FlowProcess,
-        x: Tensor,
-        noise: Callable[[], Tensor],
-        on_step: Callable[[float, Tensor, Tensor], None] | None = None,
-    ) -> Tensor:  # (N, C, H, W)
-        """Go from noise to data.
-
-        Args:
-            model_fn: (x, t) -> velocity.
-            process: its steps are the steps taken.
-            x: (N, C, H, W) standard normal noise.
-            noise: not called.
-            on_step: called after every step with (t at its beginning, x, predicted x_0).
-        """
+    def walk(self, model_fn: ModelFn, process: FlowProcess, x: Tensor, noise: NoiseFn) -> Iterator[Step]:
         times = process.times(self.shift).numpy()
         scheduler = self.scheduler(times)
         for t, timestep in zip(times[:-1].tolist(), scheduler.timesteps, strict=True):
             velocity = model_fn(x, torch.full((len(x),), t, device=x.device))
             x0 = x - t * velocity
             x = scheduler.step(velocity, timestep, x, return_dict=False)[0]
-            if on_step is not None:
-                on_step(t, x, x0)
-        return x
+            yield t, x, x0

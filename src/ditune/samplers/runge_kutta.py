@@ -1,6 +1,6 @@
 """Methods of second order on a flow: the step's velocity is that of its end or its middle too."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
@@ -8,12 +8,13 @@ from torch import Tensor
 
 from ditune.errors import UserError
 from ditune.processes import FlowProcess
+from ditune.samplers.base import NoiseFn, Sampler, Step
 from ditune.samplers.guidance import ModelFn
 
 METHODS = ("heun", "midpoint")
 
 
-class RungeKutta:
+class RungeKutta(Sampler):
     """Heun's method (the mean of both ends' velocities) or the midpoint method (the middle's velocity).
 
     Both evaluate the network twice in a step, Heun's once in the last, which ends at the data. Networks that are told
@@ -34,27 +35,7 @@ class RungeKutta:
             raise UserError(f"There is no such method. Set method to one of {', '.join(METHODS)} and shift above 0.")
         self.method, self.shift = method, shift
 
-    def check(self, process: FlowProcess) -> None:
-        """Any number of steps will do."""
-
-    @torch.inference_mode()
-    def __call__(
-        self,
-        model_fn: ModelFn,
-        process: FlowProcess,
-        x: Tensor,
-        noise: Callable[[], Tensor],
-        on_step: Callable[[float, Tensor, Tensor], None] | None = None,
-    ) -> Tensor:  # (N, C, H, W)
-        """Go from noise to data.
-
-        Args:
-            model_fn: (x, t) -> velocity.
-            process: its steps are the steps taken.
-            x: (N, C, H, W) standard normal noise.
-            noise: not called.
-            on_step: called after every step with (t at its beginning, x, predicted x_0).
-        """
+    def walk(self, model_fn: ModelFn, process: FlowProcess, x: Tensor, noise: NoiseFn) -> Iterator[Step]:
 
         def velocity(x: Tensor, t: float) -> Tensor:
             return model_fn(x, torch.full((len(x),), t, device=x.device))
@@ -67,6 +48,4 @@ class RungeKutta:
             elif s > 0:
                 v = (v + velocity(x - (t - s) * v, s)) / 2
             x0, x = x - t * first, x - (t - s) * v
-            if on_step is not None:
-                on_step(t, x, x0)
-        return x
+            yield t, x, x0
