@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from helpers import ROOT, SMALL, assert_same_bits, checkpoint, compose
+from helpers import ROOT, SMALL, SMALL_FLOW, assert_same_bits, checkpoint, compose
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -38,6 +38,52 @@ def test_two_processes_learn_as_one(tmp_path, pictures):
         if name.endswith("qkv.bias"):
             continue  # softmax cancels a third of it: its gradient is rounding, which Adam blows up to whole steps
         assert_close(two[name], value, atol=1e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+
+
+FEW_STEPS = ("shortcut", "mean_flow", "alpha_flow", "so_flow", "live_reflow", "consistency_training")
+TAUGHT = ("progressive_distillation", "consistency_distillation")
+WORKER = """
+import sys
+sys.path[:0] = {paths!r}
+from helpers import compose
+from ditune.training import train
+for folder, overrides in {runs!r}:
+    assert train(compose(folder, *overrides)) == 0
+"""
+
+
+@pytest.mark.ddp
+@pytest.mark.slow
+def test_two_processes_learn_as_one_by_every_objective_and_with_experts(tmp_path, pictures):
+    """One start for all: jvp, teachers, averages and experts under DistributedDataParallel, by torchrun."""
+    common = [
+        *SMALL_FLOW[:-1],
+        f"data.root={pictures}",
+        "peft=full",
+        "max_steps=7",
+        "optimizer.lr=1e-3",
+        "batch_size=8",
+    ]
+    flow = tmp_path / "flow"
+    assert train(compose(flow, *common, "objective=flow_matching")) == 0
+    cases = {name: [f"objective={name}"] for name in FEW_STEPS}
+    cases |= {name: [f"objective={name}", f"pretrained={flow}/network.safetensors"] for name in TAUGHT}
+    cases["experts"] = ["model=dit_moe", "network=tiny_moe", "balance=global"]
+    ddp = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true"]
+    runs = [(str(tmp_path / f"{name}_2"), [*common, *case, *ddp]) for name, case in cases.items()]
+    worker = tmp_path / "worker.py"
+    worker.write_text(WORKER.format(paths=[str(ROOT / "src"), str(ROOT / "tests")], runs=runs))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(worker)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name, case in cases.items():
+        assert train(compose(tmp_path / f"{name}_1", *common, *case)) == 0
+        written = "adapter/adapter_model" if name in TAUGHT else "network"
+        one, two = (load_file(tmp_path / f"{name}_{n}" / f"{written}.safetensors") for n in (1, 2))
+        assert one.keys() == two.keys()
+        for key, value in one.items():
+            if not key.endswith("qkv.bias"):  # see above
+                assert_close(two[key], value, atol=2e-5, rtol=0, msg=lambda m, at=(name, key): f"{at}: {m}")
 
 
 @pytest.mark.ddp
