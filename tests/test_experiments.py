@@ -102,15 +102,16 @@ def xl():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_fits_the_experiments(tmp_path, xl, method):
-    """All eight have the body of difffit_cub, so one stands for them; what a method makes has no memory either."""
-    cfg = compose(tmp_path, "experiment=difffit_food101", f"peft={method}", "preset=difffit_reruns")
-    assert cfg.peft.name == method
-    assert cfg.batch_size == (64 if method == "difffit" else 32)
-    assert cfg.optimizer.lr == cfg.peft.lr
-    with torch.device("meta"):
-        network = build_network("dit_moe_s_2_8e2a", num_classes=101) if method == "router" else copy.deepcopy(xl)
-        make(cfg.peft, "peft", _convert_="all").apply(network)
+def test_every_method_fits_every_experiment(tmp_path, xl, method):
+    """Of the published re-runs and of its own; what a method makes has no memory either."""
+    for name in EIGHT:
+        cfg = compose(tmp_path, f"experiment=difffit_{name}", f"peft={method}", "preset=difffit_reruns")
+        assert (cfg.data.name, cfg.peft.name) == (name, method)
+        assert cfg.batch_size == (64 if method == "difffit" else 32)
+        assert cfg.optimizer.lr == cfg.peft.lr
+        with torch.device("meta"):
+            network = build_network("dit_moe_s_2_8e2a", num_classes=101) if method == "router" else copy.deepcopy(xl)
+            make(cfg.peft, "peft", _convert_="all").apply(network)
 
 
 def test_a_published_network_is_found_by_name_and_remembered(tmp_path):
