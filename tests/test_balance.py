@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import json
 import subprocess
 import sys
 
@@ -160,6 +161,8 @@ def test_metrics_checkpoints_and_resume(small, tmp_path):
         assert sum(loads) == pytest.approx(4.0)
         assert float(last[f"routing/{layer}/max_vio"]) == pytest.approx(max(loads) - 1)
         assert float(last[f"routing/{layer}/mi_position"]) >= 0
+    result = json.loads((whole / "result.json").read_text())
+    assert result["routing"]["max_vio"] == pytest.approx(float(last["routing/max_vio"]))
     for name in ("load_0000002.png", "load_0000004.png", "time.png", "position.png", "class.png"):
         assert (whole / "routing" / name).stat().st_size > 1000
 

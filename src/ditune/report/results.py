@@ -60,6 +60,7 @@ class Run:
             "share": result["parameters"]["share"],
             **{name: denoising[key] for name, key in loss.items() if key in denoising},
             **metrics.get("after", {}),
+            **result.get("routing", {}),
             **before,
         }
         for other in result.get("other_protocols", {}).values():

@@ -79,6 +79,7 @@ def train(cfg: DictConfig) -> int:
             "seconds_per_step": clock.seconds / steps if steps else None,
             "images_per_second": steps * cfg.batch_size / clock.seconds if steps else None,
             "peak_memory_mib": peak_memory_mib(trainer.strategy.root_device),
+            **({"routing": module.routing} if module.routing else {}),
         }
         if result["status"] == "trained" and trainer.is_global_zero:
             with stop.at_once():

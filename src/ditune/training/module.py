@@ -63,6 +63,7 @@ class GenerativeModule(pl.LightningModule):
         self.make_optimizer, self.make_scheduler = optimizer, scheduler
         self.ema = Ema(method.trainable(network), ema_decay)
         self.balance, self.statistics = balance, None  # a RoutingStatistics, where a RoutingMonitor wants one
+        self.routing: dict[str, float] = {}  # what it found at the end, means over the layers
         self.teacher: dict[str, Tensor] = {}  # weights of what trains, where the objective has a teacher
         self.seed, self.batch_size, self.identity, self.log_every = seed, batch_size, identity, log_every
 

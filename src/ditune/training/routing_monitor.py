@@ -43,6 +43,7 @@ class RoutingMonitor(Callback):
         statistics.over_processes()
         if not trainer.is_global_zero:
             return
+        module.routing = {name: by_layer.mean().item() for name, by_layer in statistics.per_layer().items()}
         path = self.folder / f"load_{step:07d}.png"
         draw_load(statistics, path)
         if last:
