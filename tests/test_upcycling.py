@@ -15,6 +15,7 @@ from ditune import cli
 from ditune.checkpoints import load_network, read_header
 from ditune.checkpoints.official_dit_moe import to_theirs
 from ditune.errors import UserError
+from ditune.judging import evaluate
 from ditune.networks import DiT, DiTMoE
 from ditune.peft import build_peft
 from ditune.processes import FlowProcess, GaussianProcess
@@ -107,6 +108,7 @@ def test_mutual_information():
 
 def published(folder: Path, qk_norm: bool) -> Path:
     shape = {"input_size": 16, "patch_size": 8, "in_channels": 3, "hidden_size": 384, "depth": 1, "num_heads": 6}
+    shape["num_classes"] = 3
     network = DiTMoE(**shape, num_experts=3, expert_ratio=0.25, shared_ratio=0.5, qk_norm=qk_norm)
     path = folder / "DiT-MoE.pt"
     torch.save(to_theirs(network.state_dict(), fused_attention=qk_norm), path)
@@ -126,6 +128,16 @@ def test_the_published_flow_is_drawn_by_euler_and_refuses_ddpm(tmp_path):
     assert load(path, "sampler.guidance=4.0").drawer.guidance == 4.0
     with pytest.raises(UserError, match="trained on a flow, and DDPM draws from a diffusion"):
         load(path, "sampler=ddpm")
+
+
+def test_a_published_file_is_judged_by_one_command(pictures, tmp_path):
+    common = [f"checkpoint={published(tmp_path, qk_norm=True)}", f"out={tmp_path}", "metrics.n=4", "sampler.steps=2"]
+    evaluate(config("evaluate", *common, "data=folder", f"data.root={pictures}", "data.resolution=16"))
+    metrics = json.loads((tmp_path / "result.json").read_text())["metrics"]
+    assert (metrics["protocol"]["sampler"][:5], metrics["protocol"]["guidance"]) == ("Euler", 1.5)
+    assert metrics["values"]["n"] == 4
+    assert math.isfinite(metrics["values"]["kid_efflite0"])
+    assert (tmp_path / "grid.png").is_file()
 
 
 def test_the_published_diffusion_is_drawn_by_ddpm(tmp_path):
