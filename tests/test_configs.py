@@ -71,7 +71,7 @@ def test_experiments_leave_methods_to_their_own_configs(path):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_brings_its_own_keys_and_rate(tmp_path, method):
-    cfg = compose(tmp_path, f"peft={method}")
+    cfg = compose(tmp_path, "~experiment", f"peft={method}")
     assert make(cfg.peft, "peft").title == method
     assert ("gamma_depth" in cfg.peft) == (method == "difffit")
     assert cfg.optimizer.lr == cfg.peft.lr

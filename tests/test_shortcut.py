@@ -12,7 +12,7 @@ from ditune.checkpoints import load_network, save_network
 from ditune.draws import Draws
 from ditune.errors import UserError
 from ditune.networks import build_network
-from ditune.objectives import LiveReflow, ProgressiveDistillation, Shortcut, State
+from ditune.objectives import LiveReflow, MeanFlow, ProgressiveDistillation, Shortcut, State
 from ditune.processes import FlowProcess, GaussianProcess, build_process
 from ditune.run import load_run
 from ditune.samplers import Jumps, default_sampler, sample
@@ -166,6 +166,22 @@ def test_an_official_diffusion_network_becomes_a_shortcut_network(tmp_path, pict
 
 
 # Teachers
+
+
+@pytest.mark.parametrize("name", ["shortcut", "mean_flow", "live_reflow"])
+def test_targets_of_the_live_network_take_no_gradient_away_under_autocast(name):
+    """As they do in torch 2.10, where autocast gives the weights that it cast for them to the loss as well."""
+    told = TOLD if name != "mean_flow" else FlowProcess(step="size")
+    objective = {"shortcut": Shortcut, "mean_flow": MeanFlow, "live_reflow": LiveReflow}[name](told)
+    gradients = []
+    for bf16 in (True, False):
+        network = tiny(step=True)
+        batch = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(64) % 5
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = objective.loss(network, batch, Draws(0, 0, range(64)), state(network, batch_size=64))
+        loss.total.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in network.parameters()]))
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.99
 
 
 @pytest.mark.parametrize("objective", ["progressive_distillation", "consistency_distillation", "shortcut"])

@@ -286,4 +286,4 @@ def test_optuna_reads_the_objective_from_the_results(tmp_path, pictures):
     found = OmegaConf.load(folder / "optimization_results.yaml")
     losses = [json.loads((folder / str(k) / "result.json").read_text())["denoising"]["after"] for k in range(2)]
     assert found.best_value == pytest.approx(min(losses))
-    assert 1e-4 <= found.best_params["peft.lr"] <= 1e-2
+    assert 1e-4 <= found.best_params["optimizer.lr"] <= 1e-2

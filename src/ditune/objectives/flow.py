@@ -58,6 +58,8 @@ class FlowObjective(ABC):
 
     def loss(self, network: Network, batch: tuple[Tensor, Tensor], draws: Draws, state: State) -> Loss:
         targets = self.targets(network, *batch, draws, state)
+        # or torch 2.10's autocast takes the weights that it has cast for the targets, which have no gradient
+        torch.clear_autocast_cache()
         velocity = self.process.velocity(network, targets.x_t, targets.t, targets.y, targets.d)
         mse = mean_flat((velocity - targets.target) ** 2)
         loss = self.weights(mse, targets, state) * mse
