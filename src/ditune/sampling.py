@@ -41,7 +41,7 @@ def sample(cfg: DictConfig) -> Path:
     indices = list(range(cfg.first, cfg.first + cfg.n))
     labels = balanced_labels(chosen_classes(cfg, names), cfg.seed, indices)
     with Progress() as bar:
-        task = bar.add_task(f"drawing, {drawer.steps} steps each", total=cfg.n)
+        task = bar.add_task(f"drawing, steps: {drawer.steps}", total=cfg.n)
         network = trained.network.to(best_device())
         pictures = drawer.draw(network, labels, cfg.seed, indices, lambda done: bar.update(task, completed=done))
     facts = {

@@ -89,7 +89,7 @@ def strips(run: Run, steps: list[int], cfg: DictConfig, path: Path) -> None:
     for count in steps:
         drawer = replace(run.drawer, steps=count, batch_size=cfg.shown)
         drawer = drawer if cfg.guidance is None else replace(drawer, guidance=cfg.guidance)
-        rows[f"{count} steps"] = drawer.draw(run.network, torch.tensor(labels), cfg.metrics.seed)
+        rows[f"steps: {count}"] = drawer.draw(run.network, torch.tensor(labels), cfg.metrics.seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     before_after_sheet(rows).save(path)
 

@@ -81,7 +81,7 @@ class DrawStrips(Callback):
 
     def _strips(self, module: pl.LightningModule):
         labels = self.pictures.labels[self.rows]
-        drawers = {f"{count} steps": replace(self.drawer, steps=count) for count in self.steps}
+        drawers = {f"steps: {count}": replace(self.drawer, steps=count) for count in self.steps}
         return before_after_sheet({name: d.draw(module.network, labels, self.seed) for name, d in drawers.items()})
 
     @torch.inference_mode()
