@@ -35,7 +35,7 @@ def study(cfg: DictConfig) -> Path:
     for folder in cfg.runs:
         run = load_run(folder)
         check_reference(run, reference)
-        name = f"{run.cfg.objective._target_.rpartition('.')[2]}_{run.cfg.seed}"
+        name = f"{facts(run)['objective']}_{run.cfg.seed}"
         entry = content["runs"].setdefault(name, {"facts": facts(run), "values": {}})
         if entry["facts"] != facts(run):
             raise UserError(f"{path} has another run called {name}. Give another out=, or delete that entry.")
@@ -60,8 +60,9 @@ def facts(run: Run) -> dict:
     result = read_json(run.folder / "result.json")
     if result["status"] != "finished":
         raise UserError(f"The run {run.folder} is {result['status']}. Let it finish: resume=auto goes on with it.")
+    objective = run.cfg.objective._target_.rpartition(".")[2]
     return {
-        "objective": run.cfg.objective._target_.rpartition(".")[2],
+        "objective": objective if result["method"] == "full" else f"{objective}_{result['method']}",
         "seed": run.cfg.seed,
         "max_steps": run.cfg.max_steps,
         "batch_size": run.cfg.batch_size,
