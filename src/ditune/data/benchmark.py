@@ -189,7 +189,7 @@ def read_mat(path: Path, key: str) -> np.ndarray:
         raise UserError(f"The annotation file {path} is missing. {AGAIN}")
     try:
         content = loadmat(path, squeeze_me=True)
-    except (*BROKEN, MatReadError, NotImplementedError) as error:
+    except (*BROKEN, MatReadError) as error:
         raise UserError(f"The annotation file {path} is damaged ({error}). {AGAIN}") from error
     if key not in content:
         raise UserError(f"The annotation file {path} has no array '{key}'. {AGAIN}")
