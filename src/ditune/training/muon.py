@@ -1,16 +1,32 @@
 """Muon for the matrices inside the blocks, AdamW for everything else, as one optimizer."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 
 from ditune.errors import UserError
 
 
+class StackedMuon(Muon):
+    """torch's Muon for matrices (A, B) and for stacks of them (E, A, B), each of which is made orthogonal by itself."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], *args: Any, **kwargs: Any):
+        parameters = list(parameters)
+        super().__init__([torch.empty(0, 0)], *args, **kwargs)  # it would refuse stacks
+        self.param_groups[0]["params"] = parameters
+
+    def _init_group(self, group: Any, *lists: list[Tensor]) -> bool:
+        has_complex = super()._init_group(group, *lists)  # parameters, gradients and momenta, in the same order
+        for tensors in lists:
+            tensors[:] = [matrix for t in tensors for matrix in (t.unbind() if t.ndim == 3 else (t,))]
+        return has_complex
+
+
 class MuonAdamW(Optimizer):
-    """torch's Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) beside its AdamW.
+    """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) beside AdamW, both torch's.
 
     Muon suits hidden matrices; embeddings, modulations, the output and all vectors are AdamW's, as its author advises.
 
@@ -32,14 +48,14 @@ class MuonAdamW(Optimizer):
         momentum: float = 0.95,
     ):
         named = list(named_parameters)
-        matrices = [(n, p) for n, p in named if _is_hidden_matrix(n, p)]
-        others = [(n, p) for n, p in named if not _is_hidden_matrix(n, p)]
+        matrices = [p for n, p in named if _is_hidden_matrix(n, p)]
+        others = [p for n, p in named if not _is_hidden_matrix(n, p)]
         if not matrices or not others:
             raise UserError(
                 "Muon trains whole networks, and this method trains none of the matrices. Set optimizer=adamw."
             )
         self.parts = (
-            Muon(matrices, muon_lr, weight_decay, momentum, adjust_lr_fn="match_rms_adamw"),
+            StackedMuon(matrices, muon_lr, weight_decay, momentum, adjust_lr_fn="match_rms_adamw"),
             AdamW(others, lr, tuple(betas), weight_decay=weight_decay, fused=True),
         )
         super().__init__([group for part in self.parts for group in part.param_groups], {})
@@ -53,4 +69,5 @@ class MuonAdamW(Optimizer):
 
 
 def _is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
-    return name.startswith("blocks.") and parameter.ndim == 2 and "adaLN" not in name
+    inside = name.startswith("blocks.") and "adaLN" not in name
+    return inside and parameter.ndim == (3 if ".experts." in name else 2)  # experts' stacked biases have two dimensions
