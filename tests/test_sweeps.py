@@ -197,6 +197,16 @@ def test_gpus_are_shared_and_never_given_twice(tmp_path):
     assert together  # they did run side by side
 
 
+def test_jobs_that_only_plan_have_not_failed(tmp_path):
+    script = tmp_path / "job.py"
+    script.write_text("import sys\nsys.exit('--' in sys.argv)\n")
+    folders = [tmp_path / "sweep" / str(k) for k in range(2)]
+    jobs = [Job(own, str(k), folders[k], dry_run=True) for k, own in enumerate(([], ["--"]))]
+    Sweep(tmp_path / "sweep", script, []).run(jobs)
+    assert [job.status for job in jobs] == ["planned", "failed"]
+    assert [job.succeeded for job in jobs] == [True, False]
+
+
 SWEEPS = sorted(path.stem for path in (ROOT / "configs" / "sweep").glob("*.yaml"))
 
 

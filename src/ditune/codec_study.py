@@ -1,4 +1,4 @@
-"""Linear codecs fitted on one domain, and what they lose on pictures that they have not seen.
+"""Linear codecs fitted on one domain, and what they and others lose on pictures that they have not seen.
 
 Two numbers for each codec and vendor. PSNR says how near a decoded picture is to its original. The floor is the KID
 of decoded pictures of one half of the vendor's train split against the real pictures of the other half: what a
@@ -61,6 +61,9 @@ def study(cfg: DictConfig) -> str:
     judge = make(cfg.metrics.judge, "metrics")
     linear = fit(pictures, cfg.channels, cfg.patch, Path(cfg.out))
     candidates = [Candidate(f"none, {cfg.pixels_resolution} px", Pixels(), cfg.pixels_resolution), *linear]
+    for name, other in cfg.others.items():
+        codec = make(other, f"others.{name}").eval()
+        candidates.append(Candidate(f"{name}, {codec.channels} channels", codec, cfg.data.resolution))
     rows, sheet = [], {}
     for vendor, source in cfg.vendors.items():
         log.info("measuring on %s", vendor)

@@ -26,6 +26,7 @@ class Job:
         folder: its run folder.
         processes: its ranks.
         on_gpu: whether every rank needs a GPU.
+        dry_run: whether it only shows its plan, which its log then holds.
     """
 
     overrides: list[str]
@@ -33,14 +34,15 @@ class Job:
     folder: Path | None = None
     processes: int = 1
     on_gpu: bool = False
-    status: str = "waiting"  # running; at last finished, skipped, stopped, failed, killed or refused
+    dry_run: bool = False
+    status: str = "waiting"  # running; at last finished, planned, skipped, stopped, failed, killed or refused
     error: str = ""
     exit_codes: list[int] = field(default_factory=list)  # one for each rank
     seconds: float = 0.0
 
     @property
     def succeeded(self) -> bool:
-        return self.status in ("finished", "skipped")
+        return self.status in ("finished", "planned", "skipped")
 
 
 def config_hash(cfg: DictConfig) -> str:

@@ -120,8 +120,8 @@ class Sweep:
         path = job.folder / "result.json"
         result = read_json(path) if path.is_file() else {}
         said = result.get("status")
-        if not any(codes) and said == "finished":
-            job.status = "finished"
+        if not any(codes) and (said == "finished" or job.dry_run):
+            job.status = "planned" if job.dry_run else "finished"
             return
         killed = any(codes[rank] < 0 for rank in tree.failed_first)
         job.status = "stopped" if said == "stopped" else "killed" if killed else "failed"
@@ -149,7 +149,8 @@ def write_summary(folder: Path, jobs: Sequence[Job]) -> None:
 def show_summary(jobs: Sequence[Job]) -> None:
     """What became of the jobs, with only those overrides that differ between them."""
     common = set.intersection(*(set(job.overrides) for job in jobs))
-    table = Table(title=f"{sum(job.succeeded for job in jobs)} of {len(jobs)} jobs have a result")
+    done = "are planned" if any(job.dry_run for job in jobs) else "have a result"
+    table = Table(title=f"{sum(job.succeeded for job in jobs)} of {len(jobs)} jobs {done}")
     for name in ("job", "folder", "status", "seconds", "error"):
         table.add_column(name, overflow="fold")
     for job in jobs:

@@ -58,6 +58,7 @@ class ProcessTreeLauncher(Launcher):
         try:
             cfg = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
             job.key = config_hash(cfg)
+            job.dry_run = cfg.dry_run
             job.processes, job.on_gpu = needs(cfg.trainer, gpus, self.gpus_per_job)
         except (UserError, OmegaConfBaseException) as error:
             job.status, job.error = "refused", str(error)
@@ -70,6 +71,8 @@ class ProcessTreeLauncher(Launcher):
         returned.overrides = job.overrides
         if job.succeeded:
             returned.status = JobStatus.COMPLETED
+            if job.status == "planned":
+                return returned
             result = OmegaConf.create(read_json(job.folder / "result.json"))
             returned.return_value = OmegaConf.select(result, self.objective) if self.objective else None
         else:
