@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from ditune.data import Pictures
+from ditune.data import Augment, Pictures
 from ditune.data.stream import MicroBatches, PictureStream, micro_batch_size, training_loader
 from ditune.draws import Draws, generator, mix
 from ditune.errors import UserError
@@ -102,6 +102,34 @@ def test_flips_are_half_and_fixed(stream):
     assert torch.equal(mirrored, ~kept)
     assert 160 < mirrored.sum() < 240
     assert torch.equal(flipping.__getitems__([7, 399])[0], flipped[[7, 399]])
+
+
+ALL = {"share": 1.0, "degrees": 15, "scale": (0.75, 1.1), "shift": 0.1, "hue": 0.5, "saturation": (0.5, 1.5)}
+
+
+def test_a_share_is_changed_without_class_and_the_rest_is_as_it_was(stream):
+    augmented = PictureStream(stream.pictures, seed=3, augment=Augment(**ALL | {"share": 0.4}, shading=0.4))
+    before, classes, _ = stream.__getitems__(range(400))
+    after, labels, _ = augmented.__getitems__(range(400))
+    hidden = labels == stream.pictures.num_classes
+    assert 120 < hidden.sum() < 200
+    assert torch.equal(labels[~hidden], classes[~hidden])
+    same = (before == after).flatten(1).all(dim=1)
+    assert torch.equal(same, ~hidden)
+    assert torch.equal(augmented.__getitems__([7, 399])[0], after[[7, 399]])
+    assert torch.equal(stream.__getitems__(range(400))[0], before)  # pictures in memory stay as they are
+
+
+@pytest.mark.parametrize("shading", [0.0, 0.4])
+def test_a_changed_drawing_stays_on_white(shading):
+    drawing = torch.full((3, 32, 32), 255, dtype=torch.uint8)
+    drawing[:, 10:22, 12:20] = torch.tensor([200, 40, 90], dtype=torch.uint8)[:, None, None]
+    augment = Augment(**ALL, shading=shading)
+    for number in range(20):
+        changed = augment.changed(drawing, generator(number))
+        assert (changed[:, 0] == 255).all()
+        assert (changed[:, :, 0] == 255).all()
+        assert 40 < (changed.amin(0) < 200).sum() < 160
 
 
 # Micro-batches and loaders

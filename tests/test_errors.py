@@ -42,6 +42,7 @@ MISTAKES = {
     "no GPU": (["trainer=gpu"], "trainer"),
     "nothing to adapt": (["peft=bitfit"], "Set pretrained="),
     "trainables in bf16": (["trainer.precision=bf16-true"], "Set one of bf16-mixed, 32-true"),
+    "changed latents": (["augment=drawings", "data.latents=true"], "data.latents=false"),
     "no null class": (["network.class_dropout_prob=0"], "label_drop=0"),
     "guidance without a null class": (
         ["network.class_dropout_prob=0", "objective.label_drop=0", "sampler.guidance=2"],

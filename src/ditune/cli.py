@@ -29,6 +29,7 @@ def prepare() -> None:
     for talker in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
         logging.getLogger(f"pytorch_lightning.{talker}").addFilter(_is_worth_reading)
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # between Lightning and torch
+    warnings.filterwarnings("ignore", message="This DataLoader will create")  # data.num_workers is for larger machines
     warnings.filterwarnings("ignore", message=".*module\\(s\\) in eval mode.*")  # the autoencoder is, on purpose
 
 

@@ -1,6 +1,7 @@
 """Pictures in, batches out; knows nothing of models."""
 
 from ditune.data.artbench10 import ArtBench10
+from ditune.data.augment import Augment
 from ditune.data.benchmark import Benchmark
 from ditune.data.caltech101 import Caltech101
 from ditune.data.celebahq import CelebAHQ
@@ -18,6 +19,7 @@ __all__ = [
     "CUB",
     "SUN397",
     "ArtBench10",
+    "Augment",
     "Benchmark",
     "Caltech101",
     "CelebAHQ",

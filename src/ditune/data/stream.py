@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ditune.data.augment import Augment
 from ditune.data.latents import Latents
 from ditune.data.pictures import Pictures
 from ditune.draws import generator, mix
@@ -20,10 +21,11 @@ class PictureStream(Dataset):
         pictures: what is drawn from, or the cache of their latents.
         seed: the run's seed.
         flip: half of the positions are mirrored left to right. Off for flags, signs and letters.
+        augment: changes a share of the pictures and hides their class; not for latents.
     """
 
-    def __init__(self, pictures: Pictures | Latents, seed: int, flip: bool = False):
-        self.pictures, self.seed, self.flip = pictures, seed, flip
+    def __init__(self, pictures: Pictures | Latents, seed: int, flip: bool = False, augment: Augment | None = None):
+        self.pictures, self.seed, self.flip, self.augment = pictures, seed, flip, augment
         self._order = lru_cache(maxsize=2)(self._permutation)
 
     def _permutation(self, epoch: int) -> list[int]:
@@ -41,7 +43,10 @@ class PictureStream(Dataset):
         passes = [divmod(position, len(self.pictures)) for position in positions]
         indices = [self._order(epoch)[item] for epoch, item in passes]
         mirrored = torch.tensor([mix(self.seed, 1, p) % 2 == 1 for p in positions]) if self.flip else None
-        return *self.pictures.take(indices, mirrored), torch.tensor(positions)
+        taken, labels = self.pictures.take(indices, mirrored)
+        if self.augment is not None:
+            taken, labels = self.augment(taken, labels, positions, self.seed, null_class=self.pictures.num_classes)
+        return taken, labels, torch.tensor(positions)
 
 
 class MicroBatches(Sampler[list[int]]):

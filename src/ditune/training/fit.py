@@ -61,7 +61,7 @@ def train(cfg: DictConfig) -> int:
     judged = trainer.is_global_zero and cfg.metrics.n > 0
     comparison = build_comparison(cfg, build_drawer(cfg, parts)) if judged else None
     source = training_source(cfg, parts.pictures, parts.autoencoder)
-    stream = PictureStream(source, cfg.seed, cfg.data.flip)
+    stream = PictureStream(source, cfg.seed, cfg.data.flip, make(cfg.augment, "augment"))
     before = earlier_seconds(folder, resumed)
     result = {"status": "running", **describe(cfg, parts), "seconds": {"fit": before}}
     write_result(trainer, folder, result)
@@ -133,11 +133,14 @@ def check_combination(cfg: DictConfig, parts: Parts) -> None:
             "cannot. Choose another method, or objective=shortcut."
         )
     guided = getattr(parts.objective, "guidance", 1) != 1
-    if parts.network.config["class_dropout_prob"] <= 0 and (guided or cfg.objective.label_drop > 0):
+    nulls = guided or cfg.objective.label_drop > 0 or cfg.augment is not None
+    if parts.network.config["class_dropout_prob"] <= 0 and nulls:
         raise UserError(
-            "The network has no null class for dropped labels or guidance. "
-            "Set objective.label_drop=0 and guidance=1, or network.class_dropout_prob above 0."
+            "The network has no null class for dropped labels, guidance or changed pictures. "
+            "Set objective.label_drop=0, guidance=1 and no augment=, or network.class_dropout_prob above 0."
         )
+    if cfg.augment is not None and cfg.data.latents:
+        raise UserError("Latents that are encoded once cannot be changed. Set data.latents=false, or no augment=.")
 
 
 def check_processes(cfg: DictConfig, trainer: pl.Trainer) -> None:

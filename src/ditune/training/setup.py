@@ -108,6 +108,7 @@ def identity(cfg: DictConfig, parts: Parts) -> dict[str, Any]:
         "classes": cfg.classes,
         "data": parts.pictures.fingerprint,
         "flip": cfg.data.flip,
+        "augment": plain(cfg.augment) if cfg.augment else None,
         "batch_size": cfg.batch_size,
         "precision": cfg.trainer.precision,
         "gradient_clip_val": cfg.trainer.gradient_clip_val,
