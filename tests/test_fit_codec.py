@@ -43,13 +43,14 @@ def test_a_small_study_writes_codecs_numbers_and_pictures(tmp_path: Path) -> Non
     facts = result["codecs"]["patch_pca, 4 channels"]
     assert facts["fingerprint"] == codec.fingerprint
     assert facts["sha256"] == sha256(tmp_path / "codecs" / facts["file"])
-    pixels, linear = result["rows"]
-    assert (pixels["numbers"], linear["numbers"]) == (3 * 32 * 32, 4 * 16 * 16)
+    pixels, linear, small_vae = result["rows"]
+    assert [row["numbers"] for row in (pixels, linear, small_vae)] == [3 * 32 * 32, 4 * 16 * 16, 8 * 16 * 16]
+    assert small_vae["codec"] == "kl_emoji, 8 channels"
     assert pixels["psnr"] is None
     assert pixels["floor"] == pixels["real"] != pixels["full"]
     assert 15 < linear["psnr"] < 30
     assert linear["floor"] == linear["full"] != linear["real"]
-    assert len(table.splitlines()) == 4
+    assert len(table.splitlines()) == 5
 
 
 def test_psnr_is_that_of_the_mean_squared_error() -> None:
