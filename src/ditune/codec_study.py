@@ -62,7 +62,7 @@ def study(cfg: DictConfig) -> str:
     linear = fit(pictures, cfg.channels, cfg.patch, Path(cfg.out))
     candidates = [Candidate(f"none, {cfg.pixels_resolution} px", Pixels(), cfg.pixels_resolution), *linear]
     for name, other in cfg.others.items():
-        codec = make(other, f"others.{name}").eval()
+        codec = make(other, "autoencoder").eval()
         candidates.append(Candidate(f"{name}, {codec.channels} channels", codec, cfg.data.resolution))
     rows, sheet = [], {}
     for vendor, source in cfg.vendors.items():
