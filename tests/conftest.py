@@ -51,7 +51,7 @@ def base(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
         parts.network,
         parts.objective.process.config,
         class_names=parts.pictures.class_names,
-        autoencoder=parts.autoencoder.fingerprint,
+        autoencoder=parts.autoencoder.latent_fingerprint,
         data=parts.pictures.fingerprint,
         resolution=16,
         steps=0,

@@ -51,7 +51,7 @@ def test_every_experiment_builds_with_any_method(tmp_path, experiment):
     parts = build_parts(compose(tmp_path, *overrides, "peft=full", "pretrained=null"))
     parts.method.merge(parts.network)
     base = tmp_path / "base.safetensors"
-    names = {"class_names": parts.pictures.class_names, "autoencoder": parts.autoencoder.fingerprint}
+    names = {"class_names": parts.pictures.class_names, "autoencoder": parts.autoencoder.latent_fingerprint}
     save_network(base, parts.network, parts.objective.process.config, **names)
     assert build_parts(compose(tmp_path, *overrides, "peft=difffit", f"pretrained={base}")).base == base
     for name in ("full", "bitfit", "lora"):

@@ -49,6 +49,7 @@ def test_a_small_study_writes_codecs_numbers_and_pictures(tmp_path: Path) -> Non
     assert pixels["psnr"] is None
     assert pixels["floor"] == pixels["real"] != pixels["full"]
     assert 15 < linear["psnr"] < 30
+    assert pixels["noised"][0] > pixels["floor"][0]
     assert linear["floor"] == linear["full"] != linear["real"]
     assert len(table.splitlines()) == 5
 

@@ -13,7 +13,7 @@ from ditune import cli
 from ditune.autoencoders import KL
 from ditune.build import make
 from ditune.codec_study import psnr, reconstruct
-from ditune.data import Pictures
+from ditune.data import Pictures, from_uint8
 from ditune.errors import UserError
 from ditune.kl_training import fit
 
@@ -43,6 +43,32 @@ def test_the_same_seed_gives_the_same_weights(tmp_path):
     one, two = (fit(small(tmp_path / name, "max_steps=2")) for name in "ab")
     first, second = (load_file(folder / "diffusion_pytorch_model.safetensors") for folder in (one, two))
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_a_decoder_trained_further_forgives_noise_and_keeps_the_latents(tmp_path):
+    first = fit(small(tmp_path / "first"))
+    same = ["max_steps=60", "lr=2e-3", f"decoder_of={first}"]
+    plain = fit(small(tmp_path / "plain", *same))
+    robust = fit(small(tmp_path / "robust", *same, "latent_noise=1"))
+    before, after = (load_file(folder / "diffusion_pytorch_model.safetensors") for folder in (first, robust))
+    moved = {key.split(".")[0] for key in before if not torch.equal(before[key], after[key])}
+    assert moved == {"decoder", "post_quant_conv"}
+    scales = {json.loads((folder / "config.json").read_text())["scaling_factor"] for folder in (first, robust)}
+    assert len(scales) == 1
+    x = from_uint8(Pictures(ROOT / "assets" / "emoji" / "noto.zip", 16, "train", limit=8).load())
+    errors = []
+    for folder in (plain, robust):
+        codec = KL("kl", folder).eval()
+        z = codec.encode(x)[0]
+        noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0)) / codec.scale[0]
+        with torch.no_grad():
+            errors.append((codec.decode(z + noise) - x).square().mean().item())
+    assert errors[1] < 0.8 * errors[0]
+
+
+def test_noise_without_finished_latents_is_refused(tmp_path):
+    with pytest.raises(UserError, match="Set decoder_of="):
+        fit(small(tmp_path, "latent_noise=0.2"))
 
 
 def test_without_it_the_error_names_the_command(tmp_path):

@@ -12,7 +12,7 @@ from miniatures import cub
 from omegaconf import DictConfig
 
 from ditune.autoencoders import KL
-from ditune.build import build_parts, make
+from ditune.build import build_parts, check_latents, make
 from ditune.data.latents import Latents
 from ditune.draws import Draws
 from ditune.errors import UserError
@@ -92,6 +92,21 @@ def test_the_fingerprint_is_of_the_weights(folder, tmp_path):
     two.vae.decoder.conv_out.bias.data += 1
     del two.fingerprint
     assert one.fingerprint != two.fingerprint
+
+
+def test_another_decoder_has_the_same_latents(folder):
+    one, two = KL("small", folder), KL("small", folder)
+    two.vae.decoder.conv_out.bias.data += 1
+    two.vae.post_quant_conv.bias.data += 1
+    assert one.fingerprint != two.fingerprint
+    assert one.latent_fingerprint == two.latent_fingerprint
+    check_latents("network", {"autoencoder": one.latent_fingerprint}, two)
+    for change in (lambda ae: ae.vae.encoder.conv_in.bias, lambda ae: ae.vae.quant_conv.bias, lambda ae: ae.scale):
+        other = KL("small", folder)
+        change(other).data += 1
+        assert other.latent_fingerprint != one.latent_fingerprint
+        with pytest.raises(UserError, match=r"other latents, vae\. Choose"):
+            check_latents("network", {"autoencoder": one.latent_fingerprint, "autoencoder_name": "vae"}, other)
 
 
 @pytest.mark.parametrize("name", ["sd_vae_ema", "sd_vae_mse"])

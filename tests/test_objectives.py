@@ -70,7 +70,7 @@ def test_a_method_without_forward_derivatives_is_refused(tmp_path, pictures):
     """Before the training: alpha-Flow would come to its first derivative only after most of it."""
     flow = [*SMALL_FLOW[:-1], "objective=alpha_flow", f"data.root={pictures}"]
     base, parts = tmp_path / "base.safetensors", build_parts(compose(tmp_path, *flow, "peft=full"))
-    facts = {"class_names": parts.pictures.class_names, "autoencoder": parts.autoencoder.fingerprint}
+    facts = {"class_names": parts.pictures.class_names, "autoencoder": parts.autoencoder.latent_fingerprint}
     parts.method.merge(parts.network)
     save_network(base, parts.network, parts.objective.process.config, **facts)
     cfg = compose(tmp_path, *flow, "peft=loha", "peft.r=2", f"pretrained={base}")

@@ -186,13 +186,23 @@ def _check_process(base: Path, theirs: Mapping, objective: Objective) -> None:
 
 def _check_base(base: Path, header: dict, class_names: list[str] | None, autoencoder: Autoencoder) -> None:
     provenance = header["provenance"]
-    if provenance["autoencoder"] != autoencoder.fingerprint:
-        raise UserError(f"The base network {base.name} was trained on other latents. Choose its autoencoder=.")
+    check_latents(f"base network {base.name}", provenance, autoencoder)
     if class_names not in (None, provenance["class_names"]):
         raise UserError(
             f"The classes of the data have other names than those of the base network {base.name}. "
             "Name the same classes in the same order (data.classes), or set classes=map."
         )
+
+
+def check_latents(network: str, stored: Mapping, autoencoder: Autoencoder) -> None:
+    """Whether a network, which says in `stored` what it was trained on, draws what this autoencoder decodes.
+
+    Raises:
+        UserError: it was trained on other latents.
+    """
+    if stored["autoencoder"] != autoencoder.latent_fingerprint:
+        name = f", {stored['autoencoder_name']}" if "autoencoder_name" in stored else ""
+        raise UserError(f"The {network} was trained on other latents{name}. Choose its autoencoder=.")
 
 
 def _differences(theirs: Mapping, ours: Mapping) -> str:

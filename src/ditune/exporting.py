@@ -47,7 +47,8 @@ def to_dit(trained: Trained, folder: Path) -> Path:
     drawer = trained.drawer
     facts = {
         "class_names": trained.class_names,
-        "autoencoder": drawer.autoencoder.fingerprint,
+        "autoencoder": drawer.autoencoder.latent_fingerprint,
+        "autoencoder_name": drawer.autoencoder.name,
         "resolution": drawer.resolution,
     }
     path = folder / "network.safetensors"

@@ -10,12 +10,14 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from ditune.autoencoders import KL
+from ditune.autoencoders.kl import load
 from ditune.build import make
 from ditune.checkpoints import write_json
 from ditune.codec_study import psnr, reconstruct
 from ditune.data import Pictures, from_uint8
 from ditune.data.stream import PictureStream
 from ditune.draws import Draws
+from ditune.errors import UserError
 from ditune.run import best_device
 
 log = logging.getLogger(__name__)
@@ -29,28 +31,34 @@ def fit(cfg: DictConfig) -> Path:
     Raises:
         UserError: the settings or a file are wrong.
     """
+    if cfg.latent_noise and cfg.decoder_of is None:
+        raise UserError("latent_noise is in units of finished latents. Set decoder_of=<folder of an autoencoder>.")
     device, folder = best_device(), Path(cfg.out)
     pictures = make(cfg.data.pictures, "data")
     pictures.load()
-    vae = build(cfg).to(device)
+    vae = (build(cfg) if cfg.decoder_of is None else only_decoder(load(Path(cfg.decoder_of), hub=None))).to(device)
     log.info("%s parameters, %d pictures", f"{sum(p.numel() for p in vae.parameters()):,}", len(pictures))
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=cfg.lr, weight_decay=0.0)
+    trained = [p for p in vae.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=0.0)
     stream, start = PictureStream(pictures, cfg.seed, flip=False), time.perf_counter()
     for step in range(cfg.max_steps):
         positions = range(step * cfg.batch_size, (step + 1) * cfg.batch_size)
         x = from_uint8(stream.__getitems__(positions)[0].to(device))  # (B, 3, R, R)
         for group in optimizer.param_groups:
             group["lr"] = cfg.lr * min(1.0, (step + 1) / cfg.warmup_steps) * (1 - step / cfg.max_steps)
-        error, divergence = losses(vae, x, Draws(cfg.seed, step, range(cfg.batch_size), device), cfg.bf16)
+        draws = Draws(cfg.seed, step, range(cfg.batch_size), device)
+        error, divergence = losses(vae, x, draws, cfg.bf16, cfg.latent_noise)
         optimizer.zero_grad()
         (error + cfg.kl_weight * divergence).backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         if (step + 1) % cfg.log_every == 0:
             rate = (step + 1) * cfg.batch_size / (time.perf_counter() - start)
             log.info("step %d: error %.5f, KL %.1f, %.0f images/s", step + 1, error.item(), divergence.item(), rate)
     seconds = time.perf_counter() - start
-    save(vae, pictures, folder)
+    if cfg.decoder_of is None:
+        set_scale(vae, pictures)
+    vae.eval().save_pretrained(folder)
     values = measure(KL("kl_emoji", folder).to(device).eval(), cfg)
     facts = {"parameters": sum(p.numel() for p in vae.parameters()), "steps": cfg.max_steps, "seconds": seconds}
     write_json(folder / "result.json", facts | {"batch_size": cfg.batch_size, "seed": cfg.seed, "psnr_db": values})
@@ -76,18 +84,34 @@ def build(cfg: DictConfig) -> Any:
         )
 
 
-def losses(vae: Any, x: Tensor, draws: Draws, bf16: bool) -> tuple[Tensor, Tensor]:
-    """Mean squared error of pixels in [-1, 1], and KL(posterior || N(0, I)) of a picture, in nats; both of ()."""
+def only_decoder(vae: Any) -> Any:
+    """The same latents, so that networks trained in them stay right: encoder and posterior do not train."""
+    for part in (vae.encoder, vae.quant_conv):
+        part.requires_grad_(False)
+    return vae
+
+
+def losses(vae: Any, x: Tensor, draws: Draws, bf16: bool, latent_noise: float) -> tuple[Tensor, Tensor]:
+    """Mean squared error of pixels in [-1, 1], and KL(posterior || N(0, I)) of a picture, in nats; both of ().
+
+    Args:
+        latent_noise: tau. The decoder sees latents with noise of deviation tau |n|, n ~ N(0, 1), in units of what a
+            network learns, because what networks draw is never quite what an encoder gives (noise-augmented decoding
+            of arXiv 2510.11690).
+    """
     with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
         posterior = vae.encode(x).latent_dist
         z = posterior.mean + posterior.std * draws.normal("posterior", posterior.mean.shape[1:])
+        if latent_noise:
+            sigma = latent_noise * draws.normal("sigma", (1, 1, 1)).abs() / vae.config.scaling_factor  # (B, 1, 1, 1)
+            z = z + sigma * draws.normal("latent_noise", z.shape[1:])
         decoded = vae.decode(z).sample
     return (decoded.float() - x).square().mean(), posterior.kl().mean()
 
 
 @torch.no_grad()
-def save(vae: Any, pictures: Pictures, folder: Path) -> None:
-    """Config and weights, with the scale that brings the latents' means to unit variance."""
+def set_scale(vae: Any, pictures: Pictures) -> None:
+    """Put into the config the scale that brings the latents' means to unit variance."""
     vae = vae.eval()
     device = next(vae.parameters()).device
     rows = list(range(0, len(pictures), max(1, len(pictures) // SCALED_ON)))
@@ -95,7 +119,6 @@ def save(vae: Any, pictures: Pictures, folder: Path) -> None:
         [vae.encode(from_uint8(pictures.__getitems__([row])[0].to(device))).latent_dist.mean for row in rows]
     )
     vae.register_to_config(scaling_factor=1 / means.std().item())
-    vae.save_pretrained(folder)
 
 
 def measure(codec: KL, cfg: DictConfig) -> dict[str, float]:

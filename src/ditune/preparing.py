@@ -117,7 +117,7 @@ def cache_of(cfg: DictConfig, pictures: Pictures, autoencoder: Autoencoder) -> t
         )
     name = f"{pictures.split or 'all'}_{pictures.resolution}_{autoencoder.name}"
     shape = autoencoder.latent_shape(pictures.resolution)
-    header = expected_header(pictures, manifest_path(cfg), autoencoder.fingerprint, shape, autoencoder.moments)
+    header = expected_header(pictures, manifest_path(cfg), autoencoder.latent_fingerprint, shape, autoencoder.moments)
     return Path(cfg.data.prepared) / "latents" / name, header
 
 

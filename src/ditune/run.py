@@ -11,7 +11,7 @@ from yaml import YAMLError
 
 from ditune import samplers
 from ditune.autoencoders import Autoencoder
-from ditune.build import make, uses_bf16
+from ditune.build import check_latents, make, uses_bf16
 from ditune.checkpoints import (
     check_file,
     foreign_drawing,
@@ -155,15 +155,14 @@ def _official(path: Path, network: DiT, codec: Autoencoder) -> dict[str, Any]:
         )
     return {
         "process": foreign_process(path) or GaussianProcess().config,
-        "autoencoder": codec.fingerprint,
+        "autoencoder": codec.latent_fingerprint,
         "resolution": network.config["input_size"] * codec.downsample,
         "class_names": None,
     }
 
 
 def _build_drawer(source: Path, stored: dict[str, Any], codec: Autoencoder, sampler: DictConfig, bf16: bool) -> Drawer:
-    if stored["autoencoder"] != codec.fingerprint:
-        raise UserError(f"The network of {source} was trained on other latents. Choose its autoencoder=.")
+    check_latents(f"network of {source}", stored, codec)
     process = build_process(stored["process"])
     drawing = make(sampler, "sampler")
     if isinstance(drawing["sampler"], str):

@@ -113,7 +113,8 @@ def upcycle_file(cfg: DictConfig) -> Path:
     facts = read_header(path)["provenance"] if is_ours(path) else {}
     facts |= {
         "class_names": trained.class_names,
-        "autoencoder": trained.drawer.autoencoder.fingerprint,
+        "autoencoder": trained.drawer.autoencoder.latent_fingerprint,
+        "autoencoder_name": trained.drawer.autoencoder.name,
         "resolution": trained.drawer.resolution,
         "upcycled_from": {"file": path.name, "sha256": sha256(path)},
     }

@@ -2,7 +2,7 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import final
 
 import torch
@@ -81,9 +81,20 @@ class Autoencoder(nn.Module, ABC):
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of the class and all numbers, so that latents and networks can name the codec that they belong to."""
+        """sha256 of the class and all numbers: what decides how pictures look."""
+        return self._hash(self.state_dict())
+
+    @property
+    def latent_fingerprint(self) -> str:
+        """sha256 of what decides the latents, by which caches and networks name the codec that they belong to.
+
+        Codecs that differ in nothing but the decoder have the same, and exchange networks.
+        """
+        return self.fingerprint
+
+    def _hash(self, tensors: Mapping[str, Tensor]) -> str:
         digest = hashlib.sha256(f"{type(self).__name__} {self.channels} {self.downsample}".encode())
-        for name, tensor in sorted(self.state_dict().items()):
+        for name, tensor in sorted(tensors.items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.cpu().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()

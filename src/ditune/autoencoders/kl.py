@@ -51,6 +51,12 @@ class KL(Autoencoder):
     def fingerprint(self) -> str:  # of 84 M weights, so only once
         return super().fingerprint
 
+    @cached_property
+    def latent_fingerprint(self) -> str:
+        """Of all but the decoder; the two of Stable Diffusion have the same encoder."""
+        decoder = ("vae.decoder.", "vae.post_quant_conv.")
+        return self._hash({name: t for name, t in self.state_dict().items() if not name.startswith(decoder)})
+
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(x.device.type, enabled=False):
             posterior = self.vae.encode(x.float()).latent_dist

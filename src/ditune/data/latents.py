@@ -24,7 +24,7 @@ REMEDY = "Run `python src/prepare.py` with the same data=, autoencoder= and data
 
 
 def expected_header(pictures: Pictures, manifest: Path, autoencoder: str, shape: Sequence[int], moments: int) -> dict:
-    """What the cache of these pictures under this autoencoder (its fingerprint) must say about itself."""
+    """What the cache of these pictures under this autoencoder (its latent_fingerprint) must say about itself."""
     return {
         "format": FORMAT,
         "manifest": sha256(manifest),

@@ -268,7 +268,8 @@ def denoising(cfg: DictConfig, parts: Parts) -> dict[str, float]:
 def save_trained(cfg: DictConfig, parts: Parts, folder: Path) -> None:
     common = {
         "class_names": parts.pictures.class_names,
-        "autoencoder": parts.autoencoder.fingerprint,
+        "autoencoder": parts.autoencoder.latent_fingerprint,
+        "autoencoder_name": parts.autoencoder.name,
         "data": parts.pictures.fingerprint,
         "resolution": cfg.data.resolution,
         "steps": cfg.max_steps,

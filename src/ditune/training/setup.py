@@ -100,7 +100,7 @@ def identity(cfg: DictConfig, parts: Parts) -> dict[str, Any]:
         "objective": plain(cfg.objective),
         "max_steps": cfg.max_steps if parts.objective.scheduled else None,
         "peft": plain(cfg.peft),
-        "autoencoder": parts.autoencoder.fingerprint,
+        "autoencoder": parts.autoencoder.latent_fingerprint,
         "optimizer": plain(cfg.optimizer),
         "scheduler": scheduler,
         "ema": plain(cfg.ema),
