@@ -13,7 +13,7 @@ from ditune import cli
 from ditune.autoencoders import KL
 from ditune.build import make
 from ditune.codec_study import psnr, reconstruct
-from ditune.data import Pictures, from_uint8
+from ditune.data import Pictures
 from ditune.errors import UserError
 from ditune.kl_training import fit
 
@@ -45,25 +45,19 @@ def test_the_same_seed_gives_the_same_weights(tmp_path):
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_a_decoder_trained_further_forgives_noise_and_keeps_the_latents(tmp_path):
-    first = fit(small(tmp_path / "first"))
-    same = ["max_steps=60", "lr=2e-3", f"decoder_of={first}"]
-    plain = fit(small(tmp_path / "plain", *same))
-    robust = fit(small(tmp_path / "robust", *same, "latent_noise=1"))
-    before, after = (load_file(folder / "diffusion_pytorch_model.safetensors") for folder in (first, robust))
-    moved = {key.split(".")[0] for key in before if not torch.equal(before[key], after[key])}
+def test_a_decoder_trained_further_keeps_the_latents(tmp_path):
+    first = fit(small(tmp_path / "first", "max_steps=2"))
+    more = ["max_steps=2", f"decoder_of={first}"]
+    robust = fit(small(tmp_path / "robust", *more, "latent_noise=1"))
+    plain = fit(small(tmp_path / "plain", *more))
+    old, new, other = (load_file(folder / "diffusion_pytorch_model.safetensors") for folder in (first, robust, plain))
+    moved = {key.split(".")[0] for key in old if not torch.equal(old[key], new[key])}
     assert moved == {"decoder", "post_quant_conv"}
-    scales = {json.loads((folder / "config.json").read_text())["scaling_factor"] for folder in (first, robust)}
-    assert len(scales) == 1
-    x = from_uint8(Pictures(ROOT / "assets" / "emoji" / "noto.zip", 16, "train", limit=8).load())
-    errors = []
-    for folder in (plain, robust):
-        codec = KL("kl", folder).eval()
-        z = codec.encode(x)[0]
-        noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0)) / codec.scale[0]
-        with torch.no_grad():
-            errors.append((codec.decode(z + noise) - x).square().mean().item())
-    assert errors[1] < 0.8 * errors[0]
+    assert any(not torch.equal(new[key], other[key]) for key in new)  # the noise was there
+    assert KL("kl", first).latent_fingerprint == KL("kl", robust).latent_fingerprint
+    assert str(tmp_path) not in (robust / "config.json").read_text()
+    facts = json.loads((robust / "result.json").read_text())
+    assert facts["decoder_of"] == json.loads((first / "result.json").read_text())
 
 
 def test_noise_without_finished_latents_is_refused(tmp_path):
@@ -81,4 +75,5 @@ def test_the_shipped_one_on_an_unseen_vendor():
     codec = KL("kl_emoji", ROOT / "assets" / "autoencoders" / "kl_emoji").eval()
     unseen = Pictures(ROOT / "assets" / "emoji" / "fluent3d.zip", 64, "test", limit=50).load()
     assert codec.latent_shape(64) == (8, 16, 16)
-    assert psnr(reconstruct(codec, unseen), unseen) > 29  # 30.9 on all 210, docs/autoencoders.md
+    assert psnr(reconstruct(codec, unseen), unseen) > 28.5  # 30.0 on all 210, docs/autoencoders.md
+    assert psnr(reconstruct(codec, unseen, noise=0.2), unseen) > 28.2  # 27.8 before its decoder learned to forgive noise

@@ -12,7 +12,7 @@ from torch import Tensor
 from ditune.autoencoders import KL
 from ditune.autoencoders.kl import load
 from ditune.build import make
-from ditune.checkpoints import write_json
+from ditune.checkpoints import read_json, write_json
 from ditune.codec_study import psnr, reconstruct
 from ditune.data import Pictures, from_uint8
 from ditune.data.stream import PictureStream
@@ -36,7 +36,8 @@ def fit(cfg: DictConfig) -> Path:
     device, folder = best_device(), Path(cfg.out)
     pictures = make(cfg.data.pictures, "data")
     pictures.load()
-    vae = (build(cfg) if cfg.decoder_of is None else only_decoder(load(Path(cfg.decoder_of), hub=None))).to(device)
+    vae, before = (build(cfg), None) if cfg.decoder_of is None else only_decoder(Path(cfg.decoder_of))
+    vae = vae.to(device)
     log.info("%s parameters, %d pictures", f"{sum(p.numel() for p in vae.parameters()):,}", len(pictures))
     trained = [p for p in vae.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=0.0)
@@ -61,7 +62,8 @@ def fit(cfg: DictConfig) -> Path:
     vae.eval().save_pretrained(folder)
     values = measure(KL("kl_emoji", folder).to(device).eval(), cfg)
     facts = {"parameters": sum(p.numel() for p in vae.parameters()), "steps": cfg.max_steps, "seconds": seconds}
-    write_json(folder / "result.json", facts | {"batch_size": cfg.batch_size, "seed": cfg.seed, "psnr_db": values})
+    facts |= {"batch_size": cfg.batch_size, "seed": cfg.seed, "latent_noise": cfg.latent_noise, "psnr_db": values}
+    write_json(folder / "result.json", facts | {"decoder_of": before})
     for name, value in values.items():
         log.info("%s: %.2f dB", name, value)
     return folder
@@ -84,11 +86,16 @@ def build(cfg: DictConfig) -> Any:
         )
 
 
-def only_decoder(vae: Any) -> Any:
-    """The same latents, so that networks trained in them stay right: encoder and posterior do not train."""
+def only_decoder(folder: Path) -> tuple[Any, dict[str, Any] | None]:
+    """The autoencoder of a folder with nothing but the decoder to train, and the facts of its training so far.
+
+    Networks that were trained in its latents stay right.
+    """
+    vae = load(folder, hub=None)
+    vae.register_to_config(_name_or_path="kl_emoji")  # else the folder's path would be written down
     for part in (vae.encoder, vae.quant_conv):
         part.requires_grad_(False)
-    return vae
+    return vae, read_json(folder / "result.json") if (folder / "result.json").is_file() else None
 
 
 def losses(vae: Any, x: Tensor, draws: Draws, bf16: bool, latent_noise: float) -> tuple[Tensor, Tensor]:
