@@ -1,4 +1,4 @@
-"""A small AutoencoderKL for the emoji, from scratch: squared error, and a weak pull of the posterior to N(0, I)."""
+"""A small AutoencoderKL for the emoji: squared error, a weak pull of the posterior to N(0, I); its decoder further."""
 
 import logging
 import time
