@@ -1,11 +1,11 @@
 """Seconds of one mixture-of-experts layer, forward and backward, as ratios to the original's layer in the same run.
 
-    python benchmarks/moe_layer.py [--tokens 4096] [--rounds 7] [--threads 1]
+    python benchmarks/moe_layer.py [--tokens 4096] [--rounds 7] [--threads 1] [--device cuda]
 
 The original's layer is written here after its description (feizc/DiT-MoE, arXiv 2407.11633): every token repeated k
 times, a mask for each expert, results put into place by mask, matrices in two slices. `dense` is one SwiGLU as wide as
-what a token activates, gate and up in one matrix. Processor time, which other work on the machine hardly changes (with
-one thread); variants are timed in turn, in rounds, and medians are shown.
+what a token activates, gate and up in one matrix. On CPUs processor time, which other work on a machine hardly changes
+(with one thread), on GPUs time; variants are timed in turn, in rounds, and medians are shown.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ from ditune.networks.moe import MoE, SwiGLU, by_grouped_mm, by_slices
 from ditune.networks.routing import balance_loss
 
 D, E, K, F, SHARED = 384, 8, 2, 1536, 768  # DiT-MoE-S/2-8E2A
+GPU_STEPS = 10  # that are timed together, so that launches overlap as in a training
 
 
 class SlicedSwiGLU(SwiGLU):
@@ -76,13 +78,16 @@ class DenseSwiGLU(nn.Module):
         return self.down(silu(gate) * up), x.new_zeros(())
 
 
-def step_function(layer: nn.Module, tokens: int, bf16: bool, back_end: Callable | None = None) -> Callable[[], None]:
-    x = torch.randn(tokens // 256, 256, D, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+def step_function(
+    layer: nn.Module, tokens: int, bf16: bool, device: str, back_end: Callable | None = None
+) -> Callable[[], None]:
+    layer = layer.to(device)
+    x = torch.randn(tokens // 256, 256, D, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
+    grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(device)
 
     def step() -> None:
         moe.back_end = lambda *_: back_end
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
             y, decided = layer(x)
         aux = balance_loss(decided) if isinstance(layer, MoE) else decided
         ((y * grad).sum() + 0.01 * aux).backward()
@@ -98,35 +103,50 @@ def ours() -> MoE:
     return layer
 
 
+def timed(step: Callable[[], None], device: str) -> float:
+    if device == "cpu":
+        start = time.process_time()
+        step()
+        return time.process_time() - start
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(GPU_STEPS):
+        step()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / GPU_STEPS
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     arguments = parser.parse_args()
+    build = partial(step_function, tokens=arguments.tokens, device=arguments.device)
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     width = K * F + SHARED
     for bf16 in (True, False):
         variants = {
-            "original's layer": step_function(OriginalLayer(), arguments.tokens, bf16),
-            "ours, slices": step_function(ours(), arguments.tokens, bf16, by_slices),
-            "ours, grouped_mm": step_function(ours(), arguments.tokens, bf16, by_grouped_mm),
-            "dense of the same work": step_function(DenseSwiGLU(width), arguments.tokens, bf16),
+            "original's layer": build(OriginalLayer(), bf16=bf16),
+            "ours, slices": build(ours(), bf16=bf16, back_end=by_slices),
+            "ours, grouped_mm": build(ours(), bf16=bf16, back_end=by_grouped_mm),
+            "dense of the same work": build(DenseSwiGLU(width), bf16=bf16),
         }
         seconds: dict[str, list[float]] = {name: [] for name in variants}
         for round_ in range(arguments.rounds + 1):
             for name, step in variants.items():
-                start = time.process_time()
-                step()
+                taken = timed(step, arguments.device)
                 if round_:  # the first one allocates
-                    seconds[name].append(time.process_time() - start)
+                    seconds[name].append(taken)
         medians = {name: statistics.median(values) for name, values in seconds.items()}
         original, dense = medians["original's layer"], medians["dense of the same work"]
-        sys.stdout.write(f"{arguments.tokens} tokens, {'bf16' if bf16 else 'fp32'}, {arguments.threads} thread(s)\n")
+        where = f"{arguments.threads} thread(s)" if arguments.device == "cpu" else torch.cuda.get_device_name()
+        sys.stdout.write(f"{arguments.tokens} tokens, {'bf16' if bf16 else 'fp32'}, {where}\n")
         for name, s in medians.items():
             sys.stdout.write(
-                f"  {name:24} {s * 1e3:7.0f} ms   {s / original:.2f} of original   {s / dense:.2f} of dense\n"
+                f"  {name:24} {s * 1e3:9.2f} ms   {s / original:.2f} of original   {s / dense:.2f} of dense\n"
             )
         sys.stdout.write(json.dumps({"torch": torch.__version__, **medians}) + "\n")
 

@@ -1,9 +1,9 @@
 """Seconds of a training step, as ratios to plain full fine-tuning in fp32 in the same run.
 
-    python benchmarks/train_step.py [--network emoji_s] [--batch 16] [--rounds 5] [--methods]
+    python benchmarks/train_step.py [--network emoji_s] [--batch 16] [--rounds 5] [--methods] [--device cuda]
 
-Processor time of one thread, which other work on the machine hardly changes. Variants are timed in turn, in rounds,
-so that a slow moment meets all of them; medians are shown.
+On CPUs processor time of one thread, which other work on a machine hardly changes; on GPUs time. Variants are timed in
+turn, in rounds, so that a slow moment meets all of them; medians are shown.
 """
 
 import argparse
@@ -44,12 +44,20 @@ def trained_network(name: str) -> DiT:
 
 
 def step_function(
-    name: str, batch: int, method: str, bf16: bool, frozen_bf16: bool = False, compile_: bool = False, lean: bool = True
+    name: str,
+    batch: int,
+    method: str,
+    bf16: bool,
+    frozen_bf16: bool = False,
+    compile_: bool = False,
+    lean: bool = True,
+    device: str = "cpu",
 ) -> Callable[[], None]:
     """One optimizer step with EMA. `lean`: fused AdamW, and optimizer and EMA only over what trains."""
-    network = trained_network(name)
+    network = trained_network(name).to(device)
     peft = build_method(method, PEFT)
     peft.apply(network)
+    network.to(device)  # what the method has added too
     if frozen_bf16:
         freeze_in_bf16(network)
     if compile_:
@@ -58,12 +66,12 @@ def step_function(
     optimizer = torch.optim.AdamW(list(trainable.values()), lr=1e-3, weight_decay=0.0, fused=lean, foreach=False)
     ema = Ema(trainable if lean else dict(network.named_parameters()), decay=0.9999)
     objective = GaussianDiffusion(GaussianProcess(prediction="x0", variance="fixed_small"), weight="v")
-    x0 = torch.randn(batch, CHANNELS, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
-    y = torch.arange(batch) % CLASSES
-    draws = Draws(0, 0, range(batch))
+    x0 = torch.randn(batch, CHANNELS, SIZE, SIZE, generator=torch.Generator().manual_seed(1)).to(device)
+    y = torch.arange(batch, device=device) % CLASSES
+    draws = Draws(0, 0, range(batch), device)
 
     def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
             loss = objective.loss(network, (x0, y), draws)
         (loss.total + peft.penalty(network)).backward()
         optimizer.step()
@@ -90,9 +98,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--methods", action="store_true", help="every method, as the main job trains it")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    build = partial(step_function, arguments.network, arguments.batch)
+    build = partial(step_function, arguments.network, arguments.batch, device=arguments.device)
     variants = {
         "full, fp32, loop AdamW": build("full", bf16=False, lean=False),
         "full, fp32": build("full", bf16=False),
@@ -110,23 +119,30 @@ def main() -> None:
     seconds: dict[str, list[float]] = {name: [] for name in [*variants, "full, bf16, fused attention kernel"]}
     for round_ in range(arguments.rounds + 1):
         for name, step in variants.items():
-            seconds[name].append(timed(step))
+            seconds[name].append(timed(step, arguments.device))
         with fused_attention():
-            seconds["full, bf16, fused attention kernel"].append(timed(variants["full, bf16"]))
+            seconds["full, bf16, fused attention kernel"].append(timed(variants["full, bf16"], arguments.device))
         if round_ == 0:  # allocates and compiles
             for values in seconds.values():
                 values.clear()
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     reference = medians["full, fp32"]
-    rows = [f"{n:42} {s * 1e3:8.0f} ms   {reference / s:5.2f}x" for n, s in medians.items()]
+    rows = [f"{n:42} {s * 1e3:8.1f} ms   {reference / s:5.2f}x" for n, s in medians.items()]
     sys.stdout.write("\n".join(rows) + "\n")
-    sys.stdout.write(json.dumps({"threads": torch.get_num_threads(), "torch": torch.__version__, **medians}) + "\n")
+    facts = {"device": arguments.device, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    sys.stdout.write(json.dumps(facts | medians) + "\n")
 
 
-def timed(step: Callable[[], None]) -> float:
-    start = time.process_time()
+def timed(step: Callable[[], None], device: str) -> float:
+    if device == "cpu":
+        start = time.process_time()
+        step()
+        return time.process_time() - start
+    torch.cuda.synchronize()
+    start = time.perf_counter()
     step()
-    return time.process_time() - start
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 if __name__ == "__main__":
