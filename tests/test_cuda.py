@@ -14,7 +14,7 @@ from ditune.training import train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
-FULL = ["peft=full", "optimizer.lr=1e-3", "max_steps=4"]
+FULL = ["peft=full", "optimizer.lr=1e-3", "max_steps=4", "callbacks.checkpoint.every_n_steps=4"]
 ON_GPU = ["trainer=gpu"]
 ON_CPU = ["trainer=cpu"]
 
@@ -49,7 +49,14 @@ def test_gpu_learns_what_the_cpu_learns(launch, small, on_cpu, tmp_path):
 
 @pytest.mark.parametrize("peft", ["full", "difffit", "lora"])
 def test_compiled_bf16_learns_what_fp32_learns(peft, small, base, tmp_path):
-    common = [*ON_GPU, f"peft={peft}", f"pretrained={base}", "optimizer.lr=1e-3", "max_steps=4"]
+    common = [
+        *ON_GPU,
+        f"peft={peft}",
+        f"pretrained={base}",
+        "optimizer.lr=1e-3",
+        "max_steps=4",
+        "callbacks.checkpoint.every_n_steps=4",
+    ]
     assert train(small(*common, folder=tmp_path / "fp32")) == 0
     assert train(small(*common, "compile=true", "trainer.precision=bf16-mixed", folder=tmp_path / "bf16")) == 0
     exact, quick = (checkpoint(tmp_path / name)["ema"] for name in ("fp32", "bf16"))

@@ -223,6 +223,15 @@ def test_a_broken_picture_stops_or_is_left_out(root, problem):
         prepare(config(root))
 
 
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_the_fingerprint_is_the_same_with_a_manifest(root, split):
+    before = CUB(root, 16, split=split).fingerprint
+    prepare(config(root))
+    after = CUB(root, 16, split=split, manifest=root / "prepared" / "manifest.csv")
+    assert after.checksums
+    assert after.fingerprint == before  # else a run that began before there was a manifest could not be resumed
+
+
 def test_a_missing_picture_is_reported_and_its_return_noticed(root):
     content = (root / BIRD).read_bytes()
     (root / BIRD).unlink()

@@ -39,7 +39,7 @@ class Benchmark(Pictures):
     root        folder that holds the data set's top folder, or that folder itself
     resolution  side of the square pictures, in pixels
     split       train, test or val as the data set has them; None = all
-    manifest    file written by src/prepare.py: broken pictures are left out, hashes are known without reading
+    manifest    file written by src/prepare.py: broken pictures are left out, checksums are known without reading
     in_memory   decode everything at the first access; False = decode what is asked for
     limit       keep this many, evenly spaced
 

@@ -3,13 +3,23 @@
 import csv
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from ditune.checkpoints.files import atomic
 from ditune.data.sources import Item
 from ditune.errors import UserError
 
-COLUMNS = ("source", "file_name", "split", "class", "bytes", "sha256", "problem")
+COLUMNS = ("source", "file_name", "split", "class", "bytes", "crc32", "sha256", "problem")
 REMEDY = "Run `python src/prepare.py` for it again."
+
+
+class Check(NamedTuple):
+    """What reading a picture's file has shown."""
+
+    size: int  # bytes; -1 = there is no file
+    crc32: int
+    sha256: str
+    problem: str  # '' = none
 
 
 def describe(items: Sequence[Item]) -> list[tuple[str, str, str, str]]:
@@ -21,13 +31,13 @@ def describe(items: Sequence[Item]) -> list[tuple[str, str, str, str]]:
     ]
 
 
-def write_manifest(path: Path, items: Sequence[Item], checked: Sequence[tuple[int, str, str]]) -> None:
-    """One row for each picture; `checked` has its bytes, sha256, and its problem ('' = none)."""
+def write_manifest(path: Path, items: Sequence[Item], checked: Sequence[Check]) -> None:
+    """One row for each picture."""
     with atomic(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
-        for who, (size, digest, problem) in zip(describe(items), checked, strict=True):
-            writer.writerow((*who, size, digest, problem))
+        for who, found in zip(describe(items), checked, strict=True):
+            writer.writerow((*who, *found))
 
 
 def read_manifest(path: Path) -> list[dict[str, str]]:
@@ -39,7 +49,7 @@ def read_manifest(path: Path) -> list[dict[str, str]]:
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"The manifest {path} is damaged ({error}). {REMEDY}") from error
     if tuple(reader.fieldnames or ()) != COLUMNS or any(None in row.values() for row in rows):
-        raise UserError(f"The manifest {path} is damaged. {REMEDY}")
+        raise UserError(f"The manifest {path} is damaged, or of an earlier version. {REMEDY}")
     return rows
 
 
@@ -48,8 +58,8 @@ def is_current(items: Sequence[Item], rows: Sequence[dict[str, str]]) -> bool:
     return describe(items) == [(row["source"], row["file_name"], row["split"], row["class"]) for row in rows]
 
 
-def apply_manifest(items: list[Item], path: str | Path | None) -> tuple[dict[Item, str], list[Item]]:
-    """The sha256 of each sound picture, and the sound pictures; nothing and all of them where there is no manifest.
+def apply_manifest(items: list[Item], path: str | Path | None) -> tuple[dict[Item, int], list[Item]]:
+    """The CRC-32 of each sound picture, and the sound pictures; nothing and all of them where there is no manifest.
 
     Raises UserError when the manifest is of other pictures or labels.
     """
@@ -58,5 +68,5 @@ def apply_manifest(items: list[Item], path: str | Path | None) -> tuple[dict[Ite
     rows = read_manifest(Path(path))
     if not is_current(items, rows):
         raise UserError(f"The manifest {path} is of other pictures, labels or splits than those there now. {REMEDY}")
-    kept = [(item, row["sha256"]) for item, row in zip(items, rows, strict=True) if not row["problem"]]
+    kept = [(item, int(row["crc32"])) for item, row in zip(items, rows, strict=True) if not row["problem"]]
     return dict(kept), [item for item, _ in kept]

@@ -81,7 +81,7 @@ class Pictures(Dataset):
     ) -> None:
         """Take the pictures of one split out of all that were found."""
         self.class_names, self.everything = class_names, found
-        self.hashes, kept = apply_manifest(found, manifest)
+        self.checksums, kept = apply_manifest(found, manifest)
         items = kept if split is None else [item for item in kept if _is_in(item, split)]
         if not items:
             splits = ", ".join(sorted({item.split for item in found}))
@@ -104,9 +104,12 @@ class Pictures(Dataset):
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of what is in this data set, wherever it lies: names, hashes, labels, classes, resolution, split."""
+        """sha256 of what is in this data set, wherever it lies: names, CRCs, labels, classes, resolution, split.
+
+        A manifest makes it quick and nothing else: a run that began before there was one goes on.
+        """
         contents = [
-            (item.name, self.hashes[item] if self.hashes else item.source.crc(item.name), label)
+            (item.name, self.checksums[item] if self.checksums else item.source.crc(item.name), label)
             for item, label in zip(self._items, self.labels.tolist(), strict=True)
         ]
         text = json.dumps([contents, self.class_names, self.resolution, self.split])

@@ -5,12 +5,13 @@ import json
 import logging
 import os
 import shutil
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 from ditune.checkpoints.files import atomic, write_json
-from ditune.data.manifest import describe, is_current, read_manifest, write_manifest
+from ditune.data.manifest import Check, describe, is_current, read_manifest, write_manifest
 from ditune.data.pictures import BROKEN, Pictures, decode
 from ditune.data.sources import Item
 from ditune.errors import UserError
@@ -89,26 +90,26 @@ def _check_all(items: list[Item], path: Path, resolution: int) -> None:
     with locked(path.with_name(".checked.lock")):
         if not is_valid(items, path):
             parts = (json.loads((folder / f"{i}.json").read_text(encoding="utf-8")) for i in range(pieces))
-            write_manifest(path, items, [tuple(entry) for part in parts for entry in part])
+            write_manifest(path, items, [Check(*entry) for part in parts for entry in part])
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def check(item: Item, resolution: int) -> tuple[int, str, str]:
-    """Bytes, sha256 and problem of a picture ('' = none; -1 bytes = there is no file)."""
+def check(item: Item, resolution: int) -> Check:
+    """Read and decode a picture."""
     try:
         content = item.source.read(item.name)
     except FileNotFoundError:
-        return -1, "", "there is no such file"
+        return Check(-1, 0, "", "there is no such file")
     except BROKEN as error:
-        return item.source.size(item.name), "", f"cannot be read ({error})"
-    digest = hashlib.sha256(content).hexdigest()
+        return Check(item.source.size(item.name), 0, "", f"cannot be read ({error})")
+    found = Check(len(content), zlib.crc32(content), hashlib.sha256(content).hexdigest(), "")
     if not content:
-        return 0, digest, "the file is empty"
+        return found._replace(problem="the file is empty")
     try:
         decode(content, resolution)
     except BROKEN as error:
-        return len(content), digest, " ".join(str(error).split()) or type(error).__name__
-    return len(content), digest, ""
+        return found._replace(problem=" ".join(str(error).split()) or type(error).__name__)
+    return found
 
 
 def _report(pictures: Pictures, rows: list[dict[str, str]], problems: dict[str, str]) -> dict:
