@@ -241,11 +241,11 @@ SIZES = {
 }
 # name: (hidden_size, depth, num_heads, patch_size). Ours, for two CPU cores.
 TINY_SIZES = {
-    "tiny":      ( 32, 2, 2, 2),  # tests
-    "emoji_xs":  (128, 6, 4, 4),
-    "emoji_s":   (192, 6, 6, 4),  # of pixels
-    "emoji_s_2": (192, 6, 6, 2),  # of latents: the shipped base
-    "emoji_m":   (256, 8, 8, 4),
+    "tiny":       ( 32, 2, 2, 2),  # tests
+    "emoji_xs":   (128, 6, 4, 4),
+    "emoji_s":    (192, 6, 6, 4), # of pixels
+    "emoji_s9_2": (192, 9, 6, 2), # of latents: the shipped base
+    "emoji_m":    (256, 8, 8, 4),
 }
 # fmt: on
 NETWORKS = {f"{name}_{p}": (*size, p) for name, size in SIZES.items() for p in (2, 4, 8)} | TINY_SIZES
