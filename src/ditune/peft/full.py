@@ -1,8 +1,8 @@
 """Full fine-tuning: everything trains."""
 
-from .base import PeftMethod
+from .base import LABELS, PeftMethod
 
 
 class Full(PeftMethod):
     def selects(self, name: str) -> bool:
-        return True
+        return not name.startswith(f"{LABELS}.")  # its label table is `train_labels`'s business, as everywhere

@@ -114,6 +114,8 @@ def check_combination(cfg: DictConfig, parts: Parts) -> None:
             f"peft={cfg.peft.name} adapts a pretrained network, and there is none. "
             "Set pretrained=<file>, or peft=full to train from scratch."
         )
+    if parts.base is None and not parts.method.train_labels:
+        raise UserError("The label table of a network from scratch must train. Set peft.train_labels=true.")
     if cfg.trainer.precision not in PRECISIONS:
         raise UserError(
             f"trainer.precision is {cfg.trainer.precision}, but what trains must stay in fp32. "
