@@ -1,5 +1,6 @@
 """Training data as a function of (seed, position): where a run stops changes nothing of what comes next."""
 
+import signal
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
@@ -89,6 +90,12 @@ def _identity(batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Ten
     return batch
 
 
+def _leave_signals(worker: int) -> None:
+    """Ctrl-C and schedulers signal every process of a run; the trainer wants to finish the step at hand."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def training_loader(stream: PictureStream, batches: MicroBatches, num_workers: int, pin_memory: bool) -> DataLoader:
     """Loader of (pictures, labels, positions); the pictures are decoded before workers fork and share them."""
     if stream.pictures.in_memory:
@@ -100,4 +107,5 @@ def training_loader(stream: PictureStream, batches: MicroBatches, num_workers: i
         num_workers=num_workers,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
+        worker_init_fn=_leave_signals,
     )
