@@ -65,8 +65,13 @@ def test_every_experiment_builds_with_any_method(tmp_path, experiment):
 
 @pytest.mark.parametrize("path", [f for f in FILES if f.parent.name in ("experiment", "model")], ids=lambda p: p.stem)
 def test_experiments_leave_methods_to_their_own_configs(path):
-    """Or peft=... would swap the method and keep keys of another one."""
-    assert "peft" not in OmegaConf.load(path)
+    """Or peft=... would swap the method and keep keys of another one; the label table is every method's."""
+    assert set(OmegaConf.load(path).get("peft", {})) <= {"train_labels"}
+
+
+@pytest.mark.parametrize("path", [f for f in FILES if f.parent.name == "peft"], ids=lambda p: p.stem)
+def test_every_method_can_leave_the_label_table_alone(path):
+    assert "train_labels" in OmegaConf.load(path)
 
 
 @pytest.mark.parametrize("method", METHODS)
