@@ -62,7 +62,7 @@ def fit(cfg: DictConfig) -> Path:
     vae.eval().save_pretrained(folder)
     values = measure(KL("kl_emoji", folder).to(device).eval(), cfg)
     facts = {"parameters": sum(p.numel() for p in vae.parameters()), "steps": cfg.max_steps, "seconds": seconds}
-    facts |= {"data": cfg.data.name, "batch_size": cfg.batch_size, "seed": cfg.seed, "latent_noise": cfg.latent_noise}
+    facts |= {"data": cfg.data.name} | {key: cfg[key] for key in ("batch_size", "lr", "seed", "latent_noise")}
     write_json(folder / "result.json", facts | {"psnr_db": values, "decoder_of": before})
     for name, value in values.items():
         log.info("%s: %.2f dB", name, value)
