@@ -84,6 +84,23 @@ def test_a_method_brings_its_own_keys_and_rate(tmp_path, method):
         build_peft(method, lr=1e-3, unknown_key=1)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "lr", "train_labels"),
+    [
+        ([], 1e-2, False),
+        (["classes=reinit"], 3e-3, True),
+        (["peft=full"], 1e-3, False),
+        (["peft=full", "classes=mean"], 3e-4, True),
+        (["peft=lora"], 1e-3, False),
+        (["experiment=difffit_pixels", "peft=lora"], 1e-2, True),
+        (["experiment=difffit_pixels", "peft=lora", "classes=map"], 1e-2, True),
+    ],
+)
+def test_the_main_jobs_rate_belongs_to_the_method_and_to_what_trains(tmp_path, overrides, lr, train_labels):
+    cfg = compose(tmp_path, *overrides)
+    assert (cfg.optimizer.lr, cfg.peft.train_labels) == (lr, train_labels)
+
+
 @pytest.mark.parametrize("override", ["batchsize=1", "trainer.devces=2", "peft.rank=4", "data.pictures.size=3"])
 def test_unknown_keys_are_refused(tmp_path, override):
     with pytest.raises(ConfigCompositionException, match="Could not override"):

@@ -57,6 +57,7 @@ def test_a_decoder_trained_further_keeps_the_latents(tmp_path):
     assert KL("kl", first).latent_fingerprint == KL("kl", robust).latent_fingerprint
     assert str(tmp_path) not in (robust / "config.json").read_text()
     facts = json.loads((robust / "result.json").read_text())
+    assert (facts["data"], facts["lr"], facts["latent_noise"]) == ("emoji_base", 5e-3, 1)
     assert facts["decoder_of"] == json.loads((first / "result.json").read_text())
 
 
