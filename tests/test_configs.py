@@ -152,19 +152,21 @@ def test_every_file_and_key_is_explained(path):
 
 ALLOWED = {
     "errors": set(),
+    "distributed": set(),
+    "progress": set(),
     "networks": set(),
     "draws": set(),
     "visuals": {"data", "metrics.features"},
     "processes": {"errors"},
     "objectives": {"errors", "processes"},
     "samplers": {"errors", "processes", "draws"},
-    "fetch": {"errors", "checkpoints.files"},
-    "sharing": set(),
-    "data": {"errors", "draws", "fetch", "sharing", "checkpoints.files"},
+    "fetch": {"errors", "progress", "checkpoints.files"},
+    "sharing": {"errors", "progress"},
+    "data": {"errors", "draws", "fetch", "progress", "sharing", "checkpoints.files"},
     "autoencoders": {"errors", "checkpoints.files"},
-    "metrics": {"errors"},
+    "metrics": {"errors", "progress"},
     "peft": {"errors", "networks"},
-    "checkpoints": {"errors", "networks", "peft", "fetch"},
+    "checkpoints": {"errors", "networks", "peft", "fetch", "progress"},
     "launch": {"errors", "checkpoints.files"},
 }
 

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import os
 import shutil
 import time
 import zipfile
@@ -16,20 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from ditune.checkpoints.files import atomic, read_json, write_json
+from ditune.distributed import rank, world_size
 from ditune.errors import UserError
 
 log = logging.getLogger(__name__)
 
 WAIT = 0.5  # seconds between two looks for the blocks of the other processes
-
-
-def rank() -> int:
-    """This process among those that share the work, as torchrun numbers them."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def weights_hash(network: nn.Module) -> str:

@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ditune.blocks import Blocks, rank, weights_hash
+from ditune.blocks import Blocks, weights_hash
 from ditune.checkpoints import read_json, sha256, write_json
 from ditune.data import Pictures
+from ditune.distributed import rank
 from ditune.drawing import Drawer, label_plan
 from ditune.metrics import Judge, PictureSet
 from ditune.visuals import grid, neighbours_sheet

@@ -14,15 +14,16 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from ditune.blocks import Blocks, NpzPictures, rank, world_size
+from ditune.blocks import Blocks, NpzPictures
 from ditune.build import build_evaluation, make
 from ditune.checkpoints import load_network, locate, read_json, sha256, write_json
 from ditune.data import Pictures
+from ditune.distributed import best_device, rank, world_size
 from ditune.drawing import Drawer
 from ditune.errors import UserError
 from ditune.evaluation import Evaluation, Record, gap, judge_pictures
 from ditune.metrics import PictureSet
-from ditune.run import Trained, best_device, exactly_one, load_checkpoint, load_run
+from ditune.run import Trained, exactly_one, load_checkpoint, load_run
 
 log = logging.getLogger(__name__)
 

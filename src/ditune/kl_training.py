@@ -16,9 +16,9 @@ from ditune.checkpoints import read_json, write_json
 from ditune.codec_study import psnr, reconstruct
 from ditune.data import Pictures, from_uint8
 from ditune.data.stream import PictureStream
+from ditune.distributed import best_device
 from ditune.draws import Draws
 from ditune.errors import UserError
-from ditune.run import best_device
 
 log = logging.getLogger(__name__)
 

@@ -19,6 +19,7 @@ from ditune.build import make, missing_keys
 from ditune.data import Benchmark, Pictures, from_uint8
 from ditune.data.latents import HEADER, Latents, Writer, check, expected_header
 from ditune.data.verify import is_valid, verify
+from ditune.distributed import best_device
 from ditune.errors import UserError
 from ditune.sharing import locked, share
 
@@ -204,11 +205,6 @@ def statistics(cfg: DictConfig) -> None:
     judge.extractor.to(best_device())
     with writing(Path(cfg.paths.cache_dir), "paths.cache_dir"), locked(Path(cfg.paths.cache_dir) / ".statistics.lock"):
         judge.reference(make(cfg.metrics.reference, "metrics"))
-
-
-def best_device() -> torch.device:
-    """This process's GPU (torchrun says which), or the CPU."""
-    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
 
 
 @contextmanager

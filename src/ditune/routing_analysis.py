@@ -10,12 +10,13 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from ditune.checkpoints import write_json
+from ditune.distributed import best_device
 from ditune.errors import UserError
 from ditune.networks import DiTMoE
 from ditune.processes import FlowProcess, Process
 from ditune.routing_plots import draw_by, draw_load
 from ditune.routing_statistics import RoutingStatistics
-from ditune.run import best_device, exactly_one, load_checkpoint, load_run
+from ditune.run import exactly_one, load_checkpoint, load_run
 
 log = logging.getLogger(__name__)
 

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -108,10 +107,6 @@ def exactly_one(cfg: DictConfig, *keys: str) -> str:
         what = f"{' and '.join(f'{key}=' for key in given)} are both given" if given else "Nothing is given to work on"
         raise UserError(f"{what}. Give exactly one of {choices}.")
     return given[0]
-
-
-def best_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _read_config(folder: Path) -> DictConfig:

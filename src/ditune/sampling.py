@@ -15,10 +15,11 @@ from torch import Tensor
 from ditune.build import make
 from ditune.checkpoints import locate, write_json
 from ditune.cli import CONFIGS
+from ditune.distributed import best_device
 from ditune.drawing import Drawer
 from ditune.draws import generator
 from ditune.errors import UserError
-from ditune.run import Trained, best_device, exactly_one, load_checkpoint, load_run
+from ditune.run import Trained, exactly_one, load_checkpoint, load_run
 from ditune.visuals import save_grid
 
 log = logging.getLogger(__name__)

@@ -12,10 +12,11 @@ from omegaconf import DictConfig
 
 from ditune.build import make
 from ditune.checkpoints import read_json, write_json
+from ditune.distributed import best_device
 from ditune.errors import UserError
 from ditune.evaluation import Evaluation
 from ditune.judging import check_reference
-from ditune.run import Run, best_device, load_run
+from ditune.run import Run, load_run
 from ditune.samplers import check
 from ditune.visuals import before_after_sheet
 
