@@ -158,7 +158,7 @@ def test_fingerprint_is_of_the_contents(tmp_path: Path) -> None:
 def test_one_folder_around_everything_in_a_zip_is_left_out(tmp_path: Path) -> None:
     assert Pictures(make(tmp_path / "a.zip", tree("wrapper/")), 8).class_names == ["cat", "dog", "eel"]
     assert Pictures(make(tmp_path / "b.zip", {"cat/0.png": png()}), 8).class_names == ["cat"]
-    assert Pictures(make(tmp_path / "d.zip", tree("train/")), 8).class_names == ["train"]
+    assert Pictures(make(tmp_path / "d.zip", tree("train/")), 8).class_names == ["cat", "dog", "eel"]
     assert Pictures(make(tmp_path / "c.zip", tree("train/") | {"test/cat/0.png": png()}), 8).num_classes == 3
 
 

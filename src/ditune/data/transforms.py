@@ -8,6 +8,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+WIDE = 8  # a longer side of more than so many shorter ones is cropped before it is enlarged
+
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
     """The centre crop of ADM (Dhariwal & Nichol 2021, arXiv 2105.05233), on which FID tables of ImageNet rest.
@@ -18,9 +20,15 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    width, height = round(image.width * scale), round(image.height * scale)
+    left, top = (width - size) // 2, (height - size) // 2
+    if max(width, height) <= WIDE * size:
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        return image.crop((left, top, left + size, top + size))
+    # Enlarge only what is kept: the same filter at the same places, which reads beyond the box.
+    x, y = image.width / width, image.height / height  # pixels of the source for one of the result
+    box = (left * x, top * y, min((left + size) * x, image.width), min((top + size) * y, image.height))
+    return image.resize((size, size), Image.Resampling.BICUBIC, box)
 
 
 def to_rgb(image: Image.Image, background: int = 255) -> Image.Image:
