@@ -97,9 +97,9 @@ def _splits(source: Source, names: Sequence[str], classes: Collection[str], stri
             return Splits({})
         beside = f"the folder '{others[0]}'" if others else f"the image {loose[0]}"
         raise UserError(
-            f"The folder '{found[0]}' in {source.path} is named like a split, but {beside} lies beside it, so classes "
-            "and splits cannot be told apart. Leave only splits at the top (train, val, test), or rename the "
-            "folder; if all of them are classes, name them in `classes`."
+            f"Splits and classes cannot be told apart in {source.path}: {' and '.join(map(repr, found))} are names of "
+            f"splits, and {beside} lies beside. Leave only splits at the top (train, val, test), or give all of them "
+            "other names; if they are all classes, list them in data.classes."
         )
     refuse_two_spellings(found, source.path)
     return Splits({top: normal_split(top) for top in found})
@@ -139,7 +139,7 @@ def _refuse_loose(items: Sequence[Item], splits: Splits) -> None:
     deep = {item.name.partition("/")[0] for item in items if not _is_loose(item, splits)}
     if flat and not flat & deep:
         raise UserError(
-            f"The picture {name} in {path} lies beside no folders of classes, while {min(deep)}/ has them. Move the "
+            f"The picture {name} in {path} lies in no folder of a class, while {min(deep)}/ has them. Move the "
             f"images of {min(flat)}/ into folders of their classes, or take {min(flat)}/ away."
         )
     raise UserError(f"The picture {name} in {path} lies beside the folders of the classes. Move it into one of them.")
@@ -203,12 +203,12 @@ def _from_tables(
     unnamed = sorted(set(present) - {file for _, _, file in files})
     if unnamed:
         notes.append(
-            f"{len(unnamed):,} images in {source.path} are not named in {', '.join(names.values())} and are left out: "
-            f"{some(unnamed)}."
+            f"Images left out of {source.path}, because {', '.join(names.values())} does not name them: "
+            f"{len(unnamed):,} ({some(unnamed)})."
         )
     blank = sum(item.split == "" for item in items)
     if blank:
-        notes.append(f"{blank:,} rows of the metadata in {source.path} name no split; their images are in none.")
+        notes.append(f"Rows of the metadata in {source.path} without a split, whose images are in none: {blank:,}.")
     return items
 
 

@@ -96,7 +96,7 @@ class Parquet:
                 row = {"file_name": name} | ({column: label} if column else {})
                 items.append(Item(self, name, label, split, row))
         if unlabelled:
-            notes.append(f"{unlabelled:,} rows in {self.path} have no label in '{column}' and are left out.")
+            notes.append(f"Rows of {self.path} left out, because they have no label in '{column}': {unlabelled:,}.")
         if not items:
             raise UserError(f"There are no pictures in {self.path} with a label in '{column}'. Set data.class_column.")
         return items, notes
@@ -139,13 +139,12 @@ class Parquet:
         if column not in schema.names:
             raise UserError(f"{self.folder / file} has no column '{column}', as {self.files[0]} has. Take it away.")
         names = _class_labels(schema, column)
-        values = self._reader.column(file, column)
-        wrong = next((v for v in values if not isinstance(v, (str, int, float, type(None)))), None)
-        if wrong is not None:
+        if not _is_plain(schema.field(column).type):
             raise UserError(
-                f"The column '{column}' of {self.folder / file} holds {type(wrong).__name__}, not text or numbers. "
-                "Choose another column with data.class_column."
+                f"The column '{column}' of {self.folder / file} holds {schema.field(column).type}, not text or whole "
+                "numbers, so it names no class. Choose another column with data.class_column."
             )
+        values = self._reader.column(file, column)
         if names is None:
             return [None if v is None or v == "" else str(v) for v in values]
         outside = next((v for v in values if isinstance(v, int) and v >= len(names)), None)
@@ -196,6 +195,15 @@ def _holds_images(field: "pa.Field") -> bool:
     if types.is_struct(kind):
         kind = next((kind.field(i).type for i in range(kind.num_fields) if kind.field(i).name == "bytes"), kind)
     return types.is_binary(kind) or types.is_large_binary(kind)
+
+
+def _is_plain(kind: "pa.DataType") -> bool:
+    """Whether values of this type can name a class."""
+    types = import_pyarrow().types
+    if types.is_dictionary(kind):
+        return _is_plain(kind.value_type)
+    checks = (types.is_string, types.is_large_string, types.is_integer, types.is_boolean, types.is_null)
+    return any(check(kind) for check in checks)
 
 
 def _class_labels(schema: "pa.Schema", column: str) -> list[str] | None:

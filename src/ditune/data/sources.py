@@ -78,7 +78,9 @@ class Zip:
         links = [name for name, info in entries.items() if stat.S_ISLNK(info.external_attr >> 16)]
         names = sorted(name for name in entries.keys() - set(links) if not is_hidden(name))
         prefix, self.others = wrapper(names, classes), _others(names)
-        self.notes = _wrapper_note(path, prefix) + _links_note(path, links)
+        self.notes = _wrapper_note(path, prefix)
+        if links:
+            self.notes.append(f"Links in {path}, which a zip file does not follow, are left out: {len(links):,}.")
         self._entries = {name.removeprefix(prefix): entries[name] for name in names if name.startswith(prefix)}
         self.names = sorted(self._entries)
 
@@ -197,7 +199,8 @@ def _links_note(path: Path, links: list[str]) -> list[str]:
     if not links:
         return []
     shown = ", ".join(links[:3]) + (", ..." if len(links) > 3 else "")
-    return [f"{len(links):,} links in {path} lead to what is there under another name, and are left out: {shown}."]
+    why = "they lead to what is there under another name"
+    return [f"Links left out of {path}, because {why}: {len(links):,} ({shown})."]
 
 
 def _refuse_escape(name: str, path: Path) -> None:
