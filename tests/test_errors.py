@@ -39,9 +39,9 @@ MISTAKES = {
     "no such loss": (["objective.loss=l1"], "Choose one of mse"),
     "label drop above one": (["objective.label_drop=2"], "between 0 and 1"),
     "more steps than timesteps": (["sampler.steps=2000"], "steps"),
-    "no GPU": (["trainer=gpu"], "trainer"),
+    "no GPU": (["trainer=gpu"], "Set trainer=cpu"),
     "nothing to adapt": (["peft=bitfit"], "Set pretrained="),
-    "trainables in bf16": (["trainer.precision=bf16-true"], "Set one of bf16-mixed, 32-true"),
+    "trainables in bf16": (["trainer.precision=bf16-true"], "Set one of auto, bf16-mixed, 32-true"),
     "changed latents": (["augment=drawings", "data.latents=true"], "data.latents=false"),
     "no null class": (["network.class_dropout_prob=0"], "label_drop=0"),
     "guidance without a null class": (

@@ -150,11 +150,17 @@ def test_tensorboard(small, tmp_path):
 def test_dry_run_shows_the_plan_and_stops(small, base, tmp_path, capsys):
     assert train(small("peft=bitfit", f"pretrained={base}", "dry_run=true")) == 0
     shown = capsys.readouterr().out
-    for text in ("bitfit", "parameters train", "global batch", "expected memory"):
+    for text in ("bitfit trains 1,260 of 50,156 parameters", "biases", "10 images, 3 classes", "(expected)", "32-true"):
         assert text in shown
+    assert len(shown.splitlines()) < 24  # fits a screen
+    assert "final_layer" not in shown
     assert (tmp_path / "run" / "config.yaml").exists()
     assert not list((tmp_path / "run").rglob("*.ckpt"))
     assert not (tmp_path / "run" / "result.json").exists()
+    assert train(small("peft=bitfit", f"pretrained={base}", "dry_run=true", "verbose=true")) == 0
+    shown = capsys.readouterr().out
+    for text in ("accumulate_grad_batches: 1", "final_layer.linear.bias"):
+        assert text in shown
 
 
 def test_bf16_freezes_in_bf16_and_trains_in_fp32(tmp_path, pictures, base):

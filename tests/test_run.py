@@ -19,6 +19,7 @@ from PIL import Image
 from ditune import cli
 from ditune.build import build_drawer, build_evaluation, build_parts, make
 from ditune.checkpoints import load_network, read_adapter, sha256, write_json
+from ditune.config import hardware
 from ditune.errors import UserError
 from ditune.evaluation import Record
 from ditune.judging import build_comparison, evaluate
@@ -151,7 +152,8 @@ def test_what_is_written_about_pictures(adapted: Path, tmp_path: Path) -> None:
         "samples_00003.json",
     }
     about = json.loads((tmp_path / "samples.json").read_text())
-    entries = about.pop("pictures")
+    entries, precision = about.pop("pictures"), about.pop("precision")
+    assert precision == ("bf16-mixed" if hardware.multiplies_bf16("cpu") else "32-true")
     assert about == {"source": str(adapted), "seed": 4, "sampler": "DDIM", "steps": 2, "guidance": 3}
     assert [entry["file"] for entry in entries] == ["00000.png", "00001.png", "00002.png"]
     assert sorted((entry["label"], entry["class_name"]) for entry in entries) == [(0, "cat"), (1, "dog"), (2, "eel")]

@@ -67,11 +67,7 @@ def build_parts(cfg: DictConfig) -> Parts:
     Raises:
         UserError: something is missing or does not fit.
     """
-    missing = missing_keys(OmegaConf.to_container(cfg))
-    if missing:
-        raise UserError(
-            f"The config has no value for {', '.join(missing)}. Set it on the command line: {missing[0]}=..."
-        )
+    refuse_missing(cfg)
     pictures = make(cfg.data.pictures, "data")
     autoencoder = make(cfg.autoencoder, "autoencoder")
     objective = make(cfg.objective, "objective")
@@ -90,6 +86,15 @@ def build_parts(cfg: DictConfig) -> Parts:
     hashed = sha256(base) if base else None
     balance = make(cfg.balance, "balance")
     return Parts(pictures, autoencoder, network, method, objective, base, hashed, base_config, reshaped, balance)
+
+
+def refuse_missing(cfg: DictConfig) -> None:
+    """Raises UserError where a key that has no default has no value."""
+    missing = missing_keys(OmegaConf.to_container(cfg))
+    if missing:
+        raise UserError(
+            f"The config has no value for {', '.join(missing)}. Set it on the command line: {missing[0]}=..."
+        )
 
 
 def missing_keys(values: object, path: str = "") -> list[str]:

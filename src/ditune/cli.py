@@ -19,6 +19,9 @@ REPORT_CONFIGS = str(
     ROOT / "configs" / "reporting"
 )  # apart: its key `sweep` would be taken for the group configs/sweep
 USER_ERROR = 2  # exit code
+# of Lightning: advertisements, and what the plan of a run says itself
+CHATTER = ("litlogger", "litmodels", "`weights_only` was not set", "GPU available", "TPU available", "Precision (AMP)")
+CHATTER += ("`Trainer.fit` stopped",)
 
 
 def prepare() -> None:
@@ -34,7 +37,7 @@ def prepare() -> None:
 
 
 def _is_worth_reading(record: logging.LogRecord) -> bool:
-    return not any(text in record.getMessage() for text in ("litlogger", "litmodels", "`weights_only` was not set"))
+    return not any(text in record.getMessage() for text in CHATTER)
 
 
 def in_sweep() -> bool:

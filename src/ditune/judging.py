@@ -17,6 +17,7 @@ from torch import nn
 from ditune.blocks import Blocks, NpzPictures
 from ditune.build import build_evaluation, make
 from ditune.checkpoints import load_network, locate, read_json, sha256, write_json
+from ditune.config.hardware import bare_precision, settle_numbers
 from ditune.data import Pictures
 from ditune.distributed import best_device, rank, world_size
 from ditune.drawing import Drawer
@@ -41,6 +42,13 @@ class Comparison:
     evaluation: Evaluation
     own: Evaluation | None
     record: Record
+
+    def unknown(self, base: Path | None) -> int:
+        """How many networks' images have to be generated: the trained one's, and the base's that no record holds."""
+        if base is None:
+            return 1
+        asked = [self.evaluation] if self.own is None else [self.evaluation, self.own]
+        return 1 + sum(self.record.get(base, evaluation) is None for evaluation in asked)
 
     def __call__(self, network: nn.Module, base: Path | None, folder: Path) -> dict[str, Any]:
         """Metrics after the training; and where there is a base, of the base before it, and how far the gap closed.
@@ -115,7 +123,9 @@ def of_run(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
             f"The run {run.folder} was made with metrics.n=0. "
             "Set metrics_of=this, and metrics= and metrics.n= of this command are taken."
         )
-    network, start = run.network.to(best_device()), time.perf_counter()
+    device = best_device()
+    settle_numbers(settings.trainer.precision, device.type)  # the protocol is the run's, emulated or not
+    network, start = run.network.to(device), time.perf_counter()
     comparison = build_comparison(settings, run.drawer, run.folder / "evaluation")
     metrics = comparison(network, None if run.reshaped else run.base, run.folder / "samples")
     if rank() != 0:
@@ -133,7 +143,8 @@ def of_run(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
 
 def of_checkpoint(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
     checkpoint = locate(cfg.checkpoint, f"{cfg.paths.cache_dir}/networks")
-    trained = load_checkpoint(checkpoint, cfg.autoencoder, cfg.sampler, cfg.bf16)
+    bf16 = bare_precision(cfg.precision, cfg.bf16)
+    trained = load_checkpoint(checkpoint, cfg.autoencoder, cfg.sampler, bf16)
     reference = make(cfg.metrics.reference, "metrics")
     check_reference(trained, reference)
     record, folder, start = Record(cfg.record), Path(cfg.out), time.perf_counter()

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 EVERY = 10.0  # seconds between two lines
 SHARES = 20  # a line for each such part of the work, where it takes longer than MOMENT
-MOMENT = 1.0  # seconds between two lines at the least
+MOMENT = 3.0  # seconds between two lines at the least
 
 _meters: list["Meter"] = []  # that are at work, the innermost one last
 _bars: Progress | None = None  # one display for all of them: rich can show only one
@@ -122,6 +122,8 @@ def meter(what: str, total: int | None = None, unit: str = "images", done: int =
     finally:
         ended.set()
         _meters.remove(current)
+        for other in _meters:
+            other.said_at = time.monotonic()  # what was said meanwhile was news enough
         if _bars is not None:
             _bars.remove_task(current._task)
             if outermost:

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from ditune.checkpoints import write_json
+from ditune.config.hardware import bare_precision
 from ditune.distributed import best_device
 from ditune.errors import UserError
 from ditune.networks import DiTMoE
@@ -54,7 +55,7 @@ def analyse(cfg: DictConfig) -> Path:
     trained = (
         load_run(cfg.run)
         if source == "run"
-        else load_checkpoint(cfg.checkpoint, cfg.autoencoder, cfg.sampler, cfg.bf16)
+        else load_checkpoint(cfg.checkpoint, cfg.autoencoder, cfg.sampler, bare_precision(cfg.precision, cfg.bf16))
     )
     network = trained.network.to(best_device())
     if not isinstance(network, DiTMoE):

@@ -45,7 +45,7 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
-def share(folder: Path, count: int, work: Callable[[int], None], finished: Callable[[], bool], what: str) -> None:
+def share(folder: Path, count: int, work: Callable[[int], None], finished: Callable[[], bool]) -> None:
     """Do the pieces 0 .. count-1 that no other process does, and return when all are done.
 
     A piece is done once `<folder>/<i>.done` is there; `work(i)` must have written its results to disk before.
@@ -53,10 +53,9 @@ def share(folder: Path, count: int, work: Callable[[int], None], finished: Calla
 
     Args:
         finished: True once the result of the whole work stands (the folder may be gone then).
-        what: the work, for the log.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    pending, told = list(range(count)), time.monotonic()
+    pending = list(range(count))
     while pending and not finished():
         waiting = []
         for i in pending:
@@ -69,9 +68,6 @@ def share(folder: Path, count: int, work: Callable[[int], None], finished: Calla
                     done.touch()
                 elif not mine:
                     waiting.append(i)
-            if time.monotonic() - told > 10:
-                told = time.monotonic()
-                log.info("%s: %d of %d pieces", what, len(list(folder.glob("*.done"))), count)
         pending = waiting
         if pending:
             time.sleep(POLL)

@@ -13,6 +13,7 @@ from ditune.errors import UserError
 
 # keys that say where a run's files go, how it is shown or started, and nothing about what it computes
 NOT_OF_THE_RESULT = ("hydra", "launcher", "logger", "run_dir", "sweep_dir", "tags", "resume", "dry_run", "traceback")
+NOT_OF_THE_RESULT += ("verbose",)
 OF_THE_SWEEP = ("hydra/launcher", "hydra.launcher", "hydra/sweeper", "hydra.sweep", "hydra.mode", "hydra.run")
 
 

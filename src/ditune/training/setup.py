@@ -13,7 +13,10 @@ from torch import nn
 
 from ditune.build import Parts, build_drawer, make, plain
 from ditune.checkpoints import read_json
+from ditune.data import Pictures
 from ditune.data.stream import MicroBatches, PictureStream, training_loader
+from ditune.denoising import REPEATS
+from ditune.drawing import Drawer
 from ditune.errors import UserError
 
 from .callbacks import DrawSamples, StepClock, StopOnSignal
@@ -21,6 +24,7 @@ from .checkpoint_io import AtomicCheckpointIO, newest_checkpoint
 from .loggers import WandbRun
 from .metrics_csv import MetricsCsv
 from .module import GenerativeModule
+from .outlook import Outlook, forward_passes
 from .plan import parameter_kinds
 from .progress import TrainingProgress
 from .routing_monitor import RoutingMonitor
@@ -134,7 +138,22 @@ def build_module(cfg: DictConfig, parts: Parts, identity: dict[str, Any]) -> Gen
     )
 
 
-def build_trainer(cfg: DictConfig, parts: Parts, folder: Path) -> tuple[pl.Trainer, StepClock, StopOnSignal]:
+def build_outlook(cfg: DictConfig, parts: Parts, drawer: Drawer, held_out: Pictures | None) -> Outlook:
+    """What the run does besides its steps; the evaluation's images are added once it is known what a record holds."""
+    networks = 1 if parts.base is None or parts.reshaped else 2  # the base's loss is measured beside the run's
+    return Outlook(
+        max_steps=cfg.max_steps,
+        batch_size=cfg.batch_size,
+        calls=forward_passes(drawer),
+        sheet_images=cfg.callbacks.samples.n,
+        every_n_steps=cfg.callbacks.samples.every_n_steps,
+        held_out_calls=0 if held_out is None else len(held_out) * REPEATS * networks,
+    )
+
+
+def build_trainer(
+    cfg: DictConfig, parts: Parts, folder: Path, outlook: Outlook
+) -> tuple[pl.Trainer, StepClock, StopOnSignal]:
     """The trainer without its loggers, which `open_loggers` adds once nothing can be wrong any more."""
     drawer = build_drawer(cfg, parts)
     sheets = cfg.callbacks.samples
@@ -142,8 +161,8 @@ def build_trainer(cfg: DictConfig, parts: Parts, folder: Path) -> tuple[pl.Train
     # the clock stands first, so that no other callback's time counts as training
     callbacks = [
         clock,
-        TrainingProgress(),
-        DrawSamples(drawer, parts.pictures, sheets.n, cfg.seed, folder / "samples", sheets.every_n_steps),
+        TrainingProgress(outlook),
+        DrawSamples(drawer, parts.pictures, sheets.n, cfg.seed, folder / "samples", sheets.every_n_steps, outlook),
         RoutingMonitor(folder / "routing", cfg.callbacks.routing.every_n_steps),
         stop,
         ModelCheckpoint(
