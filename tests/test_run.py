@@ -201,7 +201,7 @@ def test_record_of_a_base_is_found_by_the_trainings_judge(
     record.write_text('{"how": "by a test"}')
     own = [*judging, "+data.pictures.limit=9"]  # another reference, as another domain is
     for overrides in (judging, own):
-        evaluate(task("evaluate", f"checkpoint={base}", f"record={record}", *overrides))
+        evaluate(task("evaluate", f"checkpoint={base}", f"record={record}", "precision=bf16-mixed", *overrides))
     content = json.loads(record.read_text())
     assert content["how"] == "by a test"
     assert list(content["metrics"]) == [sha256(base)]
