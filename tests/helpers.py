@@ -45,6 +45,13 @@ def compose(folder: Path, *overrides: str) -> DictConfig:
         return hydra.compose("train", [*overrides, f"paths.output_dir={folder}"])
 
 
+def task(name: str, *overrides: str) -> DictConfig:
+    """The config of `<name>.py <overrides>`."""
+    cli.prepare()
+    with hydra.initialize_config_dir(cli.CONFIGS, version_base="1.3"):
+        return hydra.compose(name, list(overrides))
+
+
 def checkpoint(folder: Path) -> dict:
     """The newest checkpoint of a run."""
     path = newest_checkpoint(folder / "checkpoints")

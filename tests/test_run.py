@@ -8,12 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from shutil import copytree
 
-import hydra
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, SMALL, compose
-from omegaconf import DictConfig, OmegaConf
+from helpers import ROOT, SMALL, compose, task
+from omegaconf import OmegaConf
 from PIL import Image
 
 from ditune import cli
@@ -28,13 +27,6 @@ from ditune.sampling import balanced_labels, sample
 from ditune.training import train
 
 JUDGED = ["metrics.n=5", "+metrics.judge.batch_size=4", "sampler.batch_size=4"]
-
-
-def task(name: str, *overrides: str) -> DictConfig:
-    """The config of `<name>.py <overrides>`."""
-    cli.prepare()
-    with hydra.initialize_config_dir(cli.CONFIGS, version_base="1.3"):
-        return hydra.compose(name, list(overrides))
 
 
 @pytest.fixture(scope="module")

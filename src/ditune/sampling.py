@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
-from rich.progress import Progress
 from torch import Tensor
 
 from ditune.build import make
@@ -19,6 +18,7 @@ from ditune.distributed import best_device
 from ditune.drawing import Drawer
 from ditune.draws import generator
 from ditune.errors import UserError
+from ditune.progress import meter
 from ditune.run import Trained, exactly_one, load_checkpoint, load_run
 from ditune.visuals import save_grid
 
@@ -41,10 +41,9 @@ def sample(cfg: DictConfig) -> Path:
     names = trained.class_names or [str(k) for k in range(trained.network.num_classes)]
     indices = list(range(cfg.first, cfg.first + cfg.n))
     labels = balanced_labels(chosen_classes(cfg, names), cfg.seed, indices)
-    with Progress() as bar:
-        task = bar.add_task(f"drawing, steps: {drawer.steps}", total=cfg.n)
+    with meter(f"generating images in {drawer.steps} steps", cfg.n) as progress:
         network = trained.network.to(best_device())
-        pictures = drawer.draw(network, labels, cfg.seed, indices, lambda done: bar.update(task, completed=done))
+        pictures = drawer.draw(network, labels, cfg.seed, indices, on_batch=progress.update)
     facts = {
         "source": str(cfg[source]),
         "seed": cfg.seed,
