@@ -233,7 +233,7 @@ def test_unipc_gives_the_numbers_of_diffusers_own_loop(steps, shift):
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_dpm_solver_gives_the_numbers_of_its_paper(shift):
-    """DPM-Solver++(2M), algorithm 2 of arXiv 2211.01095, in double precision; the first step and the last of order 1."""
+    """DPM-Solver++(2M), algorithm 2 of arXiv 2211.01095, in float64; the first step and the last are of order 1."""
     noise = torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     times = PROCESS.in_steps(6).times(shift).clamp(max=1 - 1e-6)
     half_log_snr = ((1 - times) / times).log()
