@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_same_bits, checkpoint
+from helpers import assert_same_bits, checkpoint, movement
+from omegaconf import OmegaConf
 
 from ditune.checkpoints import read_json
 from ditune.errors import UserError
@@ -105,6 +106,8 @@ def test_stopped_by_a_signal_and_resumed(run, monkeypatch, case, call):
     assert checkpoint(stopped)["global_step"] == -(-call // micro_steps)  # the step at hand is finished
     assert run("stopped", *overrides, "resume=auto") == (stopped, 0)
     assert_same_end(stopped, whole)
+    if "pretrained=@base" in overrides:
+        assert movement(OmegaConf.load(whole / "config.yaml"), whole) > 1e-3
 
 
 def test_crashed_and_resumed_twice(run, monkeypatch):

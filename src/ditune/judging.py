@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from ditune.blocks import Blocks, NpzPictures
+from ditune.blocks import Blocks
 from ditune.build import build_evaluation, make
 from ditune.checkpoints import load_network, locate, read_json, sha256, write_json
 from ditune.config.hardware import bare_precision, settle_numbers
@@ -23,7 +23,9 @@ from ditune.distributed import best_device, rank, world_size
 from ditune.drawing import Drawer
 from ditune.errors import UserError
 from ditune.evaluation import Evaluation, Record, gap, judge_pictures
-from ditune.metrics import PictureSet
+from ditune.image_arrays import NpzPictures
+from ditune.image_files import ImageFiles
+from ditune.metrics import PictureSet, check_counts
 from ditune.run import Trained, exactly_one, load_checkpoint, load_run
 
 log = logging.getLogger(__name__)
@@ -172,15 +174,15 @@ def finish_blocks(blocks: Blocks, path: Path, start: float) -> dict[str, float]:
 
 
 def of_images(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
-    pictures = Pictures(cfg.images, cfg.data.resolution)
-    return of_pictures(cfg, pictures, {"images": str(cfg.images)})
+    images = ImageFiles(cfg.images, cfg.data.resolution)
+    return of_pictures(cfg, images, {"images": str(cfg.images), **images.facts})
 
 
 def of_npz(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
     pictures = NpzPictures(cfg.npz)
     if pictures.resolution != cfg.data.resolution:
         raise UserError(
-            f"The pictures in {cfg.npz} have {pictures.resolution} pixels, the reference {cfg.data.resolution}. "
+            f"The images in {cfg.npz} have {pictures.resolution} pixels, the reference {cfg.data.resolution}. "
             f"Set data.resolution={pictures.resolution}."
         )
     return of_pictures(cfg, pictures, {"npz": str(cfg.npz)})
@@ -188,6 +190,7 @@ def of_npz(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
 
 def of_pictures(cfg: DictConfig, pictures: PictureSet, facts: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
     judge, reference = make(cfg.metrics.judge, "metrics"), make(cfg.metrics.reference, "metrics")
+    check_counts(len(pictures), len(reference))
     judge.extractor.to(best_device())
     folder = Path(cfg.out)
     values = judge_pictures(judge, reference, pictures, folder)

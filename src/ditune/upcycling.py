@@ -40,7 +40,8 @@ def upcycle(network: DiT, num_experts: int, top_k: int, seed: int = 0, noise: fl
     Raises:
         UserError: the network has several experts already, or a routing under which copies would change its function.
     """
-    config = network.config | {"num_experts": num_experts, "top_k": top_k, "renormalize": True}
+    renormalize = True if top_k > 1 else "always"  # else a single expert's weight would be its score
+    config = network.config | {"num_experts": num_experts, "top_k": top_k, "renormalize": renormalize}
     if isinstance(network, DiTMoE):
         _check_one_expert(network, options)
     else:

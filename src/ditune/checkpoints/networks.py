@@ -10,6 +10,7 @@ from torch import nn
 
 from ditune.errors import UserError
 from ditune.networks import CLASSES, DiT
+from ditune.networks.dit_moe import of_earlier_release
 
 from . import diffusers_dit, official_dit, official_dit_moe, shortcut_jax
 from .files import atomic
@@ -118,7 +119,7 @@ def _content(source: Source, **overrides: Any) -> Content:
     kind = header.get("class", "DiT")  # files from before there was more than DiT say none
     if kind not in CLASSES:
         raise UserError(f"{source.path} holds a {kind}, which this release does not know. Use a newer one.")
-    return Content(CLASSES[kind], header["network"], source.content)
+    return Content(CLASSES[kind], of_earlier_release(header["network"]), source.content)
 
 
 def foreign_process(path: Path | str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ditune.errors import UserError
+from ditune.progress import meter
 
 
 class PictureSet(Protocol):
@@ -136,9 +137,11 @@ def extract(extractor: nn.Module, pictures: Tensor | PictureSet, batch_size: int
     weight = next(extractor.parameters(), None)
     device = torch.device("cpu") if weight is None else weight.device
     features = []
-    for start in range(0, count, batch_size):
-        indices = list(range(start, min(start + batch_size, count)))
-        batch = pictures[indices] if isinstance(pictures, Tensor) else pictures.__getitems__(indices)[0]
-        padding = batch[-1:].expand(batch_size - len(batch), *batch.shape[1:])
-        features.append(extractor(torch.cat([batch, padding]).to(device))[: len(batch)].cpu())
+    with meter("extracting features", count) as progress:
+        for start in range(0, count, batch_size):
+            indices = list(range(start, min(start + batch_size, count)))
+            batch = pictures[indices] if isinstance(pictures, Tensor) else pictures.__getitems__(indices)[0]
+            padding = batch[-1:].expand(batch_size - len(batch), *batch.shape[1:])
+            features.append(extractor(torch.cat([batch, padding]).to(device))[: len(batch)].cpu())
+            progress.advance(len(indices))
     return torch.cat(features)  # (N, D)

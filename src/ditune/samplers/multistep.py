@@ -46,8 +46,8 @@ class Multistep(Sampler):
             prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=2, final_sigmas_type="zero"
         )
         scheduler.set_timesteps(len(times) - 1)
-        # at sigma = 1 the logarithm of the signal is infinite, so the first step begins just below
-        sigmas = times.clip(max=1 - 1e-4)
+        # at sigma = 1 the logarithm of the signal is infinite: the first step begins as far below as diffusers' UniPC
+        sigmas = times.clip(max=1 - 1e-6)
         scheduler.sigmas = torch.from_numpy(sigmas).float()
         scheduler.timesteps = torch.from_numpy(1000 * sigmas[:-1]).float()
         return scheduler
