@@ -1,6 +1,5 @@
 """Running the jobs of a sweep side by side on the devices of this machine."""
 
-import fcntl
 import logging
 import os
 import signal
@@ -15,9 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 from ditune.checkpoints.files import read_json, write_json
-from ditune.errors import UserError
+from ditune.sharing import alone
 
 from .jobs import Job
+from .overrides import hydra_value
 from .trees import Tree
 
 log = logging.getLogger(__name__)
@@ -68,8 +68,8 @@ class Sweep:
             UserError: another sweep runs in the folder.
             KeyboardInterrupt: Ctrl-C or SIGTERM; the jobs have saved checkpoints, and the same command goes on.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with _locked(self.folder), _terminable():
+        remedy = "Wait for it, or give this one another name=."
+        with alone(self.folder / ".lock", "Another sweep", remedy), _terminable():
             try:
                 while any(job.status == "waiting" for job in jobs) or self.running:
                     self._start(jobs)
@@ -94,7 +94,13 @@ class Sweep:
             devices, self.free_gpus = self.free_gpus[:count], self.free_gpus[count:]
             self.free_slots -= slots
             threads = None if job.on_gpu else max(1, cores() // self.slots)
-            command = [sys.executable, str(self.script), *job.overrides, f"run_dir={job.folder}", "resume=auto"]
+            command = [
+                sys.executable,
+                str(self.script),
+                *job.overrides,
+                f"run_dir={hydra_value(job.folder)}",
+                "resume=auto",
+            ]
             log.info("job %d begins in %s", number, job.folder)
             job.status = "running"
             tree = Tree(command, job.processes, job.folder, devices if job.on_gpu else None, threads)
@@ -158,18 +164,6 @@ def show_summary(jobs: Sequence[Job]) -> None:
         folder = "" if job.folder is None else job.folder.name
         table.add_row(own, folder, job.status, f"{job.seconds:.0f}", job.error[:500])
     Console().print(table)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"Another sweep is running in {folder}. Wait for it, or give this one another name=."
-            ) from error
-        yield
 
 
 @contextmanager

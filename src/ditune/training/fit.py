@@ -22,6 +22,7 @@ from ditune.launch.jobs import config_hash
 from ditune.networks import DiTMoE
 from ditune.peft import Full
 from ditune.preparing import ensure, training_source
+from ditune.run_folder import owned
 
 from .callbacks import peak_memory_mib
 from .loggers import WandbRun, close_loggers
@@ -38,9 +39,14 @@ def train(cfg: DictConfig) -> int:
     """Train, draw, evaluate and save into the run folder; returns the exit code of the process.
 
     Raises:
-        UserError: the config or a file is wrong.
+        UserError: the config or a file is wrong, or another process trains in the folder.
     """
     folder = Path(cfg.paths.output_dir)
+    with owned(folder):
+        return _train(cfg, folder)
+
+
+def _train(cfg: DictConfig, folder: Path) -> int:
     if in_sweep() and has_finished(folder, config_hash(cfg)):
         log.info("%s already holds the result of this config", folder)
         return 0

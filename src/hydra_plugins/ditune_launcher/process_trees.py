@@ -39,7 +39,7 @@ class ProcessTreeLauncher(Launcher):
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         folder = Path(self.config.hydra.sweep.dir).resolve()
         gpus = visible_gpus()
-        common = of_the_job(self.config.hydra.overrides.hydra)
+        common = of_the_job(OmegaConf.to_container(self.config.hydra.overrides.hydra))
         jobs = [self._job([*overrides, *common], len(gpus)) for overrides in job_overrides]
         sweep = Sweep(folder, Path(sys.argv[0]).resolve(), gpus, self.gpus_per_job, self.slots)
         try:

@@ -1,0 +1,36 @@
+"""A run folder belongs to one process at a time, from before Hydra's first file in it until the process ends."""
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+from ditune.cli import reported
+from ditune.progress import is_first_rank
+from ditune.sharing import alone, keep
+
+LOCK = ".lock"
+RUN = ("Another training", "Wait for it, or choose another run_dir=.")
+SWEEP = ("Another sweep", "Wait for it, or give this one another name=.")
+
+
+def owned(folder: Path) -> AbstractContextManager[None]:
+    """The run folder is this run's alone inside of the block. Of several ranks the first one speaks for all.
+
+    Raises:
+        UserError: another process trains in it.
+    """
+    return alone(folder / LOCK, *RUN) if is_first_rank() else nullcontext()
+
+
+class OwnFolder(Callback):
+    """Hydra calls it before it writes anything: who comes second changes no file of the first."""
+
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        if is_first_rank():
+            reported(lambda: keep(Path(config.hydra.run.dir) / LOCK, *RUN), config.traceback)
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        reported(lambda: keep(Path(config.hydra.sweep.dir) / LOCK, *SWEEP), config.traceback)
