@@ -57,6 +57,7 @@ class Tree:
         self.folder, self.started, self._deadline = folder, time.monotonic(), float("inf")
         self.ranks: list[subprocess.Popen] = []
         self.failed_first: list[int] = []  # the ranks that were not ended from here
+        self.stopping = False  # whether it was asked to stop
         try:
             for rank in range(processes):
                 self.ranks.append(self._start(command, rank, env if processes == 1 else env | _of_rank(rank)))
@@ -109,6 +110,7 @@ class Tree:
 
     def terminate(self) -> None:
         """Ask all ranks to save and stop, and do not wait."""
+        self.stopping = True
         self._signal(signal.SIGTERM)
 
     def _signal(self, number: int) -> None:

@@ -50,6 +50,7 @@ def _train(cfg: DictConfig, folder: Path) -> int:
     if in_sweep() and has_finished(folder, config_hash(cfg)):
         log.info("%s already holds the result of this config", folder)
         return 0
+    make(cfg.logger, "logger")  # what it refuses shows before the data is prepared
     torch.set_flush_denormal(True)  # every result in docs/results was made with it; no speed was gained by it
     if not cfg.dry_run:
         ensure(cfg)
@@ -223,7 +224,7 @@ def finish(
     parts.network.to(trainer.strategy.root_device)  # Lightning has put it back on the CPU
     with module.ema.applied():
         start = time.perf_counter()
-        save_trained(cfg, parts, folder)
+        save_trained(cfg, parts, folder, trainer.global_step)
         if parts.base is not None:
             result["adapter_bytes"] = (folder / "adapter" / "adapter_model.safetensors").stat().st_size
         result["denoising"] = denoising(cfg, parts)
@@ -234,7 +235,7 @@ def finish(
     after = result["metrics"].get("after", {})
     for logger in trainer.loggers:
         if after:
-            logger.log_metrics({f"eval/{key}": value for key, value in after.items()}, step=cfg.max_steps)
+            logger.log_metrics({f"eval/{key}": value for key, value in after.items()}, step=trainer.global_step)
         if isinstance(logger, WandbRun):
             logger.finish_training(folder)
 
@@ -273,14 +274,14 @@ def denoising(cfg: DictConfig, parts: Parts) -> dict[str, float]:
     }
 
 
-def save_trained(cfg: DictConfig, parts: Parts, folder: Path) -> None:
+def save_trained(cfg: DictConfig, parts: Parts, folder: Path, steps: int) -> None:
     common = {
         "class_names": parts.pictures.class_names,
         "autoencoder": parts.autoencoder.latent_fingerprint,
         "autoencoder_name": parts.autoencoder.name,
         "data": parts.pictures.fingerprint,
         "resolution": cfg.data.resolution,
-        "steps": cfg.max_steps,
+        "steps": steps,
     }
     process = parts.objective.process.config
     if parts.base is None:

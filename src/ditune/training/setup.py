@@ -61,7 +61,7 @@ def find_checkpoint(cfg: DictConfig, folder: Path, identity: dict[str, Any]) -> 
     """The newest whole checkpoint of the run folder.
 
     Raises:
-        UserError: there is one and `resume` is not set, or it is of a run with other settings.
+        UserError: there is one and `resume` is not set, or it is of a run with other settings or lies behind max_steps.
     """
     if cfg.resume not in (None, "auto"):
         raise UserError(f"resume is {cfg.resume!r}. Set resume=auto and run_dir=<the run's folder>, or leave it out.")
@@ -81,6 +81,7 @@ def find_checkpoint(cfg: DictConfig, folder: Path, identity: dict[str, Any]) -> 
             f"The run folder {folder} already holds checkpoints. Add resume=auto to go on, or choose another run_dir."
         )
     checkpoint = torch.load(newest, map_location="cpu", weights_only=True)
+    step = checkpoint["global_step"]
     theirs = checkpoint["identity"]
     different = [f"{k} ({theirs.get(k)} there, {v} now)" for k, v in identity.items() if theirs.get(k) != v]
     if different:
@@ -88,7 +89,12 @@ def find_checkpoint(cfg: DictConfig, folder: Path, identity: dict[str, Any]) -> 
             f"The checkpoint is of another run: {', '.join(different)}. "
             "Resume with the run's own settings, or start a new run folder."
         )
-    return Resumed(newest, checkpoint["global_step"])
+    if step > cfg.max_steps:
+        raise UserError(
+            f"In {folder} the run is at step {step} already; max_steps={cfg.max_steps} lies before it. "
+            f"Set max_steps={step} or more, or start a new run folder."
+        )
+    return Resumed(newest, step)
 
 
 def identity(cfg: DictConfig, parts: Parts) -> dict[str, Any]:
@@ -173,6 +179,8 @@ def open_loggers(cfg: DictConfig, trainer: pl.Trainer, folder: Path, first_step:
     table.keep_until(first_step)
     trainer.loggers = [table] if chosen is table else [table, chosen]
     if trainer.is_global_zero:
+        if isinstance(chosen, WandbRun):
+            chosen.keep_id()
         chosen.log_hyperparams(plain(cfg))
         if isinstance(chosen, WandbRun):
             chosen.describe([(kind, *sizes) for kind, sizes in parameter_kinds(network).items()])
