@@ -1,5 +1,6 @@
 """A run folder belongs to one process at a time, from before Hydra's first file in it until the process ends."""
 
+import errno
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from ditune.cli import reported
+from ditune.errors import UserError
 from ditune.progress import is_first_rank
 from ditune.sharing import alone, keep
 
@@ -30,7 +32,16 @@ class OwnFolder(Callback):
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         if is_first_rank():
-            reported(lambda: keep(Path(config.hydra.run.dir) / LOCK, *RUN), config.traceback)
+            reported(lambda: _own(config.hydra.run.dir, *RUN), config.traceback, "run_dir=")
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        reported(lambda: keep(Path(config.hydra.sweep.dir) / LOCK, *SWEEP), config.traceback)
+        reported(lambda: _own(config.hydra.sweep.dir, *SWEEP), config.traceback, "sweep_dir=")
+
+
+def _own(folder: str, what: str, remedy: str) -> None:
+    if "${" in str(Path(folder).absolute()):
+        raise UserError(f"Hydra would take the ${{ in {folder} for a reference. Choose another run_dir= or sweep_dir=.")
+    try:
+        keep(Path(folder) / LOCK, what, remedy)
+    except FileNotFoundError as error:  # of a path that lies in no real file system, such as /proc
+        raise PermissionError(errno.EACCES, error.strerror, error.filename) from error

@@ -1,11 +1,23 @@
-"""Values on Hydra's command line, written so that Hydra reads them as they are."""
+"""Values on Hydra's command line and in configs, written so that they are read as they are."""
 
 import re
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
 
 
-def literal(text: str) -> str:
-    """`text` as a config value that OmegaConf reads back as it is: what looks like an interpolation is escaped."""
-    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+def literal(value: Any) -> Any:
+    """`value`, and all in it, as OmegaConf reads it back as it is: `${` in a text, such as a path, is no reference."""
+    if isinstance(value, dict):
+        return {key: literal(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [literal(part) for part in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+
+
+def resolved(cfg: DictConfig) -> DictConfig:
+    """The config with no reference left in it, and the same values."""
+    return OmegaConf.create(literal(OmegaConf.to_container(cfg, resolve=True)))
 
 
 def hydra_value(text: object) -> str:
@@ -16,9 +28,14 @@ def hydra_value(text: object) -> str:
     """
     if re.fullmatch(r"/[A-Za-z0-9_./-]*", str(text)):
         return str(text)  # an ordinary path is easier to read, and to copy, as it is
-    return "'" + re.sub(r"(\\*)('|$)", _escaped, literal(str(text))) + "'"
+    return "'" + _escaped(literal(str(text)), "'") + "'"
 
 
-def _escaped(match: re.Match) -> str:
-    backslashes, quote = match.groups()
-    return 2 * backslashes + ("\\'" if quote else "")
+def _escaped(text: str, quote: str) -> str:
+    """Backslashes before a quote are doubled, and so are those at the end, where the closing quote follows."""
+    return re.sub(rf"(\\*)({quote}|$)", lambda match: 2 * match[1] + (f"\\{quote}" if match[2] else ""), text)
+
+
+def between_quotes(text: str) -> str:
+    """What to put where somebody else adds double quotes, and nothing more."""
+    return _escaped(text, '"')

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from omegaconf import DictConfig
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, read_write
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import nn
 
@@ -15,6 +16,7 @@ from ditune.build import Parts, build_drawer, make, plain
 from ditune.checkpoints import read_json
 from ditune.data.stream import MicroBatches, PictureStream, training_loader
 from ditune.errors import UserError
+from ditune.launch.overrides import between_quotes
 
 from .callbacks import DrawSamples, StepClock, StopOnSignal
 from .checkpoint_io import AtomicCheckpointIO, newest_checkpoint
@@ -169,7 +171,17 @@ def build_trainer(cfg: DictConfig, parts: Parts, folder: Path) -> tuple[pl.Train
         arguments = (strips.n, list(strips.steps), cfg.seed, folder / "samples", sheets.every_n_steps)
         callbacks.append(DrawStrips(drawer, parts.pictures, *arguments))
     trainer = make(cfg.trainer, "trainer", callbacks=callbacks, logger=False, plugins=[AtomicCheckpointIO()])
+    tell_ranks(folder)
     return trainer, clock, stop
+
+
+def tell_ranks(folder: Path) -> None:
+    """Lightning starts further ranks with hydra.run.dir="<folder>", whatever is in the folder's name."""
+    if not HydraConfig.initialized():
+        return
+    run = HydraConfig.get().run
+    with read_write(run):
+        run.dir = between_quotes(str(folder))
 
 
 def open_loggers(cfg: DictConfig, trainer: pl.Trainer, folder: Path, first_step: int, network: nn.Module) -> None:

@@ -5,7 +5,6 @@ import zlib
 from datetime import datetime
 from pathlib import Path
 
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 
@@ -38,15 +37,5 @@ def expanded(path: str) -> str:
     return str(Path(path).expanduser())
 
 
-def output_dir() -> str | None:
-    """This run's folder; None where nothing runs (`--cfg`).
-
-    `${hydra:runtime.output_dir}` would take a `${` in its name for a reference.
-    """
-    folder = OmegaConf.to_container(HydraConfig.get().runtime, resolve=False)["output_dir"]
-    return None if folder == "???" else folder
-
-
 OmegaConf.register_new_resolver("started", started, use_cache=True, replace=True)
 OmegaConf.register_new_resolver("expanded", expanded, replace=True)
-OmegaConf.register_new_resolver("output_dir", output_dir, replace=True)
