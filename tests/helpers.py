@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ditune import cli
+from ditune.launch.overrides import hydra_value
 from ditune.training.checkpoint_io import newest_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -42,7 +43,7 @@ def compose(folder: Path, *overrides: str) -> DictConfig:
     """The config of `train.py <overrides>` with `folder` as its run folder; nothing is run."""
     cli.prepare()
     with hydra.initialize_config_dir(cli.CONFIGS, version_base="1.3"):
-        return hydra.compose("train", [*overrides, f"paths.output_dir={folder}"])
+        return hydra.compose("train", [*overrides, f"paths.output_dir={hydra_value(folder)}"])
 
 
 def checkpoint(folder: Path) -> dict:

@@ -14,7 +14,7 @@ from ditune.progress import is_first_rank
 from ditune.sharing import alone, keep
 
 LOCK = ".lock"
-RUN = ("Another training", "Wait for it, or choose another run_dir=.")
+RUN = ("Another training or evaluation", "Wait for it, or choose another run_dir=.")
 SWEEP = ("Another sweep", "Wait for it, or give this one another name=.")
 
 
@@ -22,7 +22,7 @@ def owned(folder: Path) -> AbstractContextManager[None]:
     """The run folder is this run's alone inside of the block. Of several ranks the first one speaks for all.
 
     Raises:
-        UserError: another process trains in it.
+        UserError: another process trains or evaluates in it.
     """
     return alone(folder / LOCK, *RUN) if is_first_rank() else nullcontext()
 

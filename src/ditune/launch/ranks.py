@@ -25,10 +25,11 @@ def run_ranks(processes: int, out: str | Path, threads: int | None) -> int:
         out: folder that all of them write to; gets their logs.
         threads: of each process; None = one.
     """
+    out = Path(out).expanduser()
     given = OmegaConf.to_container(HydraConfig.get().overrides.task)  # as they were written, nothing resolved
     overrides = [*given, f"out={hydra_value(out)}"]
     command = [sys.executable, str(Path(sys.argv[0]).resolve()), *overrides]
-    tree = Tree(command, processes, Path(out), visible_gpus() or None, threads or 1)
+    tree = Tree(command, processes, out, visible_gpus() or None, threads or 1)
     try:
         while (codes := tree.poll()) is None:
             time.sleep(POLL)

@@ -29,14 +29,18 @@ SUMMARIES = {"train/loss": "min,last"} | {f"eval/{name}_*": "min" for name in ("
 SUMMARIES |= {f"eval/{name}_*": "max" for name in ("is", "precision", "recall", "density", "coverage")}
 
 
-@cache  # says once what it cuts
+@cache
+def warn_once(what: str, text: str, limit: int) -> None:
+    log.warning("the W&B %s %r has more than %d characters and is cut", what, text, limit)
+
+
 def shortened(value: object, limit: int, what: str) -> str | None:
     """`value` as text that W&B takes; None = W&B chooses."""
     if value is None:
         return None
     text = str(value).strip()
     if len(text) > limit:
-        log.warning("the W&B %s %r has more than %d characters and is cut", what, text, limit)
+        warn_once(what, text, limit)
     return text[:limit].strip()
 
 
