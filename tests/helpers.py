@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ditune import cli
 from ditune.build import build_parts
+from ditune.launch.overrides import hydra_value
 from ditune.training.checkpoint_io import newest_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -43,7 +44,7 @@ def compose(folder: Path, *overrides: str) -> DictConfig:
     """The config of `train.py <overrides>` with `folder` as its run folder; nothing is run."""
     cli.prepare()
     with hydra.initialize_config_dir(cli.CONFIGS, version_base="1.3"):
-        return hydra.compose("train", [*overrides, f"paths.output_dir={folder}"])
+        return hydra.compose("train", [*overrides, f"paths.output_dir={hydra_value(folder)}"])
 
 
 def task(name: str, *overrides: str) -> DictConfig:

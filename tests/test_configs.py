@@ -167,7 +167,7 @@ ALLOWED = {
     "metrics": {"errors", "progress"},
     "peft": {"errors", "networks"},
     "checkpoints": {"errors", "networks", "peft", "fetch", "progress"},
-    "launch": {"errors", "checkpoints.files"},
+    "launch": {"errors", "checkpoints.files", "sharing"},
 }
 
 

@@ -19,6 +19,7 @@ from ditune.data import Pictures
 from ditune.drawing import Drawer
 from ditune.errors import UserError
 from ditune.evaluation import Evaluation
+from ditune.launch.overrides import literal, resolved
 from ditune.networks import DiT
 from ditune.objectives import Objective
 from ditune.peft import PeftMethod, adapt_labels
@@ -44,10 +45,19 @@ class Parts:
     balance: object | None  # a ditune.training.Balance for networks with experts
 
 
+def as_hydra_reads(config: DictConfig | None) -> DictConfig | None:
+    """The config for `instantiate`, which resolves it and then reads it: paths with `${` must stand that twice."""
+    return (
+        OmegaConf.create(literal(OmegaConf.to_container(resolved(config))))
+        if isinstance(config, DictConfig)
+        else config
+    )
+
+
 def make(config: DictConfig | None, what: str, **kwargs: object):
     """Instantiate one group of the config; its mistakes become one sentence that names the group."""
     try:
-        built = instantiate(config, **kwargs)
+        built = instantiate(as_hydra_reads(config), **kwargs)
         if isinstance(built, partial):
             inspect.signature(built.func).bind_partial(**built.keywords)  # its unknown keys would show only when called
         return built

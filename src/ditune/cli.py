@@ -11,7 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
 
-from ditune.errors import UserError
+from ditune.errors import PLACES, UserError, refusal
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = str(ROOT / "configs")
@@ -44,14 +44,27 @@ def in_sweep() -> bool:
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
-def reported(work: Callable[[], int | None], traceback: bool) -> None:
-    """Run `work` and exit with its code; a mistake of the user is one message, unless `traceback` is asked for."""
+def message(error: Exception, places: str = PLACES) -> str | None:
+    """What a user can mend, as sentences; None for an error of the program."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError):
+        return refusal(error, places)
+    return f"The config is wrong: {str(error).splitlines()[0]}."
+
+
+def reported(work: Callable[[], int | None], traceback: bool, places: str = PLACES) -> None:
+    """Run `work` and exit with its code; a mistake of the user is one message, unless `traceback` is asked for.
+
+    Args:
+        places: keys that choose another place for files that cannot be written.
+    """
     try:
         code = work()
-    except (UserError, OmegaConfBaseException) as error:
-        if traceback or in_sweep():
+    except (UserError, OmegaConfBaseException, OSError) as error:
+        text = message(error, places)
+        if traceback or in_sweep() or text is None:
             raise  # a sweep goes on with its next job and shows the error at its end
-        text = str(error) if isinstance(error, UserError) else f"The config is wrong: {str(error).splitlines()[0]}."
         sys.stderr.write(f"\nError: {text}\n")
         sys.exit(USER_ERROR)
     if code:

@@ -36,7 +36,7 @@ def export(cfg: DictConfig) -> Path:
         checkpoint = locate(cfg.checkpoint, f"{cfg.paths.cache_dir}/networks")
         trained = load_checkpoint(checkpoint, cfg.autoencoder, cfg.sampler, bf16=False)
     merge(trained.network)
-    out = Path(cfg.out)
+    out = Path(cfg.out).expanduser()
     path = to_diffusers(trained, out) if cfg.format == "diffusers" else to_dit(trained, out)
     log.info("the network is in %s", path)
     return path

@@ -4,6 +4,7 @@ import logging
 import os
 import shutil
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from ditune.image_arrays import NpzPictures
 from ditune.image_files import ImageFiles
 from ditune.metrics import PictureSet, check_counts
 from ditune.run import Trained, exactly_one, load_checkpoint, load_run
+from ditune.run_folder import owned
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +104,10 @@ def evaluate(cfg: DictConfig) -> Path:
         torch.set_num_threads(cfg.threads)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    path, metrics = SOURCES[source](cfg)
+    # an evaluation of a run writes into its folder, as its training does
+    folder = Path(cfg.run).expanduser() if source == "run" else None
+    with owned(folder) if folder is not None and folder.is_dir() else nullcontext():
+        path, metrics = SOURCES[source](cfg)
     if rank() == 0:
         Console().print(table(metrics))
         log.info("the values are in %s", path)
@@ -149,7 +154,7 @@ def of_checkpoint(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
     trained = load_checkpoint(checkpoint, cfg.autoencoder, cfg.sampler, bf16)
     reference = make(cfg.metrics.reference, "metrics")
     check_reference(trained, reference)
-    record, folder, start = Record(cfg.record), Path(cfg.out), time.perf_counter()
+    record, folder, start = Record(cfg.record), Path(cfg.out).expanduser(), time.perf_counter()
     evaluation = build_evaluation(cfg, trained.drawer, reference, store=folder / "evaluation")
     network = trained.network.to(best_device())
     values = evaluation(network, folder)
@@ -192,7 +197,7 @@ def of_pictures(cfg: DictConfig, pictures: PictureSet, facts: dict[str, Any]) ->
     judge, reference = make(cfg.metrics.judge, "metrics"), make(cfg.metrics.reference, "metrics")
     check_counts(len(pictures), len(reference))
     judge.extractor.to(best_device())
-    folder = Path(cfg.out)
+    folder = Path(cfg.out).expanduser()
     values = judge_pictures(judge, reference, pictures, folder)
     protocol = {
         "n": len(pictures),

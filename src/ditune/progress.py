@@ -142,7 +142,8 @@ def _speak(current: Meter, ended: threading.Event) -> None:
 
 def is_first_rank() -> bool:
     """Whether this process speaks for all: torchrun, Slurm and Lightning number the others."""
-    return not any(int(os.environ.get(name, "0") or 0) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
+    numbers = ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK")
+    return not any(int(os.environ.get(name, "0") or 0) for name in numbers)
 
 
 def amount(count: float, unit: str) -> str:

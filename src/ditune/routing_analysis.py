@@ -66,7 +66,9 @@ def analyse(cfg: DictConfig) -> Path:
     statistics = RoutingStatistics(network, best_device())
     labels = torch.arange(cfg.n) % network.num_classes
     drawer.draw(Counted(network, drawer.process, statistics).eval(), labels, cfg.seed)
-    folder = Path(cfg.out) if cfg.out is not None else Path(cfg.run or cfg.paths.log_dir) / "routing_analysis"
+    folder = (
+        Path(cfg.out).expanduser() if cfg.out is not None else Path(cfg.run or cfg.paths.log_dir) / "routing_analysis"
+    )
     draw_load(statistics, folder / "load.png")
     for name in statistics.counts:
         draw_by(statistics, name, folder / f"{name}.png")

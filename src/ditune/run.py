@@ -56,7 +56,7 @@ def load_run(folder: Path | str) -> Run:
     Raises:
         UserError: the run is not there, has not finished or is damaged; or its base network is missing or another one.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     cfg = _read_config(folder)
     if (folder / "adapter").is_dir():
         base = locate(cfg.pretrained, Path(cfg.paths.cache_dir) / "networks")

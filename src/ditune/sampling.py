@@ -58,7 +58,7 @@ def sample(cfg: DictConfig) -> Path:
             for i, label in zip(indices, labels.tolist(), strict=True)
         ],
     }
-    folder = Path(cfg.out)
+    folder = Path(cfg.out).expanduser()
     write(folder, pictures, facts, suffix=f"_{cfg.first:05d}" if cfg.first else "")
     log.info("%d pictures are in %s", cfg.n, folder)
     return folder

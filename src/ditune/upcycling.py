@@ -104,7 +104,7 @@ def upcycle_file(cfg: DictConfig) -> Path:
     Raises:
         UserError: the file or the settings are wrong.
     """
-    out = Path(cfg.out)
+    out = Path(cfg.out).expanduser()
     if out.suffix != ".safetensors":
         raise UserError(f"out is {out}, but networks are written as safetensors. Set out=<file>.safetensors.")
     path = locate(cfg.checkpoint, Path(cfg.paths.cache_dir) / "networks")

@@ -24,6 +24,7 @@ from ditune.launch.jobs import config_hash
 from ditune.networks import DiTMoE
 from ditune.peft import Full
 from ditune.preparing import ensure, training_source
+from ditune.run_folder import owned
 
 from .callbacks import peak_memory_mib
 from .checkpoint_io import newest_checkpoint
@@ -48,14 +49,21 @@ def train(cfg: DictConfig) -> int:
     """Train, draw, evaluate and save into the run folder; returns the exit code of the process.
 
     Raises:
-        UserError: the config or a file is wrong.
+        UserError: the config or a file is wrong, or another process trains in the folder.
     """
     refuse_missing(cfg)
-    folder, key = Path(cfg.paths.output_dir), config_hash(cfg)  # of what was asked for, before the machine decides
+    folder = Path(cfg.paths.output_dir)
+    with owned(folder):
+        return _train(cfg, folder)
+
+
+def _train(cfg: DictConfig, folder: Path) -> int:
+    key = config_hash(cfg)  # of what was asked for, before the machine decides
     if in_sweep() and has_finished(folder, key):
         log.info("%s already holds the result of this config", folder)
         return 0
     settle(cfg, newest_checkpoint(folder / "checkpoints") if cfg.resume else None)
+    make(cfg.logger, "logger")  # what it refuses shows before the data is prepared
     torch.set_flush_denormal(True)  # every result in docs/results was made with it; no speed was gained by it
     if not cfg.dry_run:
         ensure(cfg)
@@ -229,7 +237,7 @@ def finish(
     parts.network.to(trainer.strategy.root_device)  # Lightning has put it back on the CPU
     with module.ema.applied():
         start = time.perf_counter()
-        save_trained(cfg, parts, folder)
+        save_trained(cfg, parts, folder, trainer.global_step)
         if parts.base is not None:
             result["adapter_bytes"] = (folder / "adapter" / "adapter_model.safetensors").stat().st_size
         result["denoising"] = {} if held_out is None else denoising(cfg, parts, held_out)
@@ -240,7 +248,7 @@ def finish(
     after = result["metrics"].get("after", {})
     for logger in trainer.loggers:
         if after:
-            logger.log_metrics({f"eval/{key}": value for key, value in after.items()}, step=cfg.max_steps)
+            logger.log_metrics({f"eval/{key}": value for key, value in after.items()}, step=trainer.global_step)
         if isinstance(logger, WandbRun):
             logger.finish_training(folder)
 
@@ -288,14 +296,14 @@ def denoising(cfg: DictConfig, parts: Parts, pictures: Pictures) -> dict[str, fl
     }
 
 
-def save_trained(cfg: DictConfig, parts: Parts, folder: Path) -> None:
+def save_trained(cfg: DictConfig, parts: Parts, folder: Path, steps: int) -> None:
     common = {
         "class_names": parts.pictures.class_names,
         "autoencoder": parts.autoencoder.latent_fingerprint,
         "autoencoder_name": parts.autoencoder.name,
         "data": parts.pictures.fingerprint,
         "resolution": cfg.data.resolution,
-        "steps": cfg.max_steps,
+        "steps": steps,
     }
     process = parts.objective.process.config
     if parts.base is None:

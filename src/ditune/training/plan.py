@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ditune.build import Parts, uses_bf16
 from ditune.data.stream import micro_batch_size
 from ditune.draws import Draws
+from ditune.launch.overrides import resolved
 from ditune.objectives import Objective, State
 from ditune.peft import PeftMethod
 
@@ -87,7 +88,7 @@ def expected_memory(
 def announce(cfg: DictConfig, parts: Parts, trainer: pl.Trainer, folder: Path) -> None:
     """Save the resolved config and show what is going to happen, on one screen."""
     folder.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
+    OmegaConf.save(resolved(cfg), folder / "config.yaml")
     console = Console(soft_wrap=True, markup=False, highlight=False)
     if cfg.verbose:
         console.print(OmegaConf.to_yaml(cfg, resolve=True))

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from omegaconf import DictConfig
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, read_write
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import nn
 
@@ -18,6 +19,7 @@ from ditune.data.stream import MicroBatches, PictureStream, training_loader
 from ditune.denoising import REPEATS
 from ditune.drawing import Drawer
 from ditune.errors import UserError
+from ditune.launch.overrides import between_quotes
 
 from .callbacks import DrawSamples, StepClock, StopOnSignal
 from .checkpoint_io import AtomicCheckpointIO, newest_checkpoint
@@ -65,7 +67,7 @@ def find_checkpoint(cfg: DictConfig, folder: Path, identity: dict[str, Any]) -> 
     """The newest whole checkpoint of the run folder.
 
     Raises:
-        UserError: there is one and `resume` is not set, or it is of a run with other settings.
+        UserError: there is one and `resume` is not set, or it is of a run with other settings or lies behind max_steps.
     """
     if cfg.resume not in (None, "auto"):
         raise UserError(f"resume is {cfg.resume!r}. Set resume=auto and run_dir=<the run's folder>, or leave it out.")
@@ -85,6 +87,7 @@ def find_checkpoint(cfg: DictConfig, folder: Path, identity: dict[str, Any]) -> 
             f"The run folder {folder} already holds checkpoints. Add resume=auto to go on, or choose another run_dir."
         )
     checkpoint = torch.load(newest, map_location="cpu", weights_only=True)
+    step = checkpoint["global_step"]
     theirs = checkpoint["identity"]
     different = [f"{k} ({theirs.get(k)} there, {v} now)" for k, v in identity.items() if theirs.get(k) != v]
     if different:
@@ -92,7 +95,12 @@ def find_checkpoint(cfg: DictConfig, folder: Path, identity: dict[str, Any]) -> 
             f"The checkpoint is of another run: {', '.join(different)}. "
             "Resume with the run's own settings, or start a new run folder."
         )
-    return Resumed(newest, checkpoint["global_step"])
+    if step > cfg.max_steps:
+        raise UserError(
+            f"In {folder} the run is at step {step} already; max_steps={cfg.max_steps} lies before it. "
+            f"Set max_steps={step} or more, or start a new run folder."
+        )
+    return Resumed(newest, step)
 
 
 def identity(cfg: DictConfig, parts: Parts) -> dict[str, Any]:
@@ -182,7 +190,17 @@ def build_trainer(
         arguments = (strips.n, list(strips.steps), cfg.seed, folder / "samples", sheets.every_n_steps)
         callbacks.append(DrawStrips(drawer, parts.pictures, *arguments))
     trainer = make(cfg.trainer, "trainer", callbacks=callbacks, logger=False, plugins=[AtomicCheckpointIO()])
+    tell_ranks(folder)
     return trainer, clock, stop
+
+
+def tell_ranks(folder: Path) -> None:
+    """Lightning starts further ranks with hydra.run.dir="<folder>", whatever is in the folder's name."""
+    if not HydraConfig.initialized():
+        return
+    run = HydraConfig.get().run
+    with read_write(run):
+        run.dir = between_quotes(str(folder))
 
 
 def open_loggers(cfg: DictConfig, trainer: pl.Trainer, folder: Path, first_step: int, network: nn.Module) -> None:
@@ -192,6 +210,8 @@ def open_loggers(cfg: DictConfig, trainer: pl.Trainer, folder: Path, first_step:
     table.keep_until(first_step)
     trainer.loggers = [table] if chosen is table else [table, chosen]
     if trainer.is_global_zero:
+        if isinstance(chosen, WandbRun):
+            chosen.keep_id()
         chosen.log_hyperparams(plain(cfg))
         if isinstance(chosen, WandbRun):
             chosen.describe([(kind, *sizes) for kind, sizes in parameter_kinds(network).items()])

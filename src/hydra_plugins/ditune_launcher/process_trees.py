@@ -1,5 +1,6 @@
 """The launcher of `python src/train.py -m ...`. Hydra loads this file at every start, so it imports little."""
 
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,14 +40,18 @@ class ProcessTreeLauncher(Launcher):
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         folder = Path(self.config.hydra.sweep.dir).resolve()
         gpus = visible_gpus()
-        common = of_the_job(self.config.hydra.overrides.hydra)
-        jobs = [self._job([*overrides, *common], len(gpus)) for overrides in job_overrides]
+        common = of_the_job(OmegaConf.to_container(self.config.hydra.overrides.hydra))
+        jobs: list[Job] = []
         sweep = Sweep(folder, Path(sys.argv[0]).resolve(), gpus, self.gpus_per_job, self.slots)
         try:
+            jobs += (self._job([*overrides, *common], len(gpus)) for overrides in job_overrides)
             place(jobs, folder)
             sweep.run(jobs)
         except UserError as error:
             raise CompactHydraException(f"\nError: {error}") from None
+        except KeyboardInterrupt as stopped:  # of the sweep, with the signal's number; or before it
+            show_summary(jobs)
+            sys.exit(128 + (stopped.args or (signal.SIGINT,))[0])
         show_summary(jobs)
         return [self._returned(job, sum(not job.succeeded for job in jobs), len(jobs)) for job in jobs]
 
