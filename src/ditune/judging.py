@@ -55,7 +55,8 @@ class Comparison:
             return metrics
 
         def load() -> nn.Module:
-            return load_network(base, **self.evaluation.drawer.process.network).to(next(network.parameters()).device)
+            before = load_network(base, network.config, **self.evaluation.drawer.process.network)
+            return before.to(next(network.parameters()).device)
 
         metrics["before"], metrics["before_is"] = self.record.or_measure(base, self.evaluation, load)
         if self.own is not None:
@@ -133,7 +134,8 @@ def of_run(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
 
 def of_checkpoint(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
     checkpoint = locate(cfg.checkpoint, f"{cfg.paths.cache_dir}/networks")
-    trained = load_checkpoint(checkpoint, cfg.autoencoder, cfg.sampler, cfg.bf16)
+    given = (cfg.process, cfg.network_overrides)
+    trained = load_checkpoint(checkpoint, cfg.autoencoder, cfg.sampler, cfg.bf16, *given)
     reference = make(cfg.metrics.reference, "metrics")
     check_reference(trained, reference)
     record, folder, start = Record(cfg.record), Path(cfg.out), time.perf_counter()

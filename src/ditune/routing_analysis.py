@@ -54,7 +54,7 @@ def analyse(cfg: DictConfig) -> Path:
     trained = (
         load_run(cfg.run)
         if source == "run"
-        else load_checkpoint(cfg.checkpoint, cfg.autoencoder, cfg.sampler, cfg.bf16)
+        else load_checkpoint(cfg.checkpoint, cfg.autoencoder, cfg.sampler, cfg.bf16, cfg.process, cfg.network_overrides)
     )
     network = trained.network.to(best_device())
     if not isinstance(network, DiTMoE):

@@ -259,7 +259,7 @@ def denoising(cfg: DictConfig, parts: Parts) -> dict[str, float]:
         return {}
     networks = {"after": parts.network.eval()}
     if parts.base is not None and not parts.reshaped:
-        before = load_network(parts.base, **parts.objective.process.network)
+        before = load_network(parts.base, parts.network.config, **parts.objective.process.network)
         networks["before"] = before.to(next(parts.network.parameters()).device).eval()
     return {
         name: denoising_loss(network, parts.objective, parts.autoencoder, pictures, cfg.metrics.seed, uses_bf16(cfg))
