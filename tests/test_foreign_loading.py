@@ -1,6 +1,7 @@
 """Checkpoints of others as they really come: with bystanders, halved, wrapped, in parts, and of processes they hide."""
 
 import argparse
+import copy
 import json
 import os
 import pickle
@@ -12,10 +13,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from helpers import ROOT, SMALL_FLOW, compose
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
+from ditune.autoencoders import KL
 from ditune.build import build_network, make
 from ditune.checkpoints import files as checkpoint_files
 from ditune.checkpoints import load_network, networks, read_network, save_network, sha256
@@ -569,6 +572,9 @@ def test_a_checkpoint_is_drawn_from_by_its_process(saved):
     assert trained.drawer.process.config["variance"] == "fixed_large"
     own = OmegaConf.create({"kind": "flow", "time_scale": 1000.0})
     assert load_checkpoint(path, NONE, sampler, False, own).drawer.process.time_scale == 1000
+    unknown = OmegaConf.create({"kind": "flow", "speed": 1})
+    with pytest.raises(UserError, match="process is no process"):
+        load_checkpoint(path, NONE, sampler, False, unknown)
 
 
 def test_training_on_a_flow_of_others(saved, pictures, tmp_path):
@@ -663,3 +669,23 @@ def test_files_of_ours_are_read_as_before(base, tmp_path):
         assert torch.equal(value, two.state_dict()[key])
         assert torch.equal(value, load_network(again).state_dict()[key])
     assert SimpleNamespace(**read_network(again).process).kind == "flow"
+
+
+def test_a_halved_autoencoder_and_one_in_parts(tmp_path):
+    vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, layers_per_block=1)
+    ways = {
+        "fp16": {"variant": "fp16"},
+        "parts": {"max_shard_size": "8KB"},
+        "fp16_parts": {"variant": "fp16", "max_shard_size": "8KB"},
+        "bin_parts": {"safe_serialization": False, "max_shard_size": "8KB"},
+    }
+    for name, options in ways.items():
+        halved = copy.deepcopy(vae).half() if "fp16" in name else vae
+        halved.save_pretrained(tmp_path / name, **options)
+        codec = KL(name, tmp_path / name)
+        for key, value in halved.state_dict().items():
+            assert torch.equal(codec.vae.state_dict()[key], value.float()), (name, key)
+    for file in (tmp_path / "fp16").glob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(UserError, match=r"it holds config\.json"):
+        KL("empty", tmp_path / "fp16")

@@ -22,7 +22,7 @@ from ditune.evaluation import Evaluation
 from ditune.networks import DiT
 from ditune.objectives import Objective
 from ditune.peft import PeftMethod, adapt_labels
-from ditune.processes import GaussianProcess
+from ditune.processes import GaussianProcess, build_process
 from ditune.samplers import check
 
 log = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ def build_network(
     if cfg.pretrained is None:
         return network, None, None
     base = locate(cfg.pretrained, Path(cfg.paths.cache_dir) / "networks", download=not cfg.dry_run)
-    process = plain_or_none(cfg.get("pretrained_process"))
+    process = given_process(cfg.get("pretrained_process"), "pretrained_process")
     with seeded(cfg.seed):
         read = read_network(base, process, network.config, "pretrained_process", **told)
     loaded, header = read.network, read.header
@@ -255,9 +255,21 @@ def build_evaluation(
     return Evaluation(judge, reference, drawer, n=cfg.metrics.n, seed=cfg.metrics.seed, store=store)
 
 
-def plain_or_none(value: object) -> object:
-    """A word or None as it is, a config as plain values."""
-    return plain(value) if isinstance(value, DictConfig) else value
+def given_process(value: str | DictConfig | None, key: str) -> str | dict | None:
+    """What `key` says that a file of others was trained on: a word for `read_network`, or a process's config.
+
+    Raises:
+        UserError: there is no such process.
+    """
+    if not isinstance(value, DictConfig):
+        return value
+    config = plain(value)
+    try:
+        return build_process(config).config
+    except TypeError as error:
+        raise UserError(
+            f"{key} is no process ({error}). Give its keys as in configs/objective/, and kind: flow."
+        ) from error
 
 
 def plain(cfg: DictConfig) -> dict:

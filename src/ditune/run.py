@@ -1,5 +1,6 @@
 """What a training left behind, ready to draw from: a run folder, or a bare network file."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from yaml import YAMLError
 
 from ditune import samplers
 from ditune.autoencoders import Autoencoder
-from ditune.build import check_latents, make, plain_or_none, uses_bf16
+from ditune.build import check_latents, given_process, make, uses_bf16
 from ditune.checkpoints import (
     NetworkFile,
     check_file,
@@ -26,6 +27,8 @@ from ditune.drawing import Drawer
 from ditune.errors import UserError
 from ditune.networks import DiT
 from ditune.processes import GaussianProcess, build_process
+
+log = logging.getLogger(__name__)
 
 STORED = ("process", "autoencoder", "resolution", "class_names")  # what a file must say about itself to be drawn from
 OURS = {"guidance": 1.5}  # of drawing, where no authors say otherwise
@@ -97,13 +100,24 @@ def load_checkpoint(
     """
     path, codec = Path(path), make(autoencoder, "autoencoder")
     given = {key: value for key, value in (overrides or {}).items() if value is not None}
-    read = read_network(path, plain_or_none(process), **given)
+    read = read_network(path, given_process(process, "process"), **given)
     network = read.network
     stored = _official(path, read, codec) if read.header is None else _stored(path, read.header)
     if None in (sampler.steps, sampler.guidance):
         theirs = OURS | read.drawing
         sampler = OmegaConf.merge(sampler, {key: value for key, value in theirs.items() if sampler[key] is None})
     drawer = _build_drawer(path, stored, codec, sampler, bf16)
+    if read.header is None:
+        scales = ", ".join(f"{scale:g}" for scale in sorted(set(codec.scale.tolist())))
+        log.info(
+            "its latents are those of autoencoder=%s times %s; where nothing else is set, it is sampled by %s with %d "
+            "steps and guidance %g",
+            codec.name,
+            scales,
+            type(drawer.sampler).__name__,
+            drawer.steps,
+            drawer.guidance,
+        )
     return Trained(network.eval(), drawer, stored["class_names"])
 
 

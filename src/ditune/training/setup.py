@@ -105,6 +105,7 @@ def identity(cfg: DictConfig, parts: Parts) -> dict[str, Any]:
         "scheduler": scheduler,
         "ema": plain(cfg.ema),
         "base_sha256": parts.base_sha256,
+        "pretrained_process": cfg.get("pretrained_process"),
         "classes": cfg.classes,
         "data": parts.pictures.fingerprint,
         "flip": cfg.data.flip,
