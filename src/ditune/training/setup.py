@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import nn
 
-from ditune.build import Parts, build_drawer, make, plain
+from ditune.build import Parts, build_drawer, given_process, make, plain
 from ditune.checkpoints import read_json
 from ditune.data.stream import MicroBatches, PictureStream, training_loader
 from ditune.errors import UserError
@@ -105,7 +105,7 @@ def identity(cfg: DictConfig, parts: Parts) -> dict[str, Any]:
         "scheduler": scheduler,
         "ema": plain(cfg.ema),
         "base_sha256": parts.base_sha256,
-        "pretrained_process": cfg.get("pretrained_process"),
+        "pretrained_process": given_process(cfg.get("pretrained_process"), "pretrained_process"),
         "classes": cfg.classes,
         "data": parts.pictures.fingerprint,
         "flip": cfg.data.flip,
