@@ -28,7 +28,7 @@ from ditune.errors import UserError
 from ditune.networks import DiT, dit, dit_moe
 from ditune.networks.embeddings import sincos_2d
 from ditune.processes import FlowProcess, GaussianProcess, build_process
-from ditune.run import load_checkpoint
+from ditune.run import load_checkpoint, load_run
 from ditune.training import train
 
 SHAPE = {"input_size": 8, "hidden_size": 384, "depth": 1, "num_heads": 6, "num_classes": 3}
@@ -338,6 +338,12 @@ def test_what_was_found_is_said(tmp_path, saved):
     (tmp_path / "folder" / "notes.txt").touch()
     with pytest.raises(UserError, match=r"a folder with notes\.txt"):
         load_network(tmp_path / "folder")
+    with pytest.raises(
+        UserError, match=r"the keys model \(ditune\.networks\.dit\.DiT\)\..*Save the network's state_dict"
+    ):
+        load_network(saved({"model": network()}))
+    with pytest.raises(UserError, match=r"one object, ditune\.networks\.dit\.DiT,.*nothing was executed"):
+        load_network(saved(network()))
     for content, message in (
         (b"", "empty"),
         (b"version https://git-lfs.github.com/spec/v1", "Git LFS"),
@@ -595,6 +601,18 @@ def test_training_on_a_flow_of_others(saved, pictures, tmp_path):
         built("pretrained_process=sit")
     process = built("pretrained_process=sit", "objective.process.time_scale=1", "objective.process.data_at=1")
     assert process.diffused is None
+
+
+def test_a_run_on_a_flow_of_an_unpublished_width(saved, pictures, tmp_path):
+    own = network(input_size=16, in_channels=3, learn_sigma=False, hidden_size=96, num_heads=3)
+    path = saved({"ema": own.state_dict(), "args": arguments(), "config": Settings()})
+    overrides = [*SMALL_FLOW, f"data.root={pictures}", f"pretrained={path}", "pretrained_process=repa", "peft=difffit"]
+    overrides += ["network=as_pretrained", "+network.num_heads=3", "objective.process.time_scale=1.0", "max_steps=1"]
+    cfg = compose(tmp_path / "run", *overrides, f"paths.cache_dir={tmp_path}/cache")
+    assert train(cfg) == 0
+    run = load_run(tmp_path / "run")
+    assert run.network.config["num_heads"] == 3
+    assert (run.drawer.process.time_scale, run.drawer.process.diffused) == (1.0, None)
 
 
 COSINE = GaussianProcess("cosine").tables["betas"].tolist()

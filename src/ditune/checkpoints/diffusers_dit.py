@@ -132,7 +132,7 @@ def _weights(source: Source) -> dict[str, Tensor]:
             f"{source.path} has no {STEM}.safetensors, nor a variant or parts of it. It holds {listed(source.path)}. "
             "Fetch the weights too."
         )
-    return {key: value for file in weights.files for key, value in Source(file).state_dict_or_content.items()}
+    return {key: value for file in weights.files for key, value in Source(file).entries.items()}
 
 
 def to_ours(theirs: dict[str, Tensor], depth: int, source: Source) -> dict[str, Tensor]:

@@ -130,7 +130,7 @@ class Source:
         except UNREADABLE as error:
             raise self.damaged(error) from error
         files = self.weights.files if self.weights else ()
-        return {key: value for file in files for key, value in Source(file).state_dict_or_content.items()}
+        return {key: value for file in files for key, value in Source(file).entries.items()}
 
     def _torch(self) -> Any:
         """The object of a torch file; where there is more in it than tensors, what is not plain is passed over."""
@@ -179,7 +179,7 @@ class Source:
         return self.state_dict.tensors if self.state_dict else {}
 
     @property
-    def state_dict_or_content(self) -> dict[str, Tensor]:
+    def entries(self) -> dict[str, Tensor]:
         """Of one of several files: the DiT's part is not known by a key that every part has."""
         content = self.content if isinstance(self.content, dict) else {}
         archive = self._archive

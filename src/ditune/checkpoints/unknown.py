@@ -2,6 +2,7 @@
 
 from ditune.errors import UserError
 
+from .inert import Inert
 from .source import KINDS, Source
 from .state_dicts import is_tensor
 from .weight_files import listed
@@ -63,7 +64,8 @@ def unknown(source: Source, known: list[str]) -> UserError:
 
 def _contents(content: object) -> str:
     if not isinstance(content, dict):
-        return f"a {type(content).__name__}" if not is_tensor(content) else "one tensor"
+        kind = content.name if isinstance(content, Inert) else type(content).__name__
+        return "one tensor" if is_tensor(content) else f"one object, {kind},"
     shown = [f"{key} {_value(value)}".strip() for key, value in list(content.items())[:6]]
     more = f" and {len(content) - 6} more" if len(content) > 6 else ""
     return f"the keys {', '.join(shown)}{more}" if shown else "no keys"
@@ -72,6 +74,8 @@ def _contents(content: object) -> str:
 def _value(value: object) -> str:
     if is_tensor(value):
         return str(tuple(value.shape))
+    if isinstance(value, Inert) and not isinstance(value, dict):
+        return f"({value.name})"
     if isinstance(value, dict):
         return "{" + ", ".join(str(key) for key in list(value)[:3]) + (", ...}" if len(value) > 3 else "}")
     return ""
