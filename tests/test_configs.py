@@ -163,7 +163,7 @@ ALLOWED = {
     "fetch": {"errors", "progress", "checkpoints.files"},
     "sharing": {"errors", "progress"},
     "data": {"errors", "draws", "fetch", "progress", "sharing", "checkpoints.files"},
-    "autoencoders": {"errors", "checkpoints.files"},
+    "autoencoders": {"errors", "checkpoints.files", "checkpoints.weight_files"},
     "metrics": {"errors", "progress"},
     "peft": {"errors", "networks"},
     "checkpoints": {"errors", "networks", "peft", "fetch", "progress"},

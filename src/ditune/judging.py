@@ -67,7 +67,8 @@ class Comparison:
             return metrics
 
         def load() -> nn.Module:
-            return load_network(base, **self.evaluation.drawer.process.network).to(next(network.parameters()).device)
+            before = load_network(base, network.config, **self.evaluation.drawer.process.network)
+            return before.to(next(network.parameters()).device)
 
         metrics["before"], metrics["before_is"] = self.record.or_measure(base, self.evaluation, load)
         if self.own is not None:
@@ -151,7 +152,8 @@ def of_run(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
 def of_checkpoint(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
     checkpoint = locate(cfg.checkpoint, f"{cfg.paths.cache_dir}/networks")
     bf16 = bare_precision(cfg.precision, cfg.bf16)
-    trained = load_checkpoint(checkpoint, cfg.autoencoder, cfg.sampler, bf16)
+    given = (cfg.process, cfg.network_overrides)
+    trained = load_checkpoint(checkpoint, cfg.autoencoder, cfg.sampler, bf16, *given)
     reference = make(cfg.metrics.reference, "metrics")
     check_reference(trained, reference)
     record, folder, start = Record(cfg.record), Path(cfg.out).expanduser(), time.perf_counter()

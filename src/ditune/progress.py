@@ -40,7 +40,7 @@ class Meter:
         self.start = self.said_at = time.monotonic()
         self.lines = 0
         self._pace: float | None = None
-        self._task = None if _bars is None else _bars.add_task(what, total=total, completed=done, note="")
+        self._task = None if _bars is None else _bars.add_task(what, total=total, completed=done, note="", of="")
 
     def advance(self, count: int = 1, note: str = "") -> None:
         """`count` more are done."""

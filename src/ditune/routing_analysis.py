@@ -52,10 +52,11 @@ def analyse(cfg: DictConfig) -> Path:
         UserError: the network has no experts, or the settings or a file are wrong.
     """
     source = exactly_one(cfg, "run", "checkpoint")
+    bf16 = bare_precision(cfg.precision, cfg.bf16)
     trained = (
         load_run(cfg.run)
         if source == "run"
-        else load_checkpoint(cfg.checkpoint, cfg.autoencoder, cfg.sampler, bare_precision(cfg.precision, cfg.bf16))
+        else load_checkpoint(cfg.checkpoint, cfg.autoencoder, cfg.sampler, bf16, cfg.process, cfg.network_overrides)
     )
     network = trained.network.to(best_device())
     if not isinstance(network, DiTMoE):

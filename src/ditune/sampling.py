@@ -71,7 +71,8 @@ def load(cfg: DictConfig, source: str) -> Trained:
     # a bare network has no sampler of its own, as a run has; this is the one that all configs begin with
     sampler = OmegaConf.load(Path(CONFIGS) / "sampler" / "auto.yaml")
     checkpoint = locate(cfg.checkpoint, f"{cfg.paths.cache_dir}/networks")
-    return load_checkpoint(checkpoint, cfg.autoencoder, sampler, bare_precision(cfg.precision, cfg.bf16))
+    bf16 = bare_precision(cfg.precision, cfg.bf16)
+    return load_checkpoint(checkpoint, cfg.autoencoder, sampler, bf16, cfg.process, cfg.network_overrides)
 
 
 def in_precision(drawer: Drawer, cfg: DictConfig) -> Drawer:

@@ -108,7 +108,7 @@ def upcycle_file(cfg: DictConfig) -> Path:
     if out.suffix != ".safetensors":
         raise UserError(f"out is {out}, but networks are written as safetensors. Set out=<file>.safetensors.")
     path = locate(cfg.checkpoint, Path(cfg.paths.cache_dir) / "networks")
-    trained = load_checkpoint(path, cfg.autoencoder, cfg.sampler, bf16=False)
+    trained = load_checkpoint(path, cfg.autoencoder, cfg.sampler, False, cfg.process, cfg.network_overrides)
     options = {} if isinstance(trained.network, DiTMoE) else dict(cfg.options)
     made = upcycle(trained.network, cfg.num_experts, cfg.top_k, cfg.seed, cfg.noise, **options)
     facts = read_header(path)["provenance"] if is_ours(path) else {}

@@ -8,9 +8,14 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 
 from ditune.errors import UserError
+from ditune.progress import meter
+
+LARGE = 100_000_000  # bytes from which reading shows its progress
+BLOCK = 1 << 24
 
 NAME_BYTES = 200  # of a temporary file's name that are its target's: file systems allow 255 in all
 # how numpy, torch and safetensors, which raise errors of their own, say that a file could not be written
@@ -92,5 +97,19 @@ def sha256(path: Path | str) -> str:
         files = sorted(file for file in path.rglob("*") if file.is_file())
         lines = [f"{file.relative_to(path).as_posix()} {sha256(file)}\n" for file in files]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
+    facts = path.stat()
+    return _sha256(path.resolve(), facts.st_size, facts.st_mtime_ns)
+
+
+@lru_cache
+def _sha256(path: Path, size: int, _: int) -> str:
+    """Of one state of a file, so that a start that asks several times reads it once."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        if size <= LARGE:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        with meter(f"hashing {path.name}", size, "bytes") as progress:
+            while block := file.read(BLOCK):
+                digest.update(block)
+                progress.advance(len(block))
+        return digest.hexdigest()

@@ -59,6 +59,8 @@ def config_hash(cfg: DictConfig) -> str:
     cfg.paths.output_dir = ""  # Hydra knows it only in the run itself
     values = OmegaConf.to_container(cfg, resolve=True)
     values.pop("paths")  # what refers to them is resolved
+    if values.get("pretrained_process") is None:
+        values.pop("pretrained_process", None)  # newer than many finished jobs
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 

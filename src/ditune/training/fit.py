@@ -288,7 +288,7 @@ def denoising(cfg: DictConfig, parts: Parts, pictures: Pictures) -> dict[str, fl
     """Loss on held-out images after the training, and of the base before it."""
     networks = {"after": parts.network.eval()}
     if base_to_compare(parts) is not None:
-        before = load_network(parts.base, **parts.objective.process.network)
+        before = load_network(parts.base, parts.network.config, **parts.objective.process.network)
         networks["before"] = before.to(next(parts.network.parameters()).device).eval()
     return {
         name: denoising_loss(network, parts.objective, parts.autoencoder, pictures, cfg.metrics.seed, uses_bf16(cfg))

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, read_write
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import nn
 
-from ditune.build import Parts, build_drawer, make, plain
+from ditune.build import Parts, build_drawer, given_process, make, plain
 from ditune.checkpoints import read_json
 from ditune.data import Pictures
 from ditune.data.stream import MicroBatches, PictureStream, training_loader
@@ -117,6 +117,7 @@ def identity(cfg: DictConfig, parts: Parts) -> dict[str, Any]:
         "scheduler": scheduler,
         "ema": plain(cfg.ema),
         "base_sha256": parts.base_sha256,
+        "pretrained_process": given_process(cfg.get("pretrained_process"), "pretrained_process"),
         "classes": cfg.classes,
         "data": parts.pictures.fingerprint,
         "flip": cfg.data.flip,
