@@ -3,6 +3,7 @@
 import copy
 import csv
 import io
+import time
 import zipfile
 from pathlib import Path
 
@@ -158,7 +159,7 @@ def test_fingerprint_is_of_the_contents(tmp_path: Path) -> None:
 def test_one_folder_around_everything_in_a_zip_is_left_out(tmp_path: Path) -> None:
     assert Pictures(make(tmp_path / "a.zip", tree("wrapper/")), 8).class_names == ["cat", "dog", "eel"]
     assert Pictures(make(tmp_path / "b.zip", {"cat/0.png": png()}), 8).class_names == ["cat"]
-    assert Pictures(make(tmp_path / "d.zip", tree("train/")), 8).class_names == ["train"]
+    assert Pictures(make(tmp_path / "d.zip", tree("train/")), 8).class_names == ["cat", "dog", "eel"]
     assert Pictures(make(tmp_path / "c.zip", tree("train/") | {"test/cat/0.png": png()}), 8).num_classes == 3
 
 
@@ -312,3 +313,32 @@ def test_not_a_zip_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.zip").write_bytes(b"PK nothing")
     with pytest.raises(UserError, match="not a whole zip file"):
         Pictures(tmp_path / "a.zip", 8)
+
+
+@pytest.mark.parametrize("size", [(20000, 2), (60000, 1), (1, 60000)])
+def test_a_very_long_picture_costs_no_more_than_its_middle(size: tuple[int, int]) -> None:
+    start = time.perf_counter()
+    assert center_crop(Image.new("RGB", size, (9, 99, 199)), 256).getpixel((128, 128)) == (9, 99, 199)
+    assert time.perf_counter() - start < 1  # the whole would have up to 15 million pixels a row
+
+
+@pytest.mark.parametrize(("width", "height"), [(400, 20), (20, 400), (1001, 7), (3, 2000), (5000, 63)])
+def test_the_middle_of_a_long_picture_is_that_of_the_whole(width: int, height: int) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    image, side = Image.fromarray(pixels), 32
+    small = min(width, height)
+    if small >= 2 * side:
+        image = image.resize((width // 2, height // 2), Image.Resampling.BOX)
+    scale = side / min(image.size)
+    whole = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (whole.width - side) // 2, (whole.height - side) // 2
+    expected = np.asarray(whole.crop((left, top, left + side, top + side)), dtype=np.int64)
+    found = np.asarray(center_crop(Image.fromarray(pixels), side), dtype=np.int64)
+    assert np.abs(found - expected).max() <= (1 if small <= side else 32)  # noise, rounded between the passes
+    assert np.abs(found - expected).mean() < 1
+
+
+def test_absurdly_large_picture_is_a_sentence(tmp_path: Path) -> None:
+    Image.new("1", (20000, 10000)).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match=r"a\.png in .* cannot be read .*decompression bomb"):
+        Pictures(tmp_path, 8)[0]

@@ -400,7 +400,7 @@ def test_caltech_and_imagenet_have_archives_inside(tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / "whole" / "caltech101" / "Annotations")
     (outer / "caltech-101").mkdir(parents=True)
     pack(tmp_path / "whole" / "caltech101", outer / "caltech-101" / "101_ObjectCategories.tar.gz")
-    put(outer / "__MACOSX" / "caltech-101" / "._101_ObjectCategories.tar", b"a fork")
+    put(outer / "__MACOSX" / "caltech-101" / "._101_ObjectCategories.tar.gz", b"a fork")
     pack(outer, root / "caltech-101.zip")
     monkeypatch.setattr(Caltech101, "archives", known(Caltech101.archives, root))
     Caltech101.fetch(root, download=False)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from ditune.data.formats import is_hidden
 from ditune.errors import UserError
 from ditune.fetch import check_md5, fetch, record_first_use
 
@@ -142,14 +143,14 @@ def _need(folder: Path, size: int) -> None:
 
 def _unpack_inner(folder: Path, ending: str) -> None:
     """Replace the contents of `folder` by those of its archives; one with loose files gets a folder of its name."""
-    inner = sorted(path for path in folder.rglob(f"*{ending}"))
+    inner = sorted(path for path in folder.rglob(f"*{ending}") if not is_hidden(path.relative_to(folder).as_posix()))
     if not inner:
         raise UserError(f"There is no *{ending} in the archive, where the pictures should be. Fetch it again.")
     result = folder / ".inner"
     for path in inner:
         with _empty(folder / ".one") as one:
             unpack(path, one)
-            entries = [entry for entry in one.iterdir() if not entry.name.startswith("._")]
+            entries = [entry for entry in one.iterdir() if not is_hidden(entry.name)]
             if len(entries) == 1 and entries[0].is_dir():
                 _move(one, result, result / entries[0].name)
             else:

@@ -17,8 +17,9 @@ from scipy.io import loadmat
 from scipy.io.matlab import MatReadError
 
 from ditune.data.archives import Archive, install
+from ditune.data.formats import is_picture
 from ditune.data.pictures import BROKEN, Pictures
-from ditune.data.sources import Folder, Item, is_picture
+from ditune.data.sources import Folder, Item
 from ditune.errors import UserError
 
 log = logging.getLogger(__name__)

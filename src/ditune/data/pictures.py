@@ -1,20 +1,20 @@
-"""Labelled pictures from zip files and folders, as one map-style data set that hands out whole batches.
+"""Labelled pictures from folders, zip and Parquet files, as one map-style data set that hands out whole batches.
 
-A source with a `metadata.csv` at its root (column file_name and any others, the layout of imagefolder in Hugging Face
-datasets) takes class and split from columns. Any other source is a tree [train|test|val/]class/.../picture.png.
+`layouts` says how class and split are found; docs/data.md shows every layout.
 """
 
-import csv
 import hashlib
 import io
 import json
+import logging
 import struct
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,12 +22,18 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ditune.data.formats import count_kinds, decoders, left_out
+from ditune.data.layouts import read_items, some
 from ditune.data.manifest import apply_manifest
-from ditune.data.sources import METADATA, SPLIT_FOLDERS, Folder, Item, Zip, is_picture, open_source
+from ditune.data.sources import Item, open_source
+from ditune.data.splits import is_in, normal_split, settle
 from ditune.data.transforms import center_crop, to_rgb
 from ditune.errors import UserError
+from ditune.progress import meter
 
-ONE_CLASS = "all"  # class of pictures that lie in no folder
+log = logging.getLogger(__name__)
+
+SHOWN = 10  # classes in a line
 # What Pillow, zipfile and the file system raise for damaged, truncated, missing, encrypted or absurdly large files.
 BROKEN = (OSError, ValueError, SyntaxError, RuntimeError, EOFError, TypeError, IndexError)
 BROKEN += (struct.error, zlib.error, zipfile.BadZipFile, Image.DecompressionBombError)
@@ -36,12 +42,14 @@ BROKEN += (struct.error, zlib.error, zipfile.BadZipFile, Image.DecompressionBomb
 class Pictures(Dataset):
     """uint8 RGB pictures with int64 labels, centre-cropped to `resolution`; one of that size already is unchanged.
 
-    sources       zip files or folders (one or several), read in this order
+    sources       folders, zip or Parquet files (one or several), read in this order
     resolution    side of the square pictures, in pixels
-    split         name of the split; None = all. From the column `split`, or from top folders train/ and test/ or val/.
-                  A source with neither is split by a hash of each file's path: a tenth is 'test', the rest 'train'.
+    split         name of the split (or a usual other spelling of it); None = all. From the column `split`, or from top
+                  folders train/, val/, test/. A source with neither, or with train/ alone, is split by a hash of each
+                  file's path: a tenth is 'test', the rest 'train'; every class keeps an image in 'train'.
                   'train.val' is a tenth of 'train', by such a hash too, and 'train.fit' the rest: to search settings.
-    class_column  column of metadata.csv that names the class; None, or no metadata.csv = the first folder
+                  Where 'test' is asked for and only 'val' is there, 'val' is used, with a warning.
+    class_column  column of the metadata that names the class (must be there); None = the first folder
     classes       class names in the order of their labels, or a text file with one a line;
                   None = the sorted names of all splits of all sources (as text: '10' comes before '2')
     in_memory     decode everything at the first access, or in `load()`; call that before worker processes start,
@@ -50,6 +58,8 @@ class Pictures(Dataset):
     manifest      file written by src/prepare.py; where it is there, pictures that it skips are left out
 
     Sorted by (source, file name). `labels` (N,) int64; `class_names`, `num_classes`; `names` and `rows` (N entries).
+    `notes`: sentences about what was left out and decided. `not_images`: numbers of such files by the end of their
+    names. `untrained`: classes without a training image.
     A DataLoader over it needs `collate_fn` to be the identity, since `__getitems__` returns a batch.
     Raises UserError when sources, columns or classes do not fit together; a broken picture when it is first decoded.
     """
@@ -66,8 +76,19 @@ class Pictures(Dataset):
         manifest: str | Path | None = None,
     ) -> None:
         paths = [sources] if isinstance(sources, (str, Path)) else list(sources)
-        found = [item for path in paths for item in _read_items(open_source(path), class_column)]
-        self.fill(found, _class_names(classes, found), resolution, split, in_memory, limit, manifest)
+        listed = read_classes(classes)
+        places = [open_source(path, listed or ()) for path in paths]
+        read = [read_items(place, class_column, listed or ()) for place in places]
+        kinds = [count_kinds(place.others) for place in places]
+        notes = [
+            sentence
+            for place, others, (_, notes) in zip(places, kinds, read, strict=True)
+            for sentence in [*notes, *left_out(place.path, others)]
+        ]
+        found = settle([item for items, _ in read for item in items])
+        split = _test_or_val(split, found)
+        self.fill(found, _class_names(listed, found), resolution, split, in_memory, limit, manifest, notes)
+        self.not_images = dict(sum(map(Counter, kinds), Counter()))
 
     def fill(
         self,
@@ -78,11 +99,12 @@ class Pictures(Dataset):
         in_memory: bool,
         limit: int | None,
         manifest: str | Path | None,
+        notes: Sequence[str] = (),
     ) -> None:
         """Take the pictures of one split out of all that were found."""
         self.class_names, self.everything = class_names, found
         self.checksums, kept = apply_manifest(found, manifest)
-        items = kept if split is None else [item for item in kept if _is_in(item, split)]
+        items = kept if split is None else [item for item in kept if is_in(item, split)]
         if not items:
             splits = ", ".join(sorted({item.split for item in found}))
             raise UserError(f"There is no picture in the split '{split}'. The sources have these splits: {splits}.")
@@ -97,6 +119,21 @@ class Pictures(Dataset):
         self.labels = torch.tensor([index[item.class_name] for item in items], dtype=torch.int64)  # (N,)
         self._items = items
         self._decoded: Tensor | None = None
+        trains = split is not None and normal_split(split.partition(".")[0]) == "train"
+        trained_on = items if trains else [item for item in kept if item.split == "train"]
+        self.untrained = untrained_classes(class_names, found, trained_on)
+        self.not_images: dict[str, int] = {}
+        self.notes = [*notes, *_class_notes(class_names, found, self.untrained)]
+
+    def describe_classes(self) -> str:
+        """One line such as '3 classes: cat 12, dog 10, owl 1': the first ten, and the smallest of more."""
+        counts = dict(zip(self.class_names, self.labels.bincount(minlength=self.num_classes).tolist(), strict=True))
+        shown = ", ".join(f"{name} {count:,}" for name, count in list(counts.items())[:SHOWN])
+        head = f"{len(counts):,} {'class' if len(counts) == 1 else 'classes'}: {shown}"
+        if len(counts) <= SHOWN:
+            return head
+        smallest = min(counts, key=counts.__getitem__)
+        return f"{head} and {len(counts) - SHOWN:,} more; the smallest is {smallest} with {counts[smallest]:,}"
 
     @property
     def num_classes(self) -> int:
@@ -108,18 +145,24 @@ class Pictures(Dataset):
 
         A manifest makes it quick and nothing else: a run that began before there was one goes on.
         """
-        contents = [
-            (item.name, self.checksums[item] if self.checksums else item.source.crc(item.name), label)
-            for item, label in zip(self._items, self.labels.tolist(), strict=True)
-        ]
+        contents = []
+        with meter("reading checksums", len(self), "images") as shown:
+            for item, label in zip(self._items, self.labels.tolist(), strict=True):
+                crc = self.checksums[item] if self.checksums else item.source.crc(item.name)
+                contents.append((item.name, crc, label))
+                shown.advance()
         text = json.dumps([contents, self.class_names, self.resolution, self.split])
         return hashlib.sha256(text.encode()).hexdigest()
 
     def load(self) -> Tensor:
         """All pictures, uint8 (N, 3, R, R); decoded once and kept, so do not change them in place."""
         if self._decoded is None:
-            with ThreadPoolExecutor(2) as pool:
-                self._decoded = torch.stack(list(pool.map(self._decode, self._items)))
+            with ThreadPoolExecutor(2) as pool, meter("decoding images", len(self), "images") as shown:
+                decoded = []
+                for picture in pool.map(self._decode, self._items):
+                    decoded.append(picture)
+                    shown.advance()
+            self._decoded = torch.stack(decoded)
         return self._decoded
 
     def __len__(self) -> int:
@@ -156,103 +199,71 @@ class Pictures(Dataset):
 
 def decode(content: bytes, resolution: int) -> Tensor:
     """The picture in a file's bytes, uint8 (3, R, R); one of `BROKEN` when there is none."""
-    with Image.open(io.BytesIO(content)) as image:
+    with Image.open(io.BytesIO(content), formats=decoders()) as image:
         square = center_crop(to_rgb(image), resolution)
     return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()  # (3, R, R)
 
 
-def _read_items(source: Folder | Zip, class_column: str | None) -> list[Item]:
-    items = _from_metadata(source, class_column) if METADATA in source.names else _from_folders(source)
-    if not items:
-        raise UserError(
-            f"There are no pictures in {source.path}. "
-            "Give a folder or zip file with png, jpg, webp, bmp, tiff or gif files, one folder for each class."
-        )
-    return sorted(items, key=lambda item: item.name)
-
-
-def _from_metadata(source: Folder | Zip, class_column: str | None) -> list[Item]:
-    """One item for each row of metadata.csv; pictures that it does not name are left out."""
-    try:
-        text = source.read(METADATA).decode("utf-8-sig")
-    except BROKEN as error:
-        raise UserError(
-            f"{METADATA} in {source.path} cannot be read ({error}). Save it as plain UTF-8 text."
-        ) from error
-    reader = csv.DictReader(io.StringIO(text, newline=""), restval="")
-    rows, columns, present = list(reader), reader.fieldnames or [], set(source.names)
-    for column in ["file_name"] + [class_column] * (class_column is not None):
-        if column not in columns:
-            raise UserError(
-                f"{METADATA} in {source.path} has no column '{column}'. It has these: {', '.join(columns)}."
-            )
-    items = []
-    for line, row in enumerate(rows, start=2):
-        name = row["file_name"]
-        class_name = row[class_column] if class_column else _first_folder(name)
-        if name not in present:
-            raise UserError(
-                f"{METADATA} in {source.path} names '{name}', which is not there. Add the file or remove the row."
-            )
-        if not class_name:
-            raise UserError(
-                f"Row {line} of {METADATA} in {source.path} has nothing in the column '{class_column}'. "
-                "Fill it in or remove the row."
-            )
-        split = row["split"] if "split" in columns else hashed_split(name)
-        items.append(Item(source, name, class_name, split, row))
-    return items
-
-
-def _from_folders(source: Folder | Zip) -> list[Item]:
-    names = [name for name in source.names if is_picture(name)]
-    tops = {PurePosixPath(name).parts[0] for name in names}
-    has_splits = "train" in tops and len(tops & SPLIT_FOLDERS) > 1
-    items = []
-    for name in names:
-        inside = name.partition("/")[2] if has_splits else name
-        split = name.partition("/")[0] if has_splits else hashed_split(name)
-        items.append(Item(source, name, _first_folder(inside), split, {"file_name": name}))
-    loose = [item for item in items if item.class_name == ONE_CLASS]
-    if 0 < len(loose) < len(items):
-        raise UserError(
-            f"The picture {loose[0].name} in {source.path} lies beside the folders of the classes. "
-            "Move it into the folder of its class."
-        )
-    return items
-
-
-def _first_folder(name: str) -> str:
-    folder, slash, _ = name.partition("/")
-    return folder if slash else ONE_CLASS
-
-
-def hashed_split(name: str) -> str:
-    """The same for a path on every machine, whatever else is in the source."""
-    return "test" if int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) % 10 == 0 else "train"
-
-
-def _is_in(item: Item, split: str) -> bool:
-    whole, dot, part = split.partition(".")
-    if not dot:
-        return item.split == split
-    held_out = hashed_split(f"held out of {whole}: {item.name}") == "test"
-    return item.split == whole and part == ("val" if held_out else "fit")
-
-
-def _class_names(classes: str | Path | Sequence[str] | None, items: list[Item]) -> list[str]:
+def read_classes(classes: str | Path | Sequence[str] | None) -> list[str] | None:
+    """Class names from a list or a text file with one a line; UserError when a name is there twice."""
     if classes is None:
-        return sorted({item.class_name for item in items})
+        return None
     if isinstance(classes, (str, Path)):
         path = Path(classes).expanduser()
         if not path.is_file():
             raise UserError(f"There is no file {path}, where class names are expected, one a line. Correct the path.")
-        classes = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    names = [str(name) for name in classes]
-    unknown = next((item for item in items if item.class_name not in set(names)), None)
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"The class names in {path} cannot be read ({error}). Save it as UTF-8 text.") from error
+        entries = [(f"line {n} of {path}", line.strip()) for n, line in enumerate(lines, start=1) if line.strip()]
+    else:
+        entries = [(f"place {n} of `classes`", str(name)) for n, name in enumerate(classes, start=1)]
+    first: dict[str, str] = {}
+    for place, name in entries:
+        if name in first:
+            raise UserError(f"The class '{name}' in {place} is there already, in {first[name]}. Remove one of them.")
+        first[name] = place
+    if not first:
+        raise UserError("`classes` names no class. Give at least one, or leave it out for the folders' names.")
+    return list(first)
+
+
+def _class_names(listed: list[str] | None, items: list[Item]) -> list[str]:
+    if listed is None:
+        return sorted({item.class_name for item in items})
+    known = set(listed)
+    unknown = next((item for item in items if item.class_name not in known), None)
     if unknown is not None:
         raise UserError(
             f"The picture {unknown.name} in {unknown.source.path} has the class '{unknown.class_name}', "
-            f"which is not one of the {len(names)} in `classes`. Add it there, or leave `classes` out."
+            f"which is not one of the {len(listed)} in `classes`. Add it there, or leave `classes` out."
         )
-    return names
+    return listed
+
+
+def _test_or_val(split: str | None, items: list[Item]) -> str | None:
+    """'val' where the split 'test' is asked for, which is not there; nothing else is replaced."""
+    there = {item.split for item in items}
+    if split is None or normal_split(split) != "test" or "test" in there or "val" not in there:
+        return split
+    log.warning("There is no split 'test' in the data; its split 'val' is used instead.")
+    return "val"
+
+
+def untrained_classes(class_names: Sequence[str], everything: Sequence[Item], trained_on: Sequence[Item]) -> list[str]:
+    """Classes that have images, but none of those that are trained on; none where nothing is."""
+    there, trained = ({item.class_name for item in items} for items in (everything, trained_on))
+    return [name for name in class_names if name in there - trained] if trained_on else []
+
+
+def _class_notes(class_names: Sequence[str], everything: Sequence[Item], untrained: Sequence[str]) -> list[str]:
+    """Sentences about labels that nothing trains."""
+    there = {item.class_name for item in everything}
+    absent = [name for name in class_names if name not in there]
+    return [
+        f"{len(names):,} of {len(class_names):,} classes {'has' if len(names) == 1 else 'have'} no {what} and "
+        f"will not be learned: {some(names, SHOWN)}."
+        for names, what in ((absent, "image at all"), (untrained, "training image"))
+        if names
+    ]

@@ -1,25 +1,42 @@
-"""Where files of pictures lie: a folder or a zip file, read by the same four names (path, names, read, crc)."""
+"""Where images lie: a folder, a zip file, Parquet files; all read by the same names (path, names, read, size, crc)."""
 
 import os
+import stat
 import zipfile
 import zlib
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Protocol
 
+from ditune.data.formats import is_hidden, is_metadata, is_picture
+from ditune.data.splits import is_split
+from ditune.data.walk import files_below
 from ditune.errors import UserError
 
-EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
-SPLIT_FOLDERS = frozenset({"train", "test", "val"})
-METADATA = "metadata.csv"
 
+class Source(Protocol):
+    """What data sets need of a place where images lie.
 
-def is_picture(name: str) -> bool:
-    return PurePosixPath(name).suffix.lower() in EXTENSIONS
+    path    the folder or file, for messages
+    names   sorted names of its files, relative and with slashes
+    others  names of files in it that are neither images nor metadata
+    notes   sentences about what was left out or taken to be something else
+    """
 
+    path: Path
+    names: list[str]
+    others: list[str]
+    notes: list[str]
 
-def is_hidden(name: str) -> bool:
-    """True for dot files, what lies in dot folders, and the resource forks that macOS adds to its zip files."""
-    return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
+    def read(self, name: str) -> bytes:
+        """The bytes of a file."""
+
+    def size(self, name: str) -> int:
+        """Number of bytes; -1 when there is no such file."""
+
+    def crc(self, name: str) -> int:
+        """CRC-32 of the bytes."""
 
 
 class Folder:
@@ -27,12 +44,12 @@ class Folder:
 
     def __init__(self, path: Path, names: list[str] | None = None) -> None:
         self.path = path
-        if names is not None:
-            self.names = names
-            return
-        files = (Path(top, file) for top, _, found in os.walk(path, followlinks=True) for file in found)
-        names = (file.relative_to(path).as_posix() for file in files)
-        self.names = sorted(name for name in names if not is_hidden(name))
+        self.notes: list[str] = []
+        if names is None:
+            names, links = files_below(path)
+            self.notes += _links_note(path, links)
+        self.names = names
+        self.others = _others(names)
 
     def read(self, name: str) -> bytes:
         return (self.path / name).read_bytes()
@@ -50,16 +67,21 @@ class Folder:
 
 
 class Zip:
-    """A zip file, never unpacked; one folder around everything, as file managers add it, is left out of `names`."""
+    """A zip file, never unpacked; folders around everything, as file managers add them, are left out of `names`."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, classes: Collection[str] = ()) -> None:
         self.path = path
         self._archive, self._process = zipfile.ZipFile(path), os.getpid()
+        entries = {info.filename.replace("\\", "/"): info for info in self._archive.infolist() if not info.is_dir()}
         for name in self._archive.namelist():
             _refuse_escape(name, path)
-        entries = [info for info in self._archive.infolist() if not info.is_dir() and not is_hidden(info.filename)]
-        prefix = _wrapper([info.filename for info in entries])
-        self._entries = {info.filename.removeprefix(prefix): info for info in entries}
+        links = [name for name, info in entries.items() if stat.S_ISLNK(info.external_attr >> 16)]
+        names = sorted(name for name in entries.keys() - set(links) if not is_hidden(name))
+        prefix, self.others = wrapper(names, classes), _others(names)
+        self.notes = _wrapper_note(path, prefix)
+        if links:
+            self.notes.append(f"Links in {path}, which a zip file does not follow, are left out: {len(links):,}.")
+        self._entries = {name.removeprefix(prefix): entries[name] for name in names if name.startswith(prefix)}
         self.names = sorted(self._entries)
 
     def read(self, name: str) -> bytes:
@@ -82,31 +104,103 @@ class Zip:
 
 @dataclass(frozen=True, eq=False)
 class Item:
-    """One picture and what its source says about it."""
+    """One image and what its source says about it."""
 
-    source: Folder | Zip
+    source: Source
     name: str  # path inside the source
     class_name: str
-    split: str
-    row: dict[str, str]  # the row of metadata.csv, or only file_name
+    split: str | None  # None = by a hash of the name
+    row: dict[str, str]  # its row of the metadata, or only file_name
 
 
-def open_source(path: str | Path) -> Folder | Zip:
-    """The folder or zip file at `path`; UserError when there is none or it cannot be read."""
+def open_source(path: str | Path, classes: Collection[str] = ()) -> Source:
+    """The folder, zip file or Parquet file at `path`.
+
+    Args:
+        path: a folder or a file.
+        classes: names that are known to be classes; a folder of such a name is never one around everything.
+
+    Raises:
+        UserError: there is nothing, or it cannot be read.
+    """
     path = Path(path).expanduser()
     if path.is_dir():
-        return Folder(path)
+        return _open_folder(path, classes)
     if not path.exists():
         raise UserError(
             f"There is nothing at {path}, where a folder of pictures or a zip file of them is expected. "
             "Correct the path, or put the pictures there."
         )
+    if path.suffix.lower() == PARQUET:
+        return _open_parquet(path.parent, [path.name], path)
     try:
-        return Zip(path)
+        return Zip(path, classes)
     except zipfile.BadZipFile as error:
         raise UserError(
             f"{path} is not a whole zip file ({error}). Copy or download it again, or give a folder of pictures."
         ) from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error}). Allow reading it, or give another path.") from error
+
+
+PARQUET = ".parquet"
+
+
+def _open_folder(path: Path, classes: Collection[str]) -> Source:
+    folder = Folder(path)
+    tables = [name for name in folder.names if PurePosixPath(name).suffix.lower() == PARQUET]
+    if tables and not any(map(is_picture, folder.names)):
+        return _open_parquet(path, tables, path)
+    prefix = wrapper(folder.names, classes)
+    if not prefix:
+        return folder
+    inner = Folder(path / prefix, [name.removeprefix(prefix) for name in folder.names if name.startswith(prefix)])
+    inner.others, inner.notes = folder.others, _wrapper_note(path, prefix) + folder.notes
+    return inner
+
+
+def _open_parquet(folder: Path, names: list[str], path: Path) -> Source:
+    from ditune.data.parquet import Parquet  # it knows this file
+
+    return Parquet(folder, names, path)
+
+
+def wrapper(names: Collection[str], classes: Collection[str] = ()) -> str:
+    """'name/' or 'name/name/' of the folders around all images and metadata, or ''.
+
+    Such a folder holds metadata or only further folders, and is neither a split nor one of the `classes`.
+    """
+    inner = [name for name in names if is_picture(name) or is_metadata(name)]
+    prefix = ""
+    while top := _only_top(inner):
+        beside = any(is_metadata(name) and name.count("/") == 1 for name in inner)
+        deep = all(name.count("/") > 1 for name in inner if is_picture(name))
+        if is_split(top) or top in classes or not (deep or beside):
+            break
+        prefix += f"{top}/"
+        inner = [name.removeprefix(f"{top}/") for name in inner]
+    return prefix
+
+
+def _only_top(names: list[str]) -> str:
+    tops = {name.partition("/")[0] for name in names} if all("/" in name for name in names) else set()
+    return tops.pop() if len(tops) == 1 else ""
+
+
+def _others(names: list[str]) -> list[str]:
+    return [name for name in names if not is_picture(name) and not is_metadata(name)]
+
+
+def _wrapper_note(path: Path, prefix: str) -> list[str]:
+    return [f"Everything in {path} lies in {prefix}, which stands for the whole and is no class."] if prefix else []
+
+
+def _links_note(path: Path, links: list[str]) -> list[str]:
+    if not links:
+        return []
+    shown = ", ".join(links[:3]) + (", ..." if len(links) > 3 else "")
+    why = "they lead to what is there under another name"
+    return [f"Links left out of {path}, because {why}: {len(links):,} ({shown})."]
 
 
 def _refuse_escape(name: str, path: Path) -> None:
@@ -116,13 +210,3 @@ def _refuse_escape(name: str, path: Path) -> None:
             f"The zip file {path} holds the name '{name}', which points outside of it. "
             "Do not trust this file; make a new one from pictures that you know."
         )
-
-
-def _wrapper(names: list[str]) -> str:
-    """'name/' of the one folder around everything, or '': it must hold metadata.csv or only further folders."""
-    tops = {PurePosixPath(name).parts[0] for name in names}
-    if len(tops) != 1 or tops <= SPLIT_FOLDERS:
-        return ""
-    top = tops.pop()
-    deep = all(len(PurePosixPath(name).parts) > 2 for name in names if is_picture(name))
-    return f"{top}/" if deep or f"{top}/{METADATA}" in names else ""

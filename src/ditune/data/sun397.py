@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ditune.data.archives import Archive
 from ditune.data.benchmark import Benchmark, Record, pictures_below, read_lines
-from ditune.data.pictures import hashed_split
+from ditune.data.splits import hashed_split
 from ditune.errors import UserError
 
 

@@ -47,7 +47,7 @@ def verify(pictures: Pictures, path: Path, policy: str, again: bool = False) -> 
     rows = read_manifest(checked)
     problems = {f"{row['source']}:{row['file_name']}": row["problem"] for row in rows if row["problem"]}
     write_json(report, _report(pictures, rows, problems))
-    for sentence in getattr(pictures, "incomplete", []):
+    for sentence in [*getattr(pictures, "incomplete", []), *pictures.notes]:
         log.warning("%s", sentence)
     if problems and policy == "raise":
         first = "; ".join(f"{name.partition(':')[2]}: {text}" for name, text in list(problems.items())[:SHOWN])
@@ -126,4 +126,7 @@ def _report(pictures: Pictures, rows: list[dict[str, str]], problems: dict[str, 
         "copies": len(sound) - len({row["sha256"] for row in sound}),  # of another picture, byte by byte
         "differs_from_published": getattr(pictures, "incomplete", []),
         "left_out": problems,
+        "not_images": pictures.not_images,  # files by the end of their names
+        "classes_without_training_images": pictures.untrained,
+        "notes": pictures.notes,
     }
