@@ -14,6 +14,7 @@ import ditune
 from ditune.build import Parts, build_drawer, build_parts, make, uses_bf16
 from ditune.checkpoints import load_network, read_json, save_adapter, save_network, write_json
 from ditune.cli import in_sweep
+from ditune.config.keys import check
 from ditune.data.stream import PictureStream, micro_batch_size
 from ditune.denoising import denoising_loss
 from ditune.errors import UserError
@@ -40,6 +41,7 @@ def train(cfg: DictConfig) -> int:
     Raises:
         UserError: the config or a file is wrong.
     """
+    check(cfg)
     folder = Path(cfg.paths.output_dir)
     if in_sweep() and has_finished(folder, config_hash(cfg)):
         log.info("%s already holds the result of this config", folder)
