@@ -40,6 +40,7 @@ MISTAKES = {
     "fraction of a seed": (["seed=1000.5"], "seed is 1000.5, but must be a whole number of at least 0"),
     "decay above one": (["ema.decay=1.5"], "ema.decay is 1.5, but must be a number between 0 and 1"),
     "label drop above one": (["objective.label_drop=2"], "between 0 and 1"),
+    "one step of a diffusion": (["sampler.steps=1"], "Set steps to 2 or more"),
     "more steps than timesteps": (["sampler.steps=2000"], "steps"),
     "no GPU": (["trainer=gpu"], "trainer"),
     "nothing to adapt": (["peft=bitfit"], "Set pretrained="),
