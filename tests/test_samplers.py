@@ -298,7 +298,7 @@ def test_impossible_steps_are_refused(steps):
 @pytest.mark.parametrize("sampler", [DDIM(), DDIM(eta=1.0), DDPM()])
 def test_one_step_of_a_diffusion_is_refused(sampler):
     """It stands at t = 0, where the network expects an image and no noise."""
-    with pytest.raises(UserError, match="cannot make an image out of noise. Set steps to 2 or more"):
+    with pytest.raises(UserError, match="cannot make an image out of noise"):
         sample(Linear1x1(), fixed(), batch()[0], batch()[2], sampler=sampler, steps=1)
     sample(Linear1x1(), fixed(), batch()[0], batch()[2], sampler=sampler, steps=2)
 
