@@ -19,6 +19,7 @@ from ditune.blocks import Blocks
 from ditune.build import build_evaluation, make
 from ditune.checkpoints import load_network, locate, read_json, sha256, write_json
 from ditune.config.hardware import bare_precision, settle_numbers
+from ditune.config.keys import check
 from ditune.data import Pictures
 from ditune.distributed import best_device, rank, world_size
 from ditune.drawing import Drawer
@@ -98,6 +99,7 @@ def evaluate(cfg: DictConfig) -> Path:
     Raises:
         UserError: the settings or a file are wrong.
     """
+    check(cfg, "evaluate")
     source = exactly_one(cfg, *SOURCES)
     if cfg.record is not None and source != "checkpoint":
         raise UserError(f"A record holds values of bare networks, not of {source}=. Give checkpoint=, or no record=.")

@@ -16,6 +16,7 @@ from ditune.checkpoints import locate, write_json
 from ditune.cli import CONFIGS
 from ditune.config import hardware
 from ditune.config.hardware import AUTO, BF16, FP32, bare_precision
+from ditune.config.keys import check
 from ditune.distributed import best_device
 from ditune.drawing import Drawer
 from ditune.draws import generator
@@ -35,9 +36,8 @@ def sample(cfg: DictConfig) -> Path:
     Raises:
         UserError: the settings or a file are wrong.
     """
+    check(cfg, "sample")
     source = exactly_one(cfg, "run", "checkpoint")
-    if cfg.n < 1 or cfg.first < 0:
-        raise UserError(f"n={cfg.n} pictures from number first={cfg.first} cannot be drawn. Set n >= 1 and first >= 0.")
     trained = load(cfg, source)
     drawer = with_settings(trained.drawer, cfg)
     names = trained.class_names or [str(k) for k in range(trained.network.num_classes)]

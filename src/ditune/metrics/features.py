@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
-import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
@@ -70,6 +69,8 @@ class EfficientNetLite0(nn.Module):
         check_file(Path(weights), sha256, remedy)
         self.sha256 = sha256
         self.resolution = resolution
+        import timm  # takes seconds, and most commands do without
+
         self.network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
         state = load_file(weights)
         self.network.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})

@@ -15,6 +15,7 @@ from ditune.build import Parts, build_drawer, build_parts, make, refuse_missing,
 from ditune.checkpoints import load_network, read_json, save_adapter, save_network, write_json
 from ditune.cli import in_sweep
 from ditune.config.hardware import settle
+from ditune.config.keys import check
 from ditune.data import Pictures
 from ditune.data.stream import PictureStream, micro_batch_size
 from ditune.denoising import denoising_loss
@@ -51,6 +52,7 @@ def train(cfg: DictConfig) -> int:
     Raises:
         UserError: the config or a file is wrong, or another process trains in the folder.
     """
+    check(cfg)
     refuse_missing(cfg)
     folder = Path(cfg.paths.output_dir)
     with owned(folder):

@@ -10,7 +10,6 @@ from functools import cache
 from pathlib import Path
 
 import pytorch_lightning as pl
-import wandb
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
@@ -143,6 +142,8 @@ class WandbRun(WandbLogger):
     @rank_zero_only
     def describe(self, parameters: list[tuple[str, int, int]]) -> None:
         """What to call best of each metric, and which parameters train: rows of (kind, trained, frozen)."""
+        import wandb  # here and below: it takes seconds, and other loggers do without
+
         run = self.experiment
         for pattern, summary in SUMMARIES.items():
             run.define_metric(pattern, step_metric="trainer/global_step", summary=summary)
@@ -158,6 +159,8 @@ class WandbRun(WandbLogger):
             self.log_image("eval/grid", [str(grid)])
         if not self.log_adapter:
             return
+        import wandb
+
         artifact = wandb.Artifact(f"adapter-{self.version}", type="model")
         if (folder / "adapter").is_dir():
             artifact.add_dir(str(folder / "adapter"))
@@ -171,4 +174,6 @@ def close_loggers(trainer: pl.Trainer, failed: bool) -> None:
     for logger in trainer.loggers:
         logger.save()
         if isinstance(logger, WandbLogger) and trainer.is_global_zero:
+            import wandb
+
             wandb.finish(exit_code=int(failed))
