@@ -4,13 +4,13 @@ import json
 import sys
 from pathlib import Path
 
-import hydra
 from omegaconf import DictConfig
 
-from ditune.cli import CONFIGS, prepare, reported
+from ditune.cli import entry_point
 
 
-def dashboard(cfg: DictConfig) -> None:
+@entry_point("dashboard")
+def main(cfg: DictConfig) -> None:
     from ditune.checkpoints.files import atomic  # after the config is known to be right: it takes seconds
     from ditune.dashboard import build_report, build_workspace, specification
 
@@ -27,11 +27,5 @@ def dashboard(cfg: DictConfig) -> None:
         sys.stdout.write(f"{part.url}\n")
 
 
-@hydra.main(version_base="1.3", config_path=CONFIGS, config_name="dashboard")
-def main(cfg: DictConfig) -> None:
-    reported(lambda: dashboard(cfg), cfg.traceback)
-
-
 if __name__ == "__main__":
-    prepare()
     main()

@@ -1,12 +1,12 @@
 """Judge: `python src/evaluate.py run=<folder>` judges a run again; checkpoint=, images= and npz= judge others."""
 
-import hydra
 from omegaconf import DictConfig
 
-from ditune.cli import CONFIGS, prepare, reported
+from ditune.cli import entry_point
 
 
-def evaluate(cfg: DictConfig) -> int:
+@entry_point("evaluate")
+def main(cfg: DictConfig) -> int:
     from ditune.launch.ranks import is_rank, run_ranks  # after the config is known to be right: it takes seconds
 
     if cfg.processes > 1 and not is_rank():
@@ -17,11 +17,5 @@ def evaluate(cfg: DictConfig) -> int:
     return 0
 
 
-@hydra.main(version_base="1.3", config_path=CONFIGS, config_name="evaluate")
-def main(cfg: DictConfig) -> None:
-    reported(lambda: evaluate(cfg), cfg.traceback)
-
-
 if __name__ == "__main__":
-    prepare()
     main()

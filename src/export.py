@@ -1,18 +1,16 @@
 """Export: `python src/export.py run=<folder> format=diffusers` merges a run's adapter and writes what others load."""
 
-import hydra
 from omegaconf import DictConfig
 
-from ditune.cli import CONFIGS, prepare, reported
+from ditune.cli import entry_point
 
 
-@hydra.main(version_base="1.3", config_path=CONFIGS, config_name="export")
+@entry_point("export")
 def main(cfg: DictConfig) -> None:
     from ditune.exporting import export  # after the config is known to be right: it takes seconds
 
-    reported(lambda: export(cfg) and None, cfg.traceback)
+    export(cfg)
 
 
 if __name__ == "__main__":
-    prepare()
     main()

@@ -2,23 +2,17 @@
 
 import sys
 
-import hydra
 from omegaconf import DictConfig
 
-from ditune.cli import CONFIGS, prepare, reported
+from ditune.cli import entry_point
 
 
-def fit_codec(cfg: DictConfig) -> None:
+@entry_point("fit_codec")
+def main(cfg: DictConfig) -> None:
     from ditune.codec_study import study  # after the config is known to be right: it takes seconds
 
     sys.stdout.write(study(cfg))
 
 
-@hydra.main(version_base="1.3", config_path=CONFIGS, config_name="fit_codec")
-def main(cfg: DictConfig) -> None:
-    reported(lambda: fit_codec(cfg), cfg.traceback)
-
-
 if __name__ == "__main__":
-    prepare()
     main()

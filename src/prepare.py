@@ -1,18 +1,16 @@
 """Get a data set ready: `python src/prepare.py data=cub` fetches, verifies and encodes it, each at most once."""
 
-import hydra
 from omegaconf import DictConfig
 
-from ditune.cli import CONFIGS, prepare, reported
+from ditune.cli import entry_point
 
 
-@hydra.main(version_base="1.3", config_path=CONFIGS, config_name="prepare")
+@entry_point("prepare")
 def main(cfg: DictConfig) -> None:
-    from ditune.preparing import prepare as run  # after the config is known to be right: it takes seconds
+    from ditune.preparing import prepare  # after the config is known to be right: it takes seconds
 
-    reported(lambda: run(cfg), cfg.traceback)
+    prepare(cfg)
 
 
 if __name__ == "__main__":
-    prepare()
     main()

@@ -1,18 +1,16 @@
 """Quality over the number of steps: `python src/steps.py runs=[<run>,<run>]` writes a table and a curve."""
 
-import hydra
 from omegaconf import DictConfig
 
-from ditune.cli import CONFIGS, prepare, reported
+from ditune.cli import entry_point
 
 
-@hydra.main(version_base="1.3", config_path=CONFIGS, config_name="steps")
+@entry_point("steps")
 def main(cfg: DictConfig) -> None:
     from ditune.step_study import study  # after the config is known to be right: it takes seconds
 
-    reported(lambda: study(cfg) and None, cfg.traceback)
+    study(cfg)
 
 
 if __name__ == "__main__":
-    prepare()
     main()

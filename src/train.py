@@ -1,18 +1,16 @@
 """Train: `python src/train.py` is the main job; every config key and group can be set on the command line."""
 
-import hydra
 from omegaconf import DictConfig
 
-from ditune.cli import CONFIGS, prepare, reported
+from ditune.cli import entry_point
 
 
-@hydra.main(version_base="1.3", config_path=CONFIGS, config_name="train")
-def main(cfg: DictConfig) -> None:
+@entry_point("train")
+def main(cfg: DictConfig) -> int:
     from ditune.training import train  # after the config is known to be right: it takes seconds
 
-    reported(lambda: train(cfg), cfg.traceback)
+    return train(cfg)
 
 
 if __name__ == "__main__":
-    prepare()
     main()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import SMALL, compose
+from helpers import SMALL, compose, open_gates
 from omegaconf import DictConfig
 from PIL import Image
 
@@ -42,9 +42,13 @@ def small(tmp_path: Path, pictures: Path) -> Callable[..., DictConfig]:
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
-    """File of a tiny base network for `pictures`, as a training writes it."""
+    """File of a tiny base network for `pictures`, as a training writes it.
+
+    What a fresh DiT begins with as zeros has values: behind gates of zero an adapter gets no gradient.
+    """
     folder = tmp_path_factory.mktemp("base")
     parts = build_parts(compose(folder, *SMALL, f"data.root={pictures}", "peft=full"))
+    open_gates(parts.network)
     path = folder / "base.safetensors"
     save_network(
         path,

@@ -6,9 +6,11 @@ import hydra
 import torch
 from omegaconf import DictConfig
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ditune import cli
+from ditune.build import build_parts
+from ditune.launch.overrides import hydra_value
 from ditune.training.checkpoint_io import newest_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -42,7 +44,22 @@ def compose(folder: Path, *overrides: str) -> DictConfig:
     """The config of `train.py <overrides>` with `folder` as its run folder; nothing is run."""
     cli.prepare()
     with hydra.initialize_config_dir(cli.CONFIGS, version_base="1.3"):
-        return hydra.compose("train", [*overrides, f"paths.output_dir={folder}"])
+        return hydra.compose("train", [*overrides, f"paths.output_dir={hydra_value(folder)}"])
+
+
+def task(name: str, *overrides: str) -> DictConfig:
+    """The config of `<name>.py <overrides>`."""
+    cli.prepare()
+    with hydra.initialize_config_dir(cli.CONFIGS, version_base="1.3"):
+        return hydra.compose(name, list(overrides))
+
+
+def open_gates(network: nn.Module, std: float = 0.1) -> None:
+    """Seeded values for all that a fresh network has as zeros: adaLN, the final layer, biases."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in network.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=std, generator=generator)
 
 
 def checkpoint(folder: Path) -> dict:
@@ -50,6 +67,18 @@ def checkpoint(folder: Path) -> dict:
     path = newest_checkpoint(folder / "checkpoints")
     assert path is not None
     return torch.load(path, weights_only=True)
+
+
+def movement(cfg: DictConfig, folder: Path) -> float:
+    """How far a run's method has moved from its start, relative to its norm; the label table is not counted."""
+    parts = build_parts(cfg)
+    trained = checkpoint(folder)["state_dict"]
+    before = {k: v for k, v in parts.method.trainable(parts.network).items() if not k.startswith("y_embedder.")}
+    start, end = (
+        torch.cat([v.detach().flatten() for v in values])
+        for values in (before.values(), (trained[f"network.{key}"] for key in before))
+    )
+    return ((end - start).norm() / start.norm()).item()
 
 
 def assert_same_bits(a: object, b: object, where: str = "") -> None:

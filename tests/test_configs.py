@@ -152,6 +152,7 @@ def test_every_file_and_key_is_explained(path):
 
 ALLOWED = {
     "errors": set(),
+    "config": {"errors"},
     "distributed": set(),
     "progress": set(),
     "networks": set(),
@@ -163,11 +164,11 @@ ALLOWED = {
     "fetch": {"errors", "progress", "checkpoints.files"},
     "sharing": {"errors", "progress"},
     "data": {"errors", "draws", "fetch", "progress", "sharing", "checkpoints.files"},
-    "autoencoders": {"errors", "checkpoints.files"},
+    "autoencoders": {"errors", "checkpoints.files", "checkpoints.weight_files"},
     "metrics": {"errors", "progress"},
     "peft": {"errors", "networks"},
     "checkpoints": {"errors", "networks", "peft", "fetch", "progress"},
-    "launch": {"errors", "checkpoints.files"},
+    "launch": {"errors", "checkpoints.files", "sharing"},
 }
 
 

@@ -26,7 +26,7 @@ MISTAKES = {
     "base of another process": (["pretrained=@base", "objective.process.prediction=v"], "prediction x0 there, v here"),
     "base of other latents": (["pretrained=@base", "autoencoder.scale=3.0"], "other latents"),
     "batch and micro-steps": (["trainer.accumulate_grad_batches=3"], "multiple of 3"),
-    "empty batch": (["batch_size=0"], "batch_size is the global batch, 0"),
+    "empty batch": (["batch_size=0"], "batch_size is 0, but must be a whole number"),
     "resume by a path": (["resume=last.ckpt"], "resume=auto"),
     "sizes of no file": (["network=as_pretrained"], "Set pretrained=<file>"),
     "no such network": (["network.name=dit_xxl_2"], "there is no network 'dit_xxl_2'"),
@@ -37,11 +37,14 @@ MISTAKES = {
     "picture and patch": (["data.resolution=15"], "multiple of patch_size"),
     "learned variance of a network without": (["objective.process.variance=learned_range"], "learn_sigma"),
     "no such loss": (["objective.loss=l1"], "Choose one of mse"),
+    "fraction of a seed": (["seed=1000.5"], "seed is 1000.5, but must be a whole number of at least 0"),
+    "decay above one": (["ema.decay=1.5"], "ema.decay is 1.5, but must be a number between 0 and 1"),
     "label drop above one": (["objective.label_drop=2"], "between 0 and 1"),
+    "one step of a diffusion": (["sampler.steps=1"], "Set steps to 2 or more"),
     "more steps than timesteps": (["sampler.steps=2000"], "steps"),
-    "no GPU": (["trainer=gpu"], "trainer"),
+    "no GPU": (["trainer=gpu"], "Set trainer=cpu"),
     "nothing to adapt": (["peft=bitfit"], "Set pretrained="),
-    "trainables in bf16": (["trainer.precision=bf16-true"], "Set one of bf16-mixed, 32-true"),
+    "trainables in bf16": (["trainer.precision=bf16-true"], "Set one of auto, bf16-mixed, 32-true"),
     "changed latents": (["augment=drawings", "data.latents=true"], "data.latents=false"),
     "no null class": (["network.class_dropout_prob=0"], "label_drop=0"),
     "guidance without a null class": (
@@ -96,7 +99,9 @@ def test_loss_that_is_not_finite_stops_the_training(small):
 # The same through the entry point: exit code, message, no traceback
 
 PROCESSES = {
-    "unknown key": (["batchsize=8"], "batchsize", 1),
+    "unknown key": (["batchsize=8"], "There is no key 'batchsize'. Did you mean batch_size?", 2),
+    "unknown option": (["peft=difft"], "There is no peft=difft. Did you mean difffit?", 2),
+    "wrong type": (["optimizer.lr=high"], "optimizer.lr is high, but must be a number above 0.", 2),
     "missing asset": (["data.root=/nowhere"], "There is nothing at /nowhere", 2),
     "wrong class count": (["pretrained=@base", "data.classes=@four_classes"], "knows 3 classes", 2),
     "batch that does not divide": (["peft=full", "trainer.accumulate_grad_batches=3"], "Set it to a multiple of 3", 2),

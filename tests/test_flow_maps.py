@@ -1,7 +1,11 @@
 """MeanFlow, alpha-Flow and SoFlow, weights, and the samplers of second order, where the truth is known."""
 
+from itertools import pairwise
+
+import numpy as np
 import pytest
 import torch
+from diffusers import UniPCMultistepScheduler
 from torch.testing import assert_close
 
 from ditune.draws import Draws
@@ -209,6 +213,43 @@ def test_every_method_comes_to_the_end_of_the_flow(name):
     coarse, fine = error(16), error(64)
     assert fine < coarse / (6 if isinstance(SAMPLERS[name], RungeKutta) else 3)
     assert fine < (0.02 if name == "euler" else 0.002)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_unipc_gives_the_numbers_of_diffusers_own_loop(steps, shift):
+    noise = torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+    scheduler.set_timesteps(steps, sigmas=np.linspace(1, 0, steps + 1)[:-1])
+    x = noise
+    for sigma, timestep in zip(scheduler.sigmas[:-1], scheduler.timesteps, strict=True):
+        x = scheduler.step(velocity_at(x, sigma.expand(len(x))), timestep, x, return_dict=False)[0]
+    found = sample(
+        gaussian, PROCESS, noise, torch.zeros(4).long(), sampler=Multistep("unipc", shift=shift), steps=steps
+    )
+    assert Multistep("unipc", shift).scheduler(PROCESS.in_steps(steps).times(shift).numpy()).sigmas[0] == 1 - 1e-6
+    assert_close(found, x, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_dpm_solver_gives_the_numbers_of_its_paper(shift):
+    """DPM-Solver++(2M), algorithm 2 of arXiv 2211.01095, in float64; the first step and the last are of order 1."""
+    noise = torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    times = PROCESS.in_steps(6).times(shift).clamp(max=1 - 1e-6)
+    half_log_snr = ((1 - times) / times).log()
+    x, before = noise.double(), None
+    for i, (t, s) in enumerate(pairwise(times)):
+        x0 = x - t * velocity_at(x, t.expand(len(x)))
+        if s == 0:
+            x = x0
+            break
+        h, direction = half_log_snr[i + 1] - half_log_snr[i], x0
+        if before is not None:
+            ratio = (half_log_snr[i] - half_log_snr[i - 1]) / h
+            direction = x0 + (x0 - before) / (2 * ratio)
+        x, before = s / t * x - (1 - s) * (-h).expm1() * direction, x0
+    found = sample(gaussian, PROCESS, noise, torch.zeros(4).long(), sampler=Multistep(shift=shift), steps=6)
+    assert_close(found, x.float(), atol=2e-5, rtol=1e-5)
 
 
 def test_one_jump_with_the_true_mean_velocity_is_the_whole_flow():

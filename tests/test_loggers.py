@@ -19,6 +19,7 @@ from ditune.draws import Draws
 from ditune.errors import UserError
 from ditune.networks import build_network
 from ditune.training import train
+from ditune.training.loggers import ID_FILE, NAME, run_id, shortened, tags_of
 
 STEPS = 3
 
@@ -124,7 +125,7 @@ def test_wandb_goes_on_in_the_same_run_and_shows_failures(small, tmp_path, offli
         assert train(small(*common, f"max_steps={steps}")) == 0
     written, files = wandb_records(tmp_path / "run")
     assert len(files) == 2
-    assert len({record.run.run_id for record in written["run"]}) == 1
+    assert {record.run.run_id for record in written["run"]} == {(tmp_path / "run" / ID_FILE).read_text().strip()}
     history = [values(r.history.item) for r in written["history"]]
     assert [row["trainer/global_step"] for row in history if "train/loss" in row] == [0, 1, 2, 3]
 
@@ -134,6 +135,54 @@ def test_wandb_goes_on_in_the_same_run_and_shows_failures(small, tmp_path, offli
     failed, _ = wandb_records(folder)
     assert failed["exit"][-1].exit.exit_code == 1
     assert failed["run"][0].run.run_id != written["run"][0].run.run_id
+
+
+def test_tags_are_texts_that_wandb_takes(caplog):
+    long = "x" * 70
+    assert tags_of(["a", "b", 1, 2.5, True, None, "", " ", "a", long, long + "y"]) == [
+        "a",
+        "b",
+        "1",
+        "2.5",
+        "True",
+        "x" * 64,
+    ]
+    assert tags_of("one") == ["one"]
+    assert tags_of(7) == ["7"]
+    assert tags_of(None) == []
+    assert "has more than 64 characters and is cut" in caplog.text
+    assert shortened("n" * 130, NAME, "name") == "n" * 128
+    assert shortened(None, NAME, "name") is None
+
+
+@pytest.mark.parametrize("project", ["team/proj", "a:b", "50%", "a#b", "why?", "back\\\\slash", "p" * 129, "''"])
+def test_a_project_that_wandb_forbids_shows_before_the_data(small, tmp_path, project):
+    quoted = project if project == "''" else f"'{project}'"
+    with pytest.raises(UserError, match=r"logger\.project"):
+        train(small("peft=full", "logger=wandb", f"logger.project={quoted}", "data.root=missing"))
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_long_names_and_tags_of_any_type_train(small, tmp_path, offline):
+    odd = ["tags=[a,b,1]", f"data.name={'d' * 70}", f"name={'n' * 130}"]
+    assert train(small("peft=full", "logger=wandb", "max_steps=1", *odd)) == 0
+    run = wandb_records(tmp_path / "run")[0]["run"][0].run
+    assert set(run.tags) == {"full", "d" * 64, "tiny", "a", "b", "1"}
+    assert run.run_group == "n" * 128
+    assert run.display_name == "n" * 128
+
+
+def test_the_runs_id_is_kept_in_its_folder(tmp_path):
+    folder = tmp_path / "run"
+    assert run_id(folder) != run_id(folder)  # a run that is deleted and begun anew is another one
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "checkpoints" / "step_00000001.ckpt").touch()
+    old = folder / "wandb" / "offline-run-20260102_030405-5bb904c30b8c"
+    for name in (old.name, "run-20260101_030405-other", "latest-run"):
+        (folder / "wandb" / name).mkdir(parents=True)
+    assert run_id(folder) == "5bb904c30b8c"  # an earlier version made it of the path
+    (folder / ID_FILE).write_text("abcd1234\n")
+    assert run_id(folder.rename(tmp_path / "moved")) == "abcd1234"
 
 
 def test_tensorboard(small, tmp_path):
@@ -150,11 +199,17 @@ def test_tensorboard(small, tmp_path):
 def test_dry_run_shows_the_plan_and_stops(small, base, tmp_path, capsys):
     assert train(small("peft=bitfit", f"pretrained={base}", "dry_run=true")) == 0
     shown = capsys.readouterr().out
-    for text in ("bitfit", "parameters train", "global batch", "expected memory"):
+    for text in ("bitfit trains 1,260 of 50,156 parameters", "biases", "10 images, 3 classes", "(expected)", "32-true"):
         assert text in shown
+    assert len(shown.splitlines()) < 24  # fits a screen
+    assert "final_layer" not in shown
     assert (tmp_path / "run" / "config.yaml").exists()
     assert not list((tmp_path / "run").rglob("*.ckpt"))
     assert not (tmp_path / "run" / "result.json").exists()
+    assert train(small("peft=bitfit", f"pretrained={base}", "dry_run=true", "verbose=true")) == 0
+    shown = capsys.readouterr().out
+    for text in ("accumulate_grad_batches: 1", "final_layer.linear.bias"):
+        assert text in shown
 
 
 def test_bf16_freezes_in_bf16_and_trains_in_fp32(tmp_path, pictures, base):

@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import zipfile
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -12,19 +13,23 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.testing import assert_close
 from torchmetrics.image.kid import poly_mmd
 
 from ditune.errors import UserError
 from ditune.metrics import (
     EfficientNetLite0,
     Judge,
+    density_coverage,
     distances,
     extract,
     frechet_distance,
     kid,
     kid_with_deviation,
+    manifold,
     nearest,
     nearest_pixels,
+    precision_recall,
     self_test,
 )
 
@@ -171,6 +176,41 @@ def test_nearest_neighbours():
     assert (distance.diff(dim=1) >= 0).all()
     with pytest.raises(UserError, match="among 40"):
         nearest(references, references, k=41)
+
+
+def test_neighbours_are_found_far_from_the_origin():
+    """Cosines differ from 1 by some 1e-8 there, which float32 cannot hold: it found the right one 3 times of 50."""
+    x, y = (draw(50, 64) + 1e4).float(), (draw(60, 64, seed=1) + 1e4).float()
+    directions = [torch.nn.functional.normalize(features.double(), dim=1) for features in (x, y)]
+    exact = torch.cdist(*directions, compute_mode="donot_use_mm_for_euclid_dist").square() / 2
+    distance, index = nearest(x, y)
+    assert torch.equal(index[:, 0], exact.argmin(1))
+    assert_close(distance[:, 0].double(), exact.amin(1), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(("offset", "spread"), [(0.0, 1.0), (1e3, 1e-3), (1e4, 1e-4)])
+def test_shares_do_not_depend_on_where_the_features_lie(offset, spread):
+    """About the origin, |a|^2 + |b|^2 - 2 a.b of the last ones is wrong by a factor of 3: precision 1, coverage 0."""
+    x, y = draw(2, 300, 64)
+    moved = x * spread + offset, y * 1.05 * spread + offset
+    assert precision_recall(*moved) == precision_recall(x, y * 1.05)
+    assert density_coverage(*moved) == density_coverage(x, y * 1.05)
+    exact = torch.cdist(*moved, compute_mode="donot_use_mm_for_euclid_dist")
+    assert_close(manifold.distances(*manifold.centred(*moved)), exact, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("offset", [1e3, 1e4])
+def test_kid_keeps_its_digits_far_from_the_origin(offset):
+    """The kernel depends on the origin, so nothing is moved; exact fractions say what is right."""
+    x, y = draw(2, 12, 4) + offset
+    rows = [[[Fraction(value) for value in row] for row in features.tolist()] for features in (x, y)]
+
+    def mean(a: list, b: list, pairs: int) -> Fraction:
+        values = ((sum(p * q for p, q in zip(r, s, strict=True)) / 4 + 1) ** 3 for r in a for s in b if r is not s)
+        return sum(values) / pairs
+
+    exact = mean(rows[0], rows[0], 132) + mean(rows[1], rows[1], 132) - 2 * mean(rows[0], rows[1], 144)
+    assert kid(x, y) == pytest.approx(float(exact), rel=1e-6)
 
 
 def test_nearest_pixels_is_exact():

@@ -19,8 +19,20 @@ ALPHA = 0.01
 BACK_ENDS = {"slices": by_slices, "grouped_mm": by_grouped_mm}
 
 
-def layer_of(name: str) -> tuple[MoE, dict[str, Tensor]]:
-    expected = golden(name)
+class Used(dict):
+    """Golden values that remember which of them were asked for."""
+
+    def __init__(self, values: dict[str, Tensor]):
+        super().__init__(values)
+        self.names: set[str] = set()
+
+    def __getitem__(self, name: str) -> Tensor:
+        self.names.add(name)
+        return super().__getitem__(name)
+
+
+def layer_of(name: str) -> tuple[MoE, Used]:
+    expected = Used(golden(name))
     num_experts, top_k = LAYERS[name]
     layer = MoE(32, num_experts, expert_size=128, shared_size=64, top_k=top_k)
     theirs = {f"moe.{key.removeprefix('w.')}": value for key, value in expected.items() if key.startswith("w.")}
@@ -49,12 +61,15 @@ def test_layer_outputs_choices_balance_and_gradients(name, training, back_end):
     y, routing = layer(x)
     assert_close(y, expected["y_train"], atol=1e-5, rtol=1e-5)
     assert_close(y, expected["y_eval"], atol=1e-5, rtol=1e-5)
+    assert_close(y, expected["y_eval_tp1"], atol=1e-5, rtol=1e-5)
     assert_close(layer.shared_experts(x), expected["y_shared_only"], atol=1e-5, rtol=1e-5)
     scores_ME = routing.scores_NTE.flatten(0, 1)
     assert_close(scores_ME, expected["scores"], atol=1e-6, rtol=1e-5)
     experts_Mk, weights_Mk = layer.router.choose(scores_ME)
     assert torch.equal(experts_Mk, expected["topk_idx_sorted"])
     assert_close(weights_Mk, expected["topk_weight_sorted"], atol=1e-6, rtol=1e-5)
+    assert torch.equal(experts_Mk.sort(dim=-1).values, expected["topk_idx"].sort(dim=-1).values)
+    assert_close(weights_Mk.sort(dim=-1).values, expected["topk_weight"].sort(dim=-1).values, atol=1e-6, rtol=1e-5)
     assert torch.equal(routing.chosen_NTE.sum(dim=(0, 1)), expected["load"])
     aux = ALPHA * balance_loss(routing)
     assert_close(aux, expected["aux_loss"][0], atol=1e-7, rtol=1e-5)
@@ -67,14 +82,22 @@ def test_layer_outputs_choices_balance_and_gradients(name, training, back_end):
     assert_close(x.grad, expected["grad_x"], atol=1e-5, rtol=1e-4)
     for key, value in gradients(layer).items():
         assert_close(value, expected[f"grad.{key}"], atol=1e-5, rtol=1e-4, msg=lambda text, key=key: f"{key}: {text}")
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = layer(x)[0].float()
+    wanted = expected["y_train_autocast_bf16"].float()
+    assert (rounded - wanted).norm() < 0.01 * wanted.norm()
+    layer.router.renormalize = True  # with one expert of several the original leaves its score
+    normed = layer.router.choose(scores_ME)[1].sort(dim=-1).values
+    assert_close(normed, expected["topk_weight_normed"].sort(dim=-1).values, atol=1e-6, rtol=1e-5)
+    assert {key for key in expected if not key.startswith("w.")} == expected.names  # the whole file
 
 
-def test_renormalised_weights():
-    layer, expected = layer_of("moe_layer")
-    layer.router.renormalize = True
-    _, weights_Mk = layer.router.choose(expected["scores"])
-    wanted = expected["topk_weight_normed"].sort(dim=-1, descending=True).values
-    assert_close(weights_Mk, wanted, atol=1e-6, rtol=1e-5)
+def test_a_single_experts_weight_is_its_score_unless_it_is_asked_for():
+    """A divided weight would be 1 whatever the router says, so that nothing would train the router."""
+    scores = torch.tensor([[0.7, 0.2, 0.1]])
+    for num_experts, renormalize, weight in ((3, False, 0.7), (3, True, 0.7), (3, "always", 1.0), (1, True, 1.0)):
+        _, found = Router(4, num_experts, 1, score="sigmoid", renormalize=renormalize).choose(scores[:, :num_experts])
+        assert found.item() == pytest.approx(weight)
 
 
 def test_double_precision_by_numerical_differences():
@@ -186,7 +209,9 @@ def test_sigmoid_scores_sum_to_the_scale():
     assert_close(z_loss(routing), routing.logits_NTE.exp().sum(-1).log().square().mean())
 
 
-@pytest.mark.parametrize("wrong", [{"score": "cosine"}, {"choice": "expert", "renormalize": True}, {"top_k": 5}])
+@pytest.mark.parametrize(
+    "wrong", [{"score": "cosine"}, {"choice": "expert", "renormalize": True}, {"renormalize": "yes"}, {"top_k": 5}]
+)
 def test_wrong_options_are_refused(wrong):
     with pytest.raises(ValueError, match=r"must be|renormalize"):
         Router(8, 4, **({"top_k": 2} | wrong))

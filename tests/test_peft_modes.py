@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT, SMALL, assert_same_bits, checkpoint, compose
+from helpers import ROOT, SMALL, assert_same_bits, checkpoint, compose, movement
 from peft_helpers import CASES, adapt, build_base, inputs
 from torch.testing import assert_close
 
@@ -144,6 +144,7 @@ def test_it_goes_on_as_if_it_had_never_stopped(small, base, tmp_path, settings):
     train(small(*common, folder=halved))
     (halved / "checkpoints" / "step_00000004.ckpt").unlink()
     train(small(*common, "resume=auto", folder=halved))
+    assert movement(small(*common), whole) > 1e-3
     one, two = checkpoint(whole), checkpoint(halved)
     for key in ("state_dict", "ema", "method", "optimizer_states"):
         assert_same_bits(one[key], two[key], key)

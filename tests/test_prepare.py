@@ -303,7 +303,7 @@ def test_pieces_are_shared_and_those_of_the_dead_are_taken_up(tmp_path):
                 start.wait(10)  # both are at a piece at the same time
             done[k].append(i)
 
-        share(tmp_path, 12, work, lambda: False, "test")
+        share(tmp_path, 12, work, lambda: False)
 
     threads = [threading.Thread(target=process, args=(k,)) for k in range(2)]
     for thread in threads:

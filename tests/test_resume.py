@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_same_bits, checkpoint
+from helpers import assert_same_bits, checkpoint, movement
+from omegaconf import OmegaConf
 
-from ditune.checkpoints import read_json
+from ditune.checkpoints import read_header, read_json
 from ditune.errors import UserError
 from ditune.training import GenerativeModule, train
 from ditune.training.checkpoint_io import AtomicCheckpointIO, newest_checkpoint
@@ -105,6 +106,8 @@ def test_stopped_by_a_signal_and_resumed(run, monkeypatch, case, call):
     assert checkpoint(stopped)["global_step"] == -(-call // micro_steps)  # the step at hand is finished
     assert run("stopped", *overrides, "resume=auto") == (stopped, 0)
     assert_same_end(stopped, whole)
+    if "pretrained=@base" in overrides:
+        assert movement(OmegaConf.load(whole / "config.yaml"), whole) > 1e-3
 
 
 def test_crashed_and_resumed_twice(run, monkeypatch):
@@ -154,6 +157,17 @@ def test_stopped_by_a_signal_while_it_is_judged(run, monkeypatch):
     assert run("run", "peft=full", "resume=auto") == (folder, 0)
     assert read_json(folder / "result.json")["status"] == "finished"
     assert (folder / "network.safetensors").read_bytes() == before
+
+
+def test_fewer_steps_than_a_run_has_behind_it_are_refused(run):
+    folder, _ = run("run", "peft=full", "callbacks.checkpoint.every_n_steps=2", steps=4)
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    with pytest.raises(UserError, match=r"the run is at step 4 already; max_steps=2 lies before it.*Set max_steps=4"):
+        run("run", "peft=full", "resume=auto", steps=2)
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+    assert run("run", "peft=full", "resume=auto", steps=4)[1] == 0
+    assert read_json(folder / "result.json")["steps"] == 4
+    assert read_header(folder / "network.safetensors")["provenance"]["steps"] == 4
 
 
 def test_resume_without_a_checkpoint_starts_the_run(run):

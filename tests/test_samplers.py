@@ -9,8 +9,8 @@ from torch.testing import assert_close
 from ditune.draws import Draws
 from ditune.errors import UserError
 from ditune.objectives import GaussianDiffusion, drop_labels
-from ditune.processes import GaussianProcess, kept_timesteps
-from ditune.samplers import DDIM, DDPM, NoiseStream, guided, sample
+from ditune.processes import FlowProcess, GaussianProcess, kept_timesteps
+from ditune.samplers import DDIM, DDPM, Euler, Jumps, Multistep, NoiseStream, Renoise, check, guided, sample
 
 SHAPE = (3, 4, 4)
 NULL = 5
@@ -293,6 +293,30 @@ def test_training_goes_on_after_sampling():
 def test_impossible_steps_are_refused(steps):
     with pytest.raises(UserError, match="between 1 and 1000"):
         sample(Linear1x1(), fixed(), batch()[0], batch()[2], sampler=DDPM(), steps=steps)
+
+
+@pytest.mark.parametrize("sampler", [DDIM(), DDIM(eta=1.0), DDPM()])
+def test_one_step_of_a_diffusion_is_refused(sampler):
+    """It stands at t = 0, where the network expects an image and no noise."""
+    with pytest.raises(UserError, match="cannot make an image out of noise"):
+        sample(Linear1x1(), fixed(), batch()[0], batch()[2], sampler=sampler, steps=1)
+    sample(Linear1x1(), fixed(), batch()[0], batch()[2], sampler=sampler, steps=2)
+
+
+def test_a_diffusion_of_one_timestep_has_its_noise_there():
+    """The only step stands where all the noise is."""
+    process = GaussianProcess("cosine", timesteps=1, prediction="x0", variance="fixed_small")
+    assert process.tables["sigma"].item() > 0.99
+    check(DDIM(), process, 1)
+
+
+@pytest.mark.parametrize("method", ["dpm_solver", "unipc"])
+def test_one_step_of_a_multistep_method_is_refused(method):
+    with pytest.raises(UserError, match="cannot generate in one step"):
+        check(Multistep(method), FlowProcess(), 1)
+    for few in (Euler(), Renoise()):  # networks that are made for it do it with these
+        check(few, FlowProcess(), 1)
+    check(Jumps(), FlowProcess(step="log2", base_steps=128), 1)
 
 
 def test_impossible_eta_is_refused():

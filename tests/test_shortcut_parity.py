@@ -43,6 +43,39 @@ def chw(x: Tensor) -> Tensor:
     return x.movedim(-1, -3).contiguous()
 
 
+# ours, where it begins as the original's: name there
+INITIAL = {
+    "x_embedder.proj": "PatchEmbed_0/Conv_0",
+    "t_embedder.mlp.0": "TimestepEmbedder_0/Dense_0",
+    "t_embedder.mlp.2": "TimestepEmbedder_0/Dense_1",
+    "step_embedder.mlp.0": "TimestepEmbedder_1/Dense_0",
+    "step_embedder.mlp.2": "TimestepEmbedder_1/Dense_1",
+    "blocks.0.attn.proj": "DiTBlock_0/Dense_4",
+    "blocks.0.mlp.fc1": "DiTBlock_0/MlpBlock_0/Dense_0",
+    "blocks.0.mlp.fc2": "DiTBlock_0/MlpBlock_0/Dense_1",
+    "final_layer.adaLN_modulation.1": "FinalLayer_0/Dense_0",
+    "final_layer.linear": "FinalLayer_0/Dense_1",
+}
+
+
+def test_initial_values_are_the_originals_but_where_the_docs_say():
+    """docs/shortcut.md names the two kinds of layers that begin as DiT's."""
+    theirs = json.loads((GOLDEN / "shortcut_init_stats.json").read_text())
+    torch.manual_seed(0)
+    own = DiT(hidden_size=768, depth=1, num_heads=12, learn_sigma=False, step=True).state_dict()
+    names = {f"{ours}.weight": f"{name}/kernel" for ours, name in INITIAL.items()}
+    names |= {f"{ours}.bias": f"{name}/bias" for ours, name in INITIAL.items()}
+    names["y_embedder.embedding_table.weight"] = "LabelEmbedder_0/Embed_0/embedding"
+    for ours, name in names.items():
+        assert own[ours].std().item() == pytest.approx(theirs[name]["std"], rel=0.02), ours
+    other = {UNUSED, *(f"DiTBlock_0/Dense_{k}/{kind}" for k in range(4) for kind in ("kernel", "bias"))}
+    assert theirs.keys() - set(names.values()) == other
+    assert not own["blocks.0.adaLN_modulation.1.weight"].any()
+    assert theirs["DiTBlock_0/Dense_0/kernel"]["std"] == pytest.approx((2 / (7 * 768)) ** 0.5, rel=0.01)
+    assert own["blocks.0.attn.qkv.weight"].std().item() == pytest.approx((2 / (4 * 768)) ** 0.5, rel=0.01)
+    assert theirs["DiTBlock_0/Dense_1/kernel"]["std"] == pytest.approx((1 / 768) ** 0.5, rel=0.01)
+
+
 @cache
 def network(which: str = "") -> DiT:
     tiny = DiT(**TINY, step=True)

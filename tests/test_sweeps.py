@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -21,8 +22,9 @@ from torch.testing import assert_close
 from ditune import cli
 from ditune.errors import UserError
 from ditune.launch.jobs import Job, config_hash, needs, of_the_job, place
-from ditune.launch.sweep import Sweep
+from ditune.launch.sweep import Stopped, Sweep
 from ditune.launch.trees import Tree
+from ditune.sharing import alone
 
 
 def processes(text: str) -> list[int]:
@@ -96,6 +98,7 @@ import sys, time
 sys.path.insert(0, {str(ROOT / "src")!r})
 from pathlib import Path
 from ditune.launch.trees import Tree
+from ditune.sharing import alone
 Tree([sys.executable, "-c", "import time; time.sleep(60)", {mark!r}], 2, Path({str(tmp_path)!r}))
 print("up", flush=True)
 time.sleep(60)
@@ -207,6 +210,48 @@ def test_jobs_that_only_plan_have_not_failed(tmp_path):
     assert [job.succeeded for job in jobs] == [True, False]
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_sweep_says_what_became_of_its_jobs(tmp_path, number):
+    """One job has failed by itself, one is stopped in time, one is stopped and has a result to say so, one waits."""
+    script = tmp_path / "job.py"
+    script.write_text(
+        "import signal, sys, time\n"
+        "folder = next(a for a in sys.argv if a.startswith('run_dir=')).split('=')[1]\n"
+        "def stop(*_):\n"
+        "    open(folder + '/result.json', 'w').write('{\"status\": \"stopped\"}')\n"
+        "    sys.exit(143)\n"
+        "if 'fails' in sys.argv: sys.exit('Error: no luck.')\n"
+        "if 'saves' in sys.argv: signal.signal(signal.SIGTERM, stop)\n"
+        "open(folder + '/up', 'w').close()\n"
+        "time.sleep(60)\n"
+    )
+    folders = [tmp_path / "sweep" / str(k) for k in range(4)]
+    jobs = [Job(own, str(k), folders[k]) for k, own in enumerate((["fails"], [], ["saves"], []))]
+
+    def stop() -> None:
+        wait_until(lambda: jobs[0].status == "failed" and all((folder / "up").exists() for folder in folders[1:3]))
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=stop).start()
+    with pytest.raises(Stopped) as stopped:
+        Sweep(tmp_path / "sweep", script, [], slots=2).run(jobs)
+    assert stopped.value.args == (number,)
+    assert [job.status for job in jobs] == ["failed", "stopped", "stopped", "waiting"]
+    assert jobs[0].error == "rank 0: Error: no luck."
+    assert jobs[1].error == jobs[2].error == "stopped with the sweep; the same command goes on with it"
+    summary = json.loads((tmp_path / "sweep" / "summary.json").read_text())["jobs"]
+    assert [job["status"] for job in summary] == [job.status for job in jobs]
+
+
+def test_a_second_sweep_in_a_folder_is_refused(tmp_path):
+    with (
+        alone(tmp_path / ".lock", "Another sweep", "Wait."),
+        pytest.raises(UserError, match="Another sweep is running"),
+    ):
+        Sweep(tmp_path, tmp_path / "job.py", []).run([Job([], "a", tmp_path / "0")])
+    assert not (tmp_path / "0").exists()
+
+
 SWEEPS = sorted(path.stem for path in (ROOT / "configs" / "sweep").glob("*.yaml"))
 
 
@@ -261,6 +306,22 @@ def test_one_of_four_jobs_fails_on_rank_1_and_one_is_killed(tmp_path, pictures):
         for name, value in one.items():
             if not name.endswith("qkv.bias"):  # see test_ddp.py
                 assert_close(other[name], value, atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_stopped_shows_its_table(tmp_path, pictures):
+    settings = [*SMALL, f"data.root={pictures}", "peft=full", "seed=0,1", "max_steps=100000", "launcher.slots=1"]
+    command = [sys.executable, "src/train.py", "-m", *settings, f"sweep_dir={tmp_path}"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    sweep = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert wait_until(lambda: (tmp_path / "0" / "metrics.csv").exists(), seconds=120)
+    sweep.send_signal(signal.SIGTERM)
+    shown, errors = sweep.communicate(timeout=150)
+    assert sweep.returncode == 128 + signal.SIGTERM
+    assert "Traceback" not in errors
+    for text in ("0 of 2 jobs have a result", "stopped", "waiting"):
+        assert text in shown
+    assert json.loads((tmp_path / "0" / "result.json").read_text())["status"] == "stopped"
 
 
 @pytest.mark.slow

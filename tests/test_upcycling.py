@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from torch.testing import assert_close
 
 from ditune import cli
-from ditune.checkpoints import load_network, read_header
+from ditune.checkpoints import load_network, read_header, save_network
 from ditune.checkpoints.official_dit_moe import to_theirs
 from ditune.errors import UserError
 from ditune.judging import evaluate
@@ -63,6 +63,19 @@ def test_one_expert_becomes_several(score):
     assert_close(many(*inputs), one(*inputs), atol=1e-5, rtol=1e-5)
     with pytest.raises(UserError, match="5 experts already"):
         upcycle(many, num_experts=8, top_k=2)
+
+
+def test_a_file_keeps_what_its_release_meant_by_renormalize(tmp_path):
+    """Once a single expert's weight was divided too; new networks say 'always' for that, and false for their scores."""
+    network = upcycle(dense(), num_experts=3, top_k=1)
+    assert network.config["renormalize"] == "always"
+    assert DiTMoE(**(network.config | {"renormalize": True})).config["renormalize"] is False
+    expected = golden("tiny_dit_forward")
+    for renormalize in ("always", True):
+        network.config["renormalize"] = renormalize  # True: as the earlier release wrote it
+        save_network(tmp_path / "x.safetensors", network, GaussianProcess().config)
+        out = load_network(tmp_path / "x.safetensors").eval()(*(expected[key] for key in "xty"))
+        assert_close(out, expected["out"], atol=1e-5, rtol=1e-5)
 
 
 def test_noise_breaks_the_tie():

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 import shutil
 import time
 import zipfile
@@ -17,8 +16,10 @@ from torch import Tensor, nn
 from ditune.checkpoints.files import atomic, read_json, write_json
 from ditune.distributed import rank, world_size
 from ditune.errors import UserError
+from ditune.image_arrays import NpzPictures
+from ditune.progress import meter
 
-log = logging.getLogger(__name__)
+__all__ = ["Blocks", "NpzPictures", "weights_hash"]
 
 WAIT = 0.5  # seconds between two looks for the blocks of the other processes
 
@@ -76,14 +77,20 @@ class Blocks:
         """
         count = -(-len(self) // self.size)
         mine = [block for block in range(count) if block % world_size() == rank() and not self._path(block).exists()]
-        for done, block in enumerate(mine):
-            indices = list(range(block * self.size, min((block + 1) * self.size, len(self))))
-            with atomic(self._path(block)) as temporary, temporary.open("wb") as file:
-                np.save(file, draw_block(indices).numpy())
-            if done % 4 == 3:
-                log.info("drawn %d of %d blocks of pictures", done + 1, len(mine))
-        while not all(self._path(block).exists() for block in range(count)):
-            time.sleep(WAIT)
+        rows = {block: list(range(block * self.size, min((block + 1) * self.size, len(self)))) for block in mine}
+        with meter("generating images", sum(map(len, rows.values()))) as progress:
+            for block, indices in rows.items():
+                with atomic(self._path(block)) as temporary, temporary.open("wb") as file:
+                    np.save(file, draw_block(indices).numpy())
+                progress.advance(len(indices))
+        self._wait(count)
+
+    def _wait(self, count: int) -> None:
+        """Until the blocks of all processes are there."""
+        with meter("waiting for the other processes", count, "blocks") as progress:
+            while (there := sum(self._path(block).exists() for block in range(count))) < count:
+                progress.update(there)
+                time.sleep(WAIT)
 
     def save_npz(self, path: Path) -> None:
         """The file that ADM's evaluator reads: arr_0 uint8 (n, R, R, 3), arr_1 labels; written block by block."""
@@ -104,33 +111,3 @@ class Blocks:
 
     def _path(self, block: int) -> Path:
         return self.folder / f"{block:06d}.npy"
-
-
-class NpzPictures:
-    """Pictures of an ADM-style .npz: arr_0 uint8 (n, R, R, 3). A picture set for the metrics.
-
-    Raises:
-        UserError: the file is missing, damaged or holds something else.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        remedy = "Give a .npz whose arr_0 is uint8 with the shape (pictures, height, width, 3)."
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                pictures = file["arr_0"]
-        except FileNotFoundError as error:
-            raise UserError(f"There is no file {path}. Correct the path.") from error
-        except (ValueError, KeyError, zipfile.BadZipFile, OSError, EOFError) as error:
-            raise UserError(f"{path} cannot be read ({error}). {remedy}") from error
-        if pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[3] != 3:
-            raise UserError(f"arr_0 in {path} is {pictures.dtype} with the shape {pictures.shape}. {remedy}")
-        self.pictures = torch.from_numpy(pictures).permute(0, 3, 1, 2)  # (n, 3, R, R)
-        self.resolution = pictures.shape[1]
-        self.fingerprint = hashlib.sha256(np.ascontiguousarray(pictures)).hexdigest()
-
-    def __len__(self) -> int:
-        return len(self.pictures)
-
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        """uint8 (B, 3, R, R); the labels are unknown, -1."""
-        return self.pictures[indices].contiguous(), torch.full((len(indices),), -1)

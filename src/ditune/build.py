@@ -14,15 +14,16 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from ditune.autoencoders import Autoencoder
-from ditune.checkpoints import foreign_process, is_ours, load_network, locate, read_header, sha256
+from ditune.checkpoints import locate, read_network, sha256
 from ditune.data import Pictures
 from ditune.drawing import Drawer
 from ditune.errors import UserError
 from ditune.evaluation import Evaluation
+from ditune.launch.overrides import literal, resolved
 from ditune.networks import DiT
 from ditune.objectives import Objective
 from ditune.peft import PeftMethod, adapt_labels
-from ditune.processes import GaussianProcess
+from ditune.processes import GaussianProcess, build_process
 from ditune.samplers import check
 
 log = logging.getLogger(__name__)
@@ -44,10 +45,19 @@ class Parts:
     balance: object | None  # a ditune.training.Balance for networks with experts
 
 
+def as_hydra_reads(config: DictConfig | None) -> DictConfig | None:
+    """The config for `instantiate`, which resolves it and then reads it: paths with `${` must stand that twice."""
+    return (
+        OmegaConf.create(literal(OmegaConf.to_container(resolved(config))))
+        if isinstance(config, DictConfig)
+        else config
+    )
+
+
 def make(config: DictConfig | None, what: str, **kwargs: object):
     """Instantiate one group of the config; its mistakes become one sentence that names the group."""
     try:
-        built = instantiate(config, **kwargs)
+        built = instantiate(as_hydra_reads(config), **kwargs)
         if isinstance(built, partial):
             inspect.signature(built.func).bind_partial(**built.keywords)  # its unknown keys would show only when called
         return built
@@ -67,11 +77,7 @@ def build_parts(cfg: DictConfig) -> Parts:
     Raises:
         UserError: something is missing or does not fit.
     """
-    missing = missing_keys(OmegaConf.to_container(cfg))
-    if missing:
-        raise UserError(
-            f"The config has no value for {', '.join(missing)}. Set it on the command line: {missing[0]}=..."
-        )
+    refuse_missing(cfg)
     pictures = make(cfg.data.pictures, "data")
     autoencoder = make(cfg.autoencoder, "autoencoder")
     objective = make(cfg.objective, "objective")
@@ -90,6 +96,15 @@ def build_parts(cfg: DictConfig) -> Parts:
     hashed = sha256(base) if base else None
     balance = make(cfg.balance, "balance")
     return Parts(pictures, autoencoder, network, method, objective, base, hashed, base_config, reshaped, balance)
+
+
+def refuse_missing(cfg: DictConfig) -> None:
+    """Raises UserError where a key that has no default has no value."""
+    missing = missing_keys(OmegaConf.to_container(cfg))
+    if missing:
+        raise UserError(
+            f"The config has no value for {', '.join(missing)}. Set it on the command line: {missing[0]}=..."
+        )
 
 
 def missing_keys(values: object, path: str = "") -> list[str]:
@@ -114,9 +129,10 @@ def build_network(
     if cfg.pretrained is None:
         return network, None, None
     base = locate(cfg.pretrained, Path(cfg.paths.cache_dir) / "networks", download=not cfg.dry_run)
+    process = given_process(cfg.get("pretrained_process"), "pretrained_process")
     with seeded(cfg.seed):
-        loaded = load_network(base, **told)
-    header = read_header(base) if is_ours(base) else None
+        read = read_network(base, process, network.config, "pretrained_process", **told)
+    loaded, header = read.network, read.header
     base_config = loaded.config
     if cfg.new_resolution:
         loaded = at_resolution(loaded, network.config["input_size"], network.config["pos_embed_scale"])
@@ -130,11 +146,10 @@ def build_network(
             "Give data with the base's classes (data.classes), adapt its label table (classes=reinit, reuse, mean or "
             "map), or train without a base (pretrained=null peft=full)."
         )
+    theirs = read.process if read.process.get("kind") == "flow" else GaussianProcess(**read.process).config
+    _check_process(base, theirs, objective)
     if header is not None:
-        _check_process(base, header["process"], objective)
         _check_base(base, header, class_names if cfg.classes is None else None, autoencoder)
-    else:
-        _check_process(base, foreign_process(base) or GaussianProcess().config, objective)
     different = _differences(loaded.config, network.config)
     if different:
         raise UserError(
@@ -177,10 +192,13 @@ def _check_process(base: Path, theirs: Mapping, objective: Objective) -> None:
             return
     if theirs.get("step") == "none":  # it may learn to be told steps
         theirs = {key: value for key, value in theirs.items() if key not in ("step", "base_steps")}
-    different = _differences(theirs, objective.process.config)
+    ours = objective.process.config
+    different = _differences(theirs, ours)
     if different:
+        values = " ".join(f"objective.process.{k}={v}" for k, v in theirs.items() if v != ours.get(k) and k != "kind")
         raise UserError(
-            f"The base network {base.name} was trained on another process: {different}. Set objective.* as there."
+            f"The base network {base.name} was trained on another process: {different}. "
+            f"Set objective.* as there: {values}."
         )
 
 
@@ -250,6 +268,23 @@ def build_evaluation(
     """The fixed protocol of the config's metrics, against a reference; a `judge` may be shared."""
     judge = judge or make(cfg.metrics.judge, "metrics")
     return Evaluation(judge, reference, drawer, n=cfg.metrics.n, seed=cfg.metrics.seed, store=store)
+
+
+def given_process(value: str | DictConfig | None, key: str) -> str | dict | None:
+    """What `key` says that a file of others was trained on: a word for `read_network`, or a process's config.
+
+    Raises:
+        UserError: there is no such process.
+    """
+    if not isinstance(value, DictConfig):
+        return value
+    config = plain(value)
+    try:
+        return build_process(config).config
+    except TypeError as error:
+        raise UserError(
+            f"{key} is no process ({error}). Give its keys as in configs/objective/, and kind: flow."
+        ) from error
 
 
 def plain(cfg: DictConfig) -> dict:

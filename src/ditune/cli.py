@@ -1,17 +1,24 @@
-"""What the entry points share: where the repository is, and mistakes shown as sentences."""
+"""What the entry points share: where the repository is, checked configs, and mistakes shown as sentences."""
 
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
+from typing import NoReturn
 
+import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from hydra.types import RunMode
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from ditune.errors import UserError
+from ditune.config.keys import check
+from ditune.config.overrides import explain
+from ditune.errors import PLACES, UserError, refusal
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = str(ROOT / "configs")
@@ -19,6 +26,9 @@ REPORT_CONFIGS = str(
     ROOT / "configs" / "reporting"
 )  # apart: its key `sweep` would be taken for the group configs/sweep
 USER_ERROR = 2  # exit code
+# of Lightning: advertisements, and what the plan of a run says itself
+CHATTER = ("litlogger", "litmodels", "`weights_only` was not set", "GPU available", "TPU available", "Precision (AMP)")
+CHATTER += ("`Trainer.fit` stopped",)
 
 
 def prepare() -> None:
@@ -34,22 +44,102 @@ def prepare() -> None:
 
 
 def _is_worth_reading(record: logging.LogRecord) -> bool:
-    return not any(text in record.getMessage() for text in ("litlogger", "litmodels", "`weights_only` was not set"))
+    return not any(text in record.getMessage() for text in CHATTER)
 
 
 def in_sweep() -> bool:
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
-def reported(work: Callable[[], int | None], traceback: bool) -> None:
-    """Run `work` and exit with its code; a mistake of the user is one message, unless `traceback` is asked for."""
+def entry_point(name: str, folder: str = CONFIGS) -> Callable[[Callable[[DictConfig], int | None]], Callable[[], None]]:
+    """Make a command of a function of the config: a wrong override, value or file ends it with a sentence and a 2.
+
+    Args:
+        name: of the entry point's config.
+        folder: of the configs.
+    """
+
+    def command(work: Callable[[DictConfig], int | None]) -> Callable[[], None]:
+        @wraps(work)  # Hydra names the job by the file of `work`
+        def task(cfg: DictConfig) -> None:
+            composed()
+            reported(lambda: check(cfg, name), traceback=False)
+            reported(lambda: work(cfg), cfg.traceback)
+
+        main = hydra.main(version_base="1.3", config_path=folder, config_name=name)(task)
+
+        def start() -> None:
+            prepare()
+            with_sentences(main, folder, name)
+
+        return start
+
+    return command
+
+
+FULL_ERROR = "HYDRA_FULL_ERROR"  # at 1 Hydra raises what is wrong with a config, instead of printing it over ten lines
+_raising = False  # while it is our setting of that variable, not the user's
+
+
+def with_sentences(main: Callable[[], None], folder: str, name: str) -> None:
+    """Run Hydra's `main`; what keeps it from composing a config becomes a sentence of ours."""
+    global _raising
+    if os.environ.get(FULL_ERROR) == "1":
+        return main()
+    os.environ[FULL_ERROR], _raising = "1", True
+    try:
+        main()
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        if not _raising:
+            raise  # the config was composed, and this is none of its mistakes
+        if isinstance(error, OmegaConfBaseException):
+            fail(config_error(error))
+        overrides = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
+        fail(explain(error, folder, name, overrides))
+    finally:
+        composed()
+
+
+def composed() -> None:
+    """The config is there: from now on Hydra treats errors in its own way, in this process and those it starts."""
+    global _raising
+    if _raising:
+        os.environ.pop(FULL_ERROR, None)
+        _raising = False
+
+
+def fail(text: str) -> NoReturn:
+    """End the process as for a mistake of the user."""
+    sys.stderr.write(f"\nError: {text}\n")
+    sys.exit(USER_ERROR)
+
+
+def config_error(error: OmegaConfBaseException) -> str:
+    """What OmegaConf found wrong, as a sentence."""
+    return f"The config is wrong: {str(error).splitlines()[0]}."
+
+
+def message(error: Exception, places: str = PLACES) -> str | None:
+    """What a user can mend, as sentences; None for an error of the program."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError):
+        return refusal(error, places)
+    return config_error(error)
+
+
+def reported(work: Callable[[], int | None], traceback: bool, places: str = PLACES) -> None:
+    """Run `work` and exit with its code; a mistake of the user is one message, unless `traceback` is asked for.
+
+    Args:
+        places: keys that choose another place for files that cannot be written.
+    """
     try:
         code = work()
-    except (UserError, OmegaConfBaseException) as error:
-        if traceback or in_sweep():
+    except (UserError, OmegaConfBaseException, OSError) as error:
+        text = message(error, places)
+        if traceback or in_sweep() or text is None:
             raise  # a sweep goes on with its next job and shows the error at its end
-        text = str(error) if isinstance(error, UserError) else f"The config is wrong: {str(error).splitlines()[0]}."
-        sys.stderr.write(f"\nError: {text}\n")
-        sys.exit(USER_ERROR)
+        fail(text)
     if code:
         sys.exit(code)

@@ -7,6 +7,7 @@ from ditune.autoencoders import Autoencoder
 from ditune.data import Pictures, from_uint8
 from ditune.draws import Draws
 from ditune.objectives import Objective
+from ditune.progress import meter
 
 REPEATS = 4  # noise levels for each picture
 BATCH = 128
@@ -33,13 +34,15 @@ def denoising_loss(
         bf16: the network runs under bf16 autocast.
     """
     device = next(network.parameters()).device
-    losses = []
-    for repeat in range(REPEATS):
+    autoencoder, losses = autoencoder.to(device), [[] for _ in range(REPEATS)]
+    with meter("loss on held-out images", len(pictures)) as progress:
         for start in range(0, len(pictures), BATCH):
             rows = range(start, min(start + BATCH, len(pictures)))
             batch, y = pictures.__getitems__(rows)
-            draws = Draws(seed, repeat, rows, device)
-            x0 = autoencoder.to(device).to_latent(from_uint8(batch.to(device)))
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                losses.append(objective.denoising(network, (x0, y.to(device)), draws))
-    return torch.cat(losses).double().mean().item()
+            x0, y = autoencoder.to_latent(from_uint8(batch.to(device))), y.to(device)  # once for all noise levels
+            for repeat in range(REPEATS):
+                draws = Draws(seed, repeat, rows, device)
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                    losses[repeat].append(objective.denoising(network, (x0, y), draws))
+            progress.advance(len(rows))
+    return torch.cat([loss for repeat in losses for loss in repeat]).double().mean().item()

@@ -1,6 +1,5 @@
 """Drawing pictures by their numbers: picture i of a seed is the same however many are drawn, and by whom."""
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,8 +12,6 @@ from ditune.draws import mix
 from ditune.processes import Process
 from ditune.samplers import Jumps, NoiseStream, Sampler, default_sampler, sample
 
-log = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class Drawer:
@@ -26,7 +23,7 @@ class Drawer:
         sampler: how; None = as suits the process.
         steps: None = 4 of a sampler that jumps, 25 of others.
         guidance, guidance_interval, guidance_channels, guidance_rescale: see `ditune.samplers.sample`.
-        batch_size: pictures at once; every batch is padded to it, so that rounding does not depend on their number.
+        batch_size: images at once, at most.
         bf16: the network runs under bf16 autocast.
     """
 
@@ -54,26 +51,36 @@ class Drawer:
         seed: int,
         indices: Sequence[int] | None = None,
         on_batch: Callable[[int], None] | None = None,
+        fixed_batch: bool = False,
     ) -> Tensor:
         """One picture for every label, uint8 (N, 3, R, R) on the CPU.
+
+        Kernels are chosen by the size of the batch, so batches of two sizes round differently: without `fixed_batch`
+        picture i of a seed is the same within 1 of 255 however many are drawn, with it to the bit.
 
         Args:
             network: in evaluation mode; `labels` (N,) are its classes.
             seed: of all noise, with the picture's number.
             indices: numbers of the pictures; None = 0..N-1.
             on_batch: called after every batch with the number of pictures that are done.
+            fixed_batch: every batch is padded to `batch_size`; else to the next power of two, which is never more
+                than twice the work that was asked for.
         """
         indices = list(range(len(labels))) if indices is None else list(indices)
         pictures = []
         for start in range(0, len(labels), self.batch_size):
             rows = indices[start : start + self.batch_size]
             y = labels[start : start + self.batch_size]
-            padding = self.batch_size - len(rows)
+            padding = (self.batch_size if fixed_batch else self._padded(len(rows))) - len(rows)
             padded_rows, padded_y = rows + rows[-1:] * padding, torch.cat([y, y[-1:].expand(padding)])
             pictures.append(self._batch(network, padded_y, seed, padded_rows)[: len(rows)].cpu())
             if on_batch is not None:
                 on_batch(start + len(rows))
         return torch.cat(pictures)
+
+    def _padded(self, count: int) -> int:
+        """Few sizes, so that few kernels are tuned or compiled."""
+        return min(1 << (count - 1).bit_length(), self.batch_size)
 
     @torch.inference_mode()
     def _batch(self, network: nn.Module, y: Tensor, seed: int, indices: list[int]) -> Tensor:

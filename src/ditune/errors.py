@@ -1,5 +1,38 @@
-"""The one exception for mistakes that a user can mend."""
+"""Mistakes that a user can mend."""
+
+import errno
+
+PLACES = "run_dir=, out= or one of paths.*="  # keys that say where files go
+
+# what stops a file from being written, whoever wrote the program
+CAUSES = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file is larger than the system allows",
+    errno.EIO: "the disk reports an error",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "permission is denied",
+    errno.EPERM: "permission is denied",
+    errno.ENOTDIR: "a part of the path is a file, not a folder",
+    errno.EEXIST: "a file stands where a folder should be",
+    errno.EISDIR: "a folder stands where a file should be",
+    errno.ENAMETOOLONG: "its name is longer than the file system allows",
+}
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class UserError(Exception):
     """Says in one sentence what is wrong and in the next how to mend it; shown without a traceback."""
+
+
+def refusal(error: OSError, places: str = PLACES) -> str | None:
+    """A refusal of the file system as sentences; None where it says nothing that a user could mend.
+
+    Args:
+        error: with the name of the file.
+        places: keys that choose another place for it.
+    """
+    if error.filename is None or error.errno not in CAUSES:
+        return None
+    room = "Free some space, or choose" if error.errno in FULL else "Choose"
+    return f"{error.filename} cannot be used: {CAUSES[error.errno]}. {room} another place for it by {places}."

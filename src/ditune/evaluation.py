@@ -15,7 +15,8 @@ from ditune.checkpoints import read_json, sha256, write_json
 from ditune.data import Pictures
 from ditune.distributed import rank
 from ditune.drawing import Drawer, label_plan
-from ditune.metrics import Judge, PictureSet
+from ditune.metrics import Judge, PictureSet, check_counts
+from ditune.progress import meter
 from ditune.visuals import grid, neighbours_sheet
 
 log = logging.getLogger(__name__)
@@ -36,6 +37,9 @@ class Evaluation:
         seed: of noise and classes.
         store: folder that keeps drawn pictures until they are judged, so that a stopped evaluation goes on and
             several processes share the drawing; None = memory.
+
+    Raises:
+        UserError: there are too few pictures, or too few of the reference, for the metrics.
     """
 
     judge: Judge
@@ -44,6 +48,9 @@ class Evaluation:
     n: int
     seed: int
     store: Path | None = None
+
+    def __post_init__(self) -> None:
+        check_counts(self.n, len(self.reference))
 
     @property
     def protocol(self) -> dict[str, Any]:
@@ -81,14 +88,10 @@ class Evaluation:
         labels = self.labels()
         if self.store is not None:
             blocks = self.blocks(network)
-            blocks.draw(lambda numbers: self.drawer.draw(network, labels[numbers], self.seed, numbers))
+            blocks.draw(lambda rows: self.drawer.draw(network, labels[rows], self.seed, rows, fixed_batch=True))
             return blocks
-
-        def report(done: int) -> None:
-            if done % (4 * self.drawer.batch_size) == 0:
-                log.info("drawn %d of %d pictures", done, self.n)
-
-        return self.drawer.draw(network, labels, self.seed, on_batch=report)
+        with meter("generating images", self.n) as progress:
+            return self.drawer.draw(network, labels, self.seed, on_batch=progress.update, fixed_batch=True)
 
     def blocks(self, network: nn.Module) -> Blocks:
         """Where the store keeps this network's pictures."""

@@ -34,9 +34,10 @@ def export(cfg: DictConfig) -> Path:
         trained = load_run(cfg.run)
     else:
         checkpoint = locate(cfg.checkpoint, f"{cfg.paths.cache_dir}/networks")
-        trained = load_checkpoint(checkpoint, cfg.autoencoder, cfg.sampler, bf16=False)
+        given = (cfg.process, cfg.network_overrides)
+        trained = load_checkpoint(checkpoint, cfg.autoencoder, cfg.sampler, False, *given)
     merge(trained.network)
-    out = Path(cfg.out)
+    out = Path(cfg.out).expanduser()
     path = to_diffusers(trained, out) if cfg.format == "diffusers" else to_dit(trained, out)
     log.info("the network is in %s", path)
     return path

@@ -9,16 +9,14 @@ from pathlib import Path
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
 from ditune.checkpoints.files import sha256, write_json
 from ditune.errors import UserError
+from ditune.progress import meter
 
 log = logging.getLogger(__name__)
 
 ATTEMPTS, PAUSE, TIMEOUT = 5, 2.0, 30.0  # pauses grow: 2, 4, 6, ... seconds
 BLOCK = 1 << 20
-COLUMNS = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
 
 
 def fetch(url: str, path: Path, md5: str | None = None) -> None:
@@ -60,16 +58,16 @@ def _download(url: str, part: Path) -> None:
         if error.code == 416 and have:  # nothing is left to send: the part is the whole
             return
         raise
-    with response, Progress(*COLUMNS, TimeRemainingColumn()) as progress:
+    with response:
         resumed = response.status == 206
         have = have if resumed else 0
         length = response.headers.get("Content-Length")
         total = have + int(length) if length else None
-        task = progress.add_task(part.name.removesuffix(".part"), total=total, completed=have)
-        with part.open("ab" if resumed else "wb") as file:
+        name = f"fetching {part.name.removesuffix('.part')}"
+        with part.open("ab" if resumed else "wb") as file, meter(name, total, "bytes", done=have) as progress:
             while block := response.read(BLOCK):
                 file.write(block)
-                progress.update(task, advance=len(block))
+                progress.advance(len(block))
     if total is not None and part.stat().st_size != total:
         raise HTTPException(f"{part.stat().st_size:,} of {total:,} bytes came")
 

@@ -4,6 +4,7 @@ import logging
 import os
 import shutil
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,21 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from ditune.blocks import Blocks, NpzPictures
+from ditune.blocks import Blocks
 from ditune.build import build_evaluation, make
 from ditune.checkpoints import load_network, locate, read_json, sha256, write_json
+from ditune.config.hardware import bare_precision, settle_numbers
+from ditune.config.keys import check
 from ditune.data import Pictures
 from ditune.distributed import best_device, rank, world_size
 from ditune.drawing import Drawer
 from ditune.errors import UserError
 from ditune.evaluation import Evaluation, Record, gap, judge_pictures
-from ditune.metrics import PictureSet
+from ditune.image_arrays import NpzPictures
+from ditune.image_files import ImageFiles
+from ditune.metrics import PictureSet, check_counts
 from ditune.run import Trained, exactly_one, load_checkpoint, load_run
+from ditune.run_folder import owned
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +48,13 @@ class Comparison:
     own: Evaluation | None
     record: Record
 
+    def unknown(self, base: Path | None) -> int:
+        """How many networks' images have to be generated: the trained one's, and the base's that no record holds."""
+        if base is None:
+            return 1
+        asked = [self.evaluation] if self.own is None else [self.evaluation, self.own]
+        return 1 + sum(self.record.get(base, evaluation) is None for evaluation in asked)
+
     def __call__(self, network: nn.Module, base: Path | None, folder: Path) -> dict[str, Any]:
         """Metrics after the training; and where there is a base, of the base before it, and how far the gap closed.
 
@@ -55,7 +68,8 @@ class Comparison:
             return metrics
 
         def load() -> nn.Module:
-            return load_network(base, **self.evaluation.drawer.process.network).to(next(network.parameters()).device)
+            before = load_network(base, network.config, **self.evaluation.drawer.process.network)
+            return before.to(next(network.parameters()).device)
 
         metrics["before"], metrics["before_is"] = self.record.or_measure(base, self.evaluation, load)
         if self.own is not None:
@@ -85,6 +99,7 @@ def evaluate(cfg: DictConfig) -> Path:
     Raises:
         UserError: the settings or a file are wrong.
     """
+    check(cfg, "evaluate")
     source = exactly_one(cfg, *SOURCES)
     if cfg.record is not None and source != "checkpoint":
         raise UserError(f"A record holds values of bare networks, not of {source}=. Give checkpoint=, or no record=.")
@@ -92,7 +107,10 @@ def evaluate(cfg: DictConfig) -> Path:
         torch.set_num_threads(cfg.threads)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    path, metrics = SOURCES[source](cfg)
+    # an evaluation of a run writes into its folder, as its training does
+    folder = Path(cfg.run).expanduser() if source == "run" else None
+    with owned(folder) if folder is not None and folder.is_dir() else nullcontext():
+        path, metrics = SOURCES[source](cfg)
     if rank() == 0:
         Console().print(table(metrics))
         log.info("the values are in %s", path)
@@ -115,7 +133,9 @@ def of_run(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
             f"The run {run.folder} was made with metrics.n=0. "
             "Set metrics_of=this, and metrics= and metrics.n= of this command are taken."
         )
-    network, start = run.network.to(best_device()), time.perf_counter()
+    device = best_device()
+    settle_numbers(settings.trainer.precision, device.type)  # the protocol is the run's, emulated or not
+    network, start = run.network.to(device), time.perf_counter()
     comparison = build_comparison(settings, run.drawer, run.folder / "evaluation")
     metrics = comparison(network, None if run.reshaped else run.base, run.folder / "samples")
     if rank() != 0:
@@ -133,10 +153,12 @@ def of_run(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
 
 def of_checkpoint(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
     checkpoint = locate(cfg.checkpoint, f"{cfg.paths.cache_dir}/networks")
-    trained = load_checkpoint(checkpoint, cfg.autoencoder, cfg.sampler, cfg.bf16)
+    bf16 = bare_precision(cfg.precision, cfg.bf16)
+    given = (cfg.process, cfg.network_overrides)
+    trained = load_checkpoint(checkpoint, cfg.autoencoder, cfg.sampler, bf16, *given)
     reference = make(cfg.metrics.reference, "metrics")
     check_reference(trained, reference)
-    record, folder, start = Record(cfg.record), Path(cfg.out), time.perf_counter()
+    record, folder, start = Record(cfg.record), Path(cfg.out).expanduser(), time.perf_counter()
     evaluation = build_evaluation(cfg, trained.drawer, reference, store=folder / "evaluation")
     network = trained.network.to(best_device())
     values = evaluation(network, folder)
@@ -161,15 +183,15 @@ def finish_blocks(blocks: Blocks, path: Path, start: float) -> dict[str, float]:
 
 
 def of_images(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
-    pictures = Pictures(cfg.images, cfg.data.resolution)
-    return of_pictures(cfg, pictures, {"images": str(cfg.images)})
+    images = ImageFiles(cfg.images, cfg.data.resolution)
+    return of_pictures(cfg, images, {"images": str(cfg.images), **images.facts})
 
 
 def of_npz(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
     pictures = NpzPictures(cfg.npz)
     if pictures.resolution != cfg.data.resolution:
         raise UserError(
-            f"The pictures in {cfg.npz} have {pictures.resolution} pixels, the reference {cfg.data.resolution}. "
+            f"The images in {cfg.npz} have {pictures.resolution} pixels, the reference {cfg.data.resolution}. "
             f"Set data.resolution={pictures.resolution}."
         )
     return of_pictures(cfg, pictures, {"npz": str(cfg.npz)})
@@ -177,8 +199,9 @@ def of_npz(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
 
 def of_pictures(cfg: DictConfig, pictures: PictureSet, facts: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
     judge, reference = make(cfg.metrics.judge, "metrics"), make(cfg.metrics.reference, "metrics")
+    check_counts(len(pictures), len(reference))
     judge.extractor.to(best_device())
-    folder = Path(cfg.out)
+    folder = Path(cfg.out).expanduser()
     values = judge_pictures(judge, reference, pictures, folder)
     protocol = {
         "n": len(pictures),

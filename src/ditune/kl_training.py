@@ -14,6 +14,7 @@ from ditune.autoencoders.kl import load
 from ditune.build import make
 from ditune.checkpoints import read_json, write_json
 from ditune.codec_study import psnr, reconstruct
+from ditune.config.hardware import bare_precision
 from ditune.data import Pictures, from_uint8
 from ditune.data.stream import PictureStream
 from ditune.distributed import best_device
@@ -34,6 +35,7 @@ def fit(cfg: DictConfig) -> Path:
     if cfg.latent_noise and cfg.decoder_of is None:
         raise UserError("latent_noise is in units of finished latents. Set decoder_of=<folder of an autoencoder>.")
     device, folder = best_device(), Path(cfg.out)
+    bf16 = bare_precision(cfg.precision, cfg.bf16)
     pictures = make(cfg.data.pictures, "data")
     pictures.load()
     vae, before = (build(cfg), None) if cfg.decoder_of is None else only_decoder(Path(cfg.decoder_of))
@@ -48,7 +50,7 @@ def fit(cfg: DictConfig) -> Path:
         for group in optimizer.param_groups:
             group["lr"] = cfg.lr * min(1.0, (step + 1) / cfg.warmup_steps) * (1 - step / cfg.max_steps)
         draws = Draws(cfg.seed, step, range(cfg.batch_size), device)
-        error, divergence = losses(vae, x, draws, cfg.bf16, cfg.latent_noise)
+        error, divergence = losses(vae, x, draws, bf16, cfg.latent_noise)
         optimizer.zero_grad()
         (error + cfg.kl_weight * divergence).backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)

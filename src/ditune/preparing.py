@@ -21,6 +21,7 @@ from ditune.data.latents import HEADER, Latents, Writer, check, expected_header
 from ditune.data.verify import is_valid, verify
 from ditune.distributed import best_device
 from ditune.errors import UserError
+from ditune.progress import meter
 from ditune.sharing import locked, share
 
 log = logging.getLogger(__name__)
@@ -140,11 +141,15 @@ def encode(
         writer = Writer(work_folder, header)
 
         def work(i: int) -> None:
-            rows = range(i * PIECE, min((i + 1) * PIECE, len(pictures)))
-            writer.write(rows[0], torch.cat(list(_encoded(pictures, rows, autoencoder, device))))
+            rows, encoded = range(i * PIECE, min((i + 1) * PIECE, len(pictures))), []
+            for batch in _encoded(pictures, rows, autoencoder, device):
+                encoded.append(batch)
+                progress.advance(len(batch))
+            writer.write(rows[0], torch.cat(encoded))
 
         pieces = -(-len(pictures) // PIECE)
-        share(work_folder / "pieces", pieces, work, lambda: _is_cache(folder, header), "encoding latents")
+        with meter("encoding latents", len(pictures)) as progress:
+            share(work_folder / "pieces", pieces, work, lambda: _is_cache(folder, header))
         writer.close()
         with locked(folder.with_name(".latents.lock")):
             if not _is_cache(folder, header):

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 EVERY = 10.0  # seconds between two lines
 SHARES = 20  # a line for each such part of the work, where it takes longer than MOMENT
-MOMENT = 1.0  # seconds between two lines at the least
+MOMENT = 3.0  # seconds between two lines at the least
 
 _meters: list["Meter"] = []  # that are at work, the innermost one last
 _bars: Progress | None = None  # one display for all of them: rich can show only one
@@ -40,8 +40,7 @@ class Meter:
         self.start = self.said_at = time.monotonic()
         self.lines = 0
         self._pace: float | None = None
-        of = "" if total is None else f" of {total:,} {unit}"
-        self._task = None if _bars is None else _bars.add_task(what, total=total, completed=done, note="", of=of)
+        self._task = None if _bars is None else _bars.add_task(what, total=total, completed=done, note="", of="")
 
     def advance(self, count: int = 1, note: str = "") -> None:
         """`count` more are done."""
@@ -109,10 +108,12 @@ def meter(what: str, total: int | None = None, unit: str = "images", done: int =
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             refresh_per_second=2,
-            transient=True,
+            transient=True,  # a bar that is done leaves no empty line
         )
         _bars.start()
     current = Meter(what, total, unit, done)
+    if current._task is not None:
+        _bars.update(current._task, of="" if total is None else f" of {total:,} {unit}")
     _meters.append(current)
     ended = threading.Event()
     if _bars is None and is_first_rank():
@@ -122,6 +123,8 @@ def meter(what: str, total: int | None = None, unit: str = "images", done: int =
     finally:
         ended.set()
         _meters.remove(current)
+        for other in _meters:
+            other.said_at = time.monotonic()  # what was said meanwhile was news enough
         if _bars is not None:
             _bars.remove_task(current._task)
             if outermost:
@@ -140,7 +143,8 @@ def _speak(current: Meter, ended: threading.Event) -> None:
 
 def is_first_rank() -> bool:
     """Whether this process speaks for all: torchrun, Slurm and Lightning number the others."""
-    return not any(int(os.environ.get(name, "0") or 0) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
+    numbers = ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK")
+    return not any(int(os.environ.get(name, "0") or 0) for name in numbers)
 
 
 def amount(count: float, unit: str) -> str:

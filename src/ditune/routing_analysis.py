@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from ditune.checkpoints import write_json
+from ditune.config.hardware import bare_precision
 from ditune.distributed import best_device
 from ditune.errors import UserError
 from ditune.networks import DiTMoE
@@ -51,10 +52,11 @@ def analyse(cfg: DictConfig) -> Path:
         UserError: the network has no experts, or the settings or a file are wrong.
     """
     source = exactly_one(cfg, "run", "checkpoint")
+    bf16 = bare_precision(cfg.precision, cfg.bf16)
     trained = (
         load_run(cfg.run)
         if source == "run"
-        else load_checkpoint(cfg.checkpoint, cfg.autoencoder, cfg.sampler, cfg.bf16)
+        else load_checkpoint(cfg.checkpoint, cfg.autoencoder, cfg.sampler, bf16, cfg.process, cfg.network_overrides)
     )
     network = trained.network.to(best_device())
     if not isinstance(network, DiTMoE):
@@ -65,7 +67,9 @@ def analyse(cfg: DictConfig) -> Path:
     statistics = RoutingStatistics(network, best_device())
     labels = torch.arange(cfg.n) % network.num_classes
     drawer.draw(Counted(network, drawer.process, statistics).eval(), labels, cfg.seed)
-    folder = Path(cfg.out) if cfg.out is not None else Path(cfg.run or cfg.paths.log_dir) / "routing_analysis"
+    folder = (
+        Path(cfg.out).expanduser() if cfg.out is not None else Path(cfg.run or cfg.paths.log_dir) / "routing_analysis"
+    )
     draw_load(statistics, folder / "load.png")
     for name in statistics.counts:
         draw_by(statistics, name, folder / f"{name}.png")

@@ -1,20 +1,26 @@
 """Pictures of routing statistics (arXiv 2407.11633, Fig. 5-7: expert choice over layer, position, timestep, class)."""
 
-from pathlib import Path
+from __future__ import annotations
 
-import matplotlib.pyplot as plt
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import torch
-from matplotlib.axes import Axes
 from torch import Tensor
 
 from ditune.checkpoints import atomic
 from ditune.networks.routing import load
 from ditune.routing_statistics import RoutingStatistics
 
+if TYPE_CHECKING:  # matplotlib is imported when a figure is made: most trainings make none
+    import numpy as np
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 
 def draw_load(statistics: RoutingStatistics, path: Path) -> None:
     """Heat-map of the load, layers by experts; 1 = even."""
-    figure, axes = plt.subplots(figsize=(1.5 + 0.5 * statistics.load_LE.shape[1], 1.2 + 0.3 * len(statistics.layers)))
+    figure, (axes,) = _panels(figsize=(1.5 + 0.5 * statistics.load_LE.shape[1], 1.2 + 0.3 * len(statistics.layers)))
     _heat_map(axes, statistics.load_LE, "load of the experts, 1 = even", "layer")
     axes.set_yticks(range(len(statistics.layers)), statistics.layers)
     _save(figure, path)
@@ -29,8 +35,8 @@ def draw_by(statistics: RoutingStatistics, name: str, path: Path) -> None:
     chosen = torch.linspace(0, len(statistics.layers) - 1, min(6, len(statistics.layers))).round().long().tolist()
     tables = load(statistics.counts[name].cpu()).nan_to_num()  # (L, C, E); rows that never occurred stay empty
     numbers = statistics.per_layer()[f"mi_{name}"]
-    figure, panels = plt.subplots(len(chosen), 1, figsize=(10, 2.2 * len(chosen)), squeeze=False)
-    for axes, i in zip(panels[:, 0], chosen, strict=True):
+    figure, panels = _panels(len(chosen), figsize=(10, 2.2 * len(chosen)))
+    for axes, i in zip(panels, chosen, strict=True):
         title = f"layer {statistics.layers[i]}: mutual information {numbers[i]:.4f} nats"
         if name == "position":
             side = round(tables.shape[1] ** 0.5)
@@ -44,6 +50,13 @@ def draw_by(statistics: RoutingStatistics, name: str, path: Path) -> None:
     _save(figure, path)
 
 
+def _panels(rows: int = 1, **size: tuple[float, float]) -> tuple[Figure, np.ndarray]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(**size)
+    return figure, figure.subplots(rows, 1, squeeze=False)[:, 0]
+
+
 def _heat_map(axes: Axes, table: Tensor, title: str, rows: str) -> None:
     image = axes.imshow(table, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2, interpolation="nearest")
     axes.set_title(title, fontsize=9)
@@ -51,8 +64,7 @@ def _heat_map(axes: Axes, table: Tensor, title: str, rows: str) -> None:
     axes.figure.colorbar(image, ax=axes)
 
 
-def _save(figure: plt.Figure, path: Path) -> None:
+def _save(figure: Figure, path: Path) -> None:
     figure.tight_layout()
     with atomic(path) as temporary:
         figure.savefig(temporary, format="png", dpi=100)
-    plt.close(figure)

@@ -1,5 +1,7 @@
 """What a training left behind, ready to draw from: a run folder, or a bare network file."""
 
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,22 +12,23 @@ from yaml import YAMLError
 
 from ditune import samplers
 from ditune.autoencoders import Autoencoder
-from ditune.build import check_latents, make, uses_bf16
+from ditune.build import check_latents, given_process, make, uses_bf16
 from ditune.checkpoints import (
+    NetworkFile,
     check_file,
-    foreign_drawing,
-    foreign_process,
-    is_ours,
     load_adapter,
     load_network,
     locate,
     read_adapter,
     read_header,
+    read_network,
 )
 from ditune.drawing import Drawer
 from ditune.errors import UserError
 from ditune.networks import DiT
 from ditune.processes import GaussianProcess, build_process
+
+log = logging.getLogger(__name__)
 
 STORED = ("process", "autoencoder", "resolution", "class_names")  # what a file must say about itself to be drawn from
 OURS = {"guidance": 1.5}  # of drawing, where no authors say otherwise
@@ -56,14 +59,15 @@ def load_run(folder: Path | str) -> Run:
     Raises:
         UserError: the run is not there, has not finished or is damaged; or its base network is missing or another one.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     cfg = _read_config(folder)
     if (folder / "adapter").is_dir():
         base = locate(cfg.pretrained, Path(cfg.paths.cache_dir) / "networks")
         network, stored = _load_adapted(folder / "adapter", base)
     elif (folder / "network.safetensors").is_file():
         base = None
-        network, stored = load_network(folder / "network.safetensors"), _stored(folder / "network.safetensors")
+        path = folder / "network.safetensors"
+        network, stored = load_network(path), _stored(path, read_header(path))
     else:
         raise UserError(
             f"The run {folder} has saved no network yet. "
@@ -74,24 +78,46 @@ def load_run(folder: Path | str) -> Run:
     return Run(network.eval(), drawer, stored["class_names"], folder, cfg, base, bool(reshaped))
 
 
-def load_checkpoint(path: Path | str, autoencoder: DictConfig, sampler: DictConfig, bf16: bool) -> Trained:
+def load_checkpoint(
+    path: Path | str,
+    autoencoder: DictConfig,
+    sampler: DictConfig,
+    bf16: bool,
+    process: str | DictConfig | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> Trained:
     """A bare network: a file of ours or of another format that `load_network` knows.
 
     Args:
         autoencoder, sampler: config groups; the autoencoder must be the one that the network was trained with. Where
             the sampler leaves steps or guidance out (sampler=published), it is as the file's authors draw.
         bf16: the network runs under bf16 autocast.
+        process: what a file of others was trained on, see `read_network`; None = as it says, else as DiT.
+        overrides: constructor arguments that a file of others does not tell; those that are None are left out.
 
     Raises:
         UserError: the file is missing or damaged, or the autoencoder is another.
     """
     path, codec = Path(path), make(autoencoder, "autoencoder")
-    network = load_network(path)
-    stored = _stored(path) if is_ours(path) else _official(path, network, codec)
+    given = {key: value for key, value in (overrides or {}).items() if value is not None}
+    read = read_network(path, given_process(process, "process"), **given)
+    network = read.network
+    stored = _official(path, read, codec) if read.header is None else _stored(path, read.header)
     if None in (sampler.steps, sampler.guidance):
-        theirs = OURS if is_ours(path) else OURS | foreign_drawing(path)
+        theirs = OURS | read.drawing
         sampler = OmegaConf.merge(sampler, {key: value for key, value in theirs.items() if sampler[key] is None})
     drawer = _build_drawer(path, stored, codec, sampler, bf16)
+    if read.header is None:
+        scales = ", ".join(f"{scale:g}" for scale in sorted(set(codec.scale.tolist())))
+        log.info(
+            "its latents are those of autoencoder=%s times %s; where nothing else is set, it is sampled by %s with %d "
+            "steps and guidance %g",
+            codec.name,
+            scales,
+            type(drawer.sampler).__name__,
+            drawer.steps,
+            drawer.guidance,
+        )
     return Trained(network.eval(), drawer, stored["class_names"])
 
 
@@ -127,13 +153,13 @@ def _load_adapted(folder: Path, base: Path) -> tuple[DiT, dict[str, Any]]:
         )
     check_file(base, config, folder)
     resolution = {key: config["network"][key] for key in ("input_size", "pos_embed_scale")}
-    network = load_network(base, **resolution, **build_process(config["process"]).network)
+    known = (config.get("base") or {}).get("network") or config["network"]
+    network = load_network(base, known, **resolution, **build_process(config["process"]).network)
     load_adapter(network, folder)
     return network, config
 
 
-def _stored(path: Path) -> dict[str, Any]:
-    header = read_header(path)
+def _stored(path: Path, header: dict[str, Any]) -> dict[str, Any]:
     stored = header["provenance"] | {"process": header["process"]}
     missing = [key for key in STORED if key not in stored]
     if missing:
@@ -141,15 +167,16 @@ def _stored(path: Path) -> dict[str, Any]:
     return stored
 
 
-def _official(path: Path, network: DiT, codec: Autoencoder) -> dict[str, Any]:
-    """What files of others leave unsaid: their code's process, and latents that only their channels tell apart."""
+def _official(path: Path, read: NetworkFile, codec: Autoencoder) -> dict[str, Any]:
+    """What files of others leave unsaid: latents that only their channels tell apart, and names of classes."""
+    network = read.network
     if network.in_channels != codec.channels:
         raise UserError(
             f"{path} draws latents of {network.in_channels} channels, the autoencoder has {codec.channels}. "
             "Official DiT files need the decoder of their latents (the VAE of Stable Diffusion) as autoencoder=."
         )
     return {
-        "process": foreign_process(path) or GaussianProcess().config,
+        "process": read.process or GaussianProcess().config,
         "autoencoder": codec.latent_fingerprint,
         "resolution": network.config["input_size"] * codec.downsample,
         "class_names": None,

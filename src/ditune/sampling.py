@@ -9,16 +9,19 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
-from rich.progress import Progress
 from torch import Tensor
 
 from ditune.build import make
 from ditune.checkpoints import locate, write_json
 from ditune.cli import CONFIGS
+from ditune.config import hardware
+from ditune.config.hardware import AUTO, BF16, FP32, bare_precision
+from ditune.config.keys import check
 from ditune.distributed import best_device
 from ditune.drawing import Drawer
 from ditune.draws import generator
 from ditune.errors import UserError
+from ditune.progress import meter
 from ditune.run import Trained, exactly_one, load_checkpoint, load_run
 from ditune.visuals import save_grid
 
@@ -33,30 +36,29 @@ def sample(cfg: DictConfig) -> Path:
     Raises:
         UserError: the settings or a file are wrong.
     """
+    check(cfg, "sample")
     source = exactly_one(cfg, "run", "checkpoint")
-    if cfg.n < 1 or cfg.first < 0:
-        raise UserError(f"n={cfg.n} pictures from number first={cfg.first} cannot be drawn. Set n >= 1 and first >= 0.")
     trained = load(cfg, source)
     drawer = with_settings(trained.drawer, cfg)
     names = trained.class_names or [str(k) for k in range(trained.network.num_classes)]
     indices = list(range(cfg.first, cfg.first + cfg.n))
     labels = balanced_labels(chosen_classes(cfg, names), cfg.seed, indices)
-    with Progress() as bar:
-        task = bar.add_task(f"drawing, steps: {drawer.steps}", total=cfg.n)
-        network = trained.network.to(best_device())
-        pictures = drawer.draw(network, labels, cfg.seed, indices, lambda done: bar.update(task, completed=done))
+    network = trained.network.to(best_device())
+    with meter(f"generating in {drawer.steps} steps", cfg.n) as progress:
+        pictures = drawer.draw(network, labels, cfg.seed, indices, on_batch=progress.update)
     facts = {
         "source": str(cfg[source]),
         "seed": cfg.seed,
         "sampler": type(drawer.sampler).__name__,
         "steps": drawer.steps,
         "guidance": drawer.guidance,
+        "precision": BF16 if drawer.bf16 else FP32,
         "pictures": [
             {"file": file_name(i), "label": label, "class_name": names[label]}
             for i, label in zip(indices, labels.tolist(), strict=True)
         ],
     }
-    folder = Path(cfg.out)
+    folder = Path(cfg.out).expanduser()
     write(folder, pictures, facts, suffix=f"_{cfg.first:05d}" if cfg.first else "")
     log.info("%d pictures are in %s", cfg.n, folder)
     return folder
@@ -64,11 +66,23 @@ def sample(cfg: DictConfig) -> Path:
 
 def load(cfg: DictConfig, source: str) -> Trained:
     if source == "run":
-        return load_run(cfg.run)
+        run = load_run(cfg.run)
+        return replace(run, drawer=in_precision(run.drawer, cfg))
     # a bare network has no sampler of its own, as a run has; this is the one that all configs begin with
     sampler = OmegaConf.load(Path(CONFIGS) / "sampler" / "auto.yaml")
     checkpoint = locate(cfg.checkpoint, f"{cfg.paths.cache_dir}/networks")
-    return load_checkpoint(checkpoint, cfg.autoencoder, sampler, cfg.bf16)
+    bf16 = bare_precision(cfg.precision, cfg.bf16)
+    return load_checkpoint(checkpoint, cfg.autoencoder, sampler, bf16, cfg.process, cfg.network_overrides)
+
+
+def in_precision(drawer: Drawer, cfg: DictConfig) -> Drawer:
+    """The drawer of a run in the run's own precision, or in what `precision` asks for; auto leaves emulated bf16."""
+    if cfg.precision != AUTO or cfg.bf16 is not None:
+        return replace(drawer, bf16=bare_precision(cfg.precision, cfg.bf16))
+    if drawer.bf16 and not hardware.multiplies_bf16(best_device().type):
+        log.info("the run is in bf16, which this device only emulates: images are generated in fp32")
+        return replace(drawer, bf16=False)
+    return drawer
 
 
 def with_settings(drawer: Drawer, cfg: DictConfig) -> Drawer:

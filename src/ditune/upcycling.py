@@ -40,7 +40,8 @@ def upcycle(network: DiT, num_experts: int, top_k: int, seed: int = 0, noise: fl
     Raises:
         UserError: the network has several experts already, or a routing under which copies would change its function.
     """
-    config = network.config | {"num_experts": num_experts, "top_k": top_k, "renormalize": True}
+    renormalize = True if top_k > 1 else "always"  # else a single expert's weight would be its score
+    config = network.config | {"num_experts": num_experts, "top_k": top_k, "renormalize": renormalize}
     if isinstance(network, DiTMoE):
         _check_one_expert(network, options)
     else:
@@ -103,11 +104,11 @@ def upcycle_file(cfg: DictConfig) -> Path:
     Raises:
         UserError: the file or the settings are wrong.
     """
-    out = Path(cfg.out)
+    out = Path(cfg.out).expanduser()
     if out.suffix != ".safetensors":
         raise UserError(f"out is {out}, but networks are written as safetensors. Set out=<file>.safetensors.")
     path = locate(cfg.checkpoint, Path(cfg.paths.cache_dir) / "networks")
-    trained = load_checkpoint(path, cfg.autoencoder, cfg.sampler, bf16=False)
+    trained = load_checkpoint(path, cfg.autoencoder, cfg.sampler, False, cfg.process, cfg.network_overrides)
     options = {} if isinstance(trained.network, DiTMoE) else dict(cfg.options)
     made = upcycle(trained.network, cfg.num_experts, cfg.top_k, cfg.seed, cfg.noise, **options)
     facts = read_header(path)["provenance"] if is_ours(path) else {}

@@ -7,16 +7,19 @@ import torch
 from torch import Tensor
 
 from ditune.autoencoders.base import Autoencoder
+from ditune.checkpoints.weight_files import find_weights, listed
 from ditune.errors import UserError
 
-FILES = ("config.json", "diffusion_pytorch_model.safetensors")
+STEM = "diffusion_pytorch_model"
+FILES = ("config.json", f"{STEM}.safetensors")
 
 
 class KL(Autoencoder):
     """Mean and log-variance of a Gaussian posterior; its latents times one scale.
 
     name    in the names of caches
-    folder  with config.json and diffusion_pytorch_model.safetensors, as the hub lays them out; used where it is there
+    folder  with config.json and diffusion_pytorch_model.safetensors, as the hub lays them out; used where it is there.
+            A variant (fp16) or parts with an index do too; they are computed with in fp32.
     hub     repository on huggingface.co for where it is not; None = only the folder
     scale   on latents; 0.18215 for Stable Diffusion's; None = the scaling_factor of config.json
     tiling  compute in overlapping tiles: less memory at 512 px and more, slightly other numbers
@@ -77,8 +80,12 @@ def load(folder: Path, hub: str | None) -> torch.nn.Module:
             f"There is no autoencoder in {folder}: {' and '.join(FILES)} are expected there. "
             "The emoji's own is made by `python src/fit_kl.py`."
         )
+    weights = find_weights(folder, STEM) if local else None
+    if local and weights is None:
+        raise UserError(f"The autoencoder in {folder} has no {FILES[1]}; it holds {listed(folder)}. Fetch that too.")
+    which = {"variant": weights.variant, "use_safetensors": weights.is_safetensors} if weights else {}
     try:
-        return AutoencoderKL.from_pretrained(folder if local else hub)
+        return AutoencoderKL.from_pretrained(folder if local else hub, **which).float()
     except Exception as error:  # the hub's client raises errors of many kinds
         reason = " ".join(str(error).split())[:300]
         if local:

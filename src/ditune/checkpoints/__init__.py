@@ -2,13 +2,22 @@
 
 from .adapters import check_file, load_adapter, load_adapters, read_adapter, save_adapter
 from .files import atomic, read_json, sha256, write_json
-from .networks import foreign_drawing, foreign_process, is_ours, load_network, network_like, read_header, save_network
+from .networks import (
+    NetworkFile,
+    foreign_process,
+    is_ours,
+    load_network,
+    network_like,
+    read_header,
+    read_network,
+    save_network,
+)
 from .published import locate
 
 __all__ = [
+    "NetworkFile",
     "atomic",
     "check_file",
-    "foreign_drawing",
     "foreign_process",
     "is_ours",
     "load_adapter",
@@ -19,6 +28,7 @@ __all__ = [
     "read_adapter",
     "read_header",
     "read_json",
+    "read_network",
     "save_adapter",
     "save_network",
     "sha256",

@@ -5,18 +5,24 @@ diffusers copies both embedders into every block and splits qkv. Its model also 
 """
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ditune.errors import UserError
 from ditune.networks import DiT
 
+from .official_dit import drawing  # noqa: F401  # the same networks by the same authors
 from .source import Content, Source
+from .weight_files import find_weights, listed
 
+TITLE = "diffusers' DiT"
 CLASS = "DiTTransformer2DModel"
-WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+STEM = "diffusion_pytorch_model"
+PREDICTIONS = {"epsilon": "epsilon", "sample": "x0", "v_prediction": "v"}  # theirs: ours
 EMBEDDERS = "norm1.emb."
 # ours: theirs. In blocks, after `blocks.{i}.` and `transformer_blocks.{i}.`
 # fmt: off
@@ -43,19 +49,53 @@ def recognises(source: Source) -> bool:
     return source.path.is_dir() and _folder(source).json("config.json").get("_class_name") == CLASS
 
 
-def read(source: Source, **_: Any) -> Content:
+def read(source: Source, known: Mapping[str, Any], **_: Any) -> Content:
     source = _folder(source)
     config = _config(source)
     return Content(DiT, config, to_ours(_weights(source), config["depth"], source))
 
 
-def process(source: Source) -> dict[str, Any]:
-    return {}
+def process(source: Source) -> dict[str, Any] | None:
+    """As the pipeline's scheduler says; None for the model alone, which says nothing.
+
+    Raises:
+        UserError: the scheduler is of no diffusion that is known.
+    """
+    theirs = source.json("scheduler/scheduler_config.json")
+    if not theirs:
+        return None
+    timesteps, prediction = theirs.get("num_train_timesteps", 1000), theirs.get("prediction_type", "epsilon")
+    schedule = _schedule(theirs, timesteps)
+    if "Flow" in str(theirs.get("_class_name")) or schedule is None or prediction not in PREDICTIONS:
+        raise UserError(
+            f"{source.path} has the scheduler {theirs.get('_class_name')} ({theirs.get('beta_schedule')}, {prediction})"
+            ", which is of no diffusion that is known. Set process= to what it was trained on (pretrained_process= in "
+            "train.py): sit, repa, or a process's config."
+        )
+    learned = _config(_folder(source))["learn_sigma"]
+    variance = "learned_range" if learned else "fixed_large"
+    return {
+        "schedule": schedule,
+        "timesteps": timesteps,
+        "prediction": PREDICTIONS[prediction],
+        "variance": variance,
+        "respacing": "",
+    }
 
 
-def drawing(source: Source) -> dict[str, Any]:
-    """250 ancestral steps and guidance 1.5 are behind the FID of arXiv 2212.09748, Table 4."""
-    return {"sampler": "DDPM", "steps": 250, "guidance": 1.5, "guidance_channels": 3}
+def _schedule(theirs: dict[str, Any], timesteps: int) -> str | None:
+    """Our name of a scheduler's betas, None for those of no name here."""
+    if theirs.get("trained_betas") is None:
+        ends = theirs.get("beta_start", 1e-4), theirs.get("beta_end", 0.02)
+        linear = theirs.get("beta_schedule", "linear") == "linear" and ends == (1e-4, 0.02) and timesteps == 1000
+        return "linear" if linear else {"squaredcos_cap_v2": "cosine"}.get(theirs.get("beta_schedule"))
+    betas = np.asarray(theirs["trained_betas"], dtype=np.float64)
+    at = np.cos((np.arange(timesteps + 1) / timesteps + 0.008) / 1.008 * np.pi / 2) ** 2  # arXiv 2102.09672, (17)
+    known = {
+        "linear": np.linspace(0.1, 20, timesteps) / timesteps,
+        "cosine": np.minimum(1 - at[1:] / at[:-1], 0.999),
+    }
+    return next((name for name, ours in known.items() if ours.shape == betas.shape and np.allclose(ours, betas)), None)
 
 
 def _folder(source: Source) -> Source:
@@ -86,14 +126,13 @@ def _config(source: Source) -> dict[str, Any]:
 
 
 def _weights(source: Source) -> dict[str, Tensor]:
-    index = source.json(f"{WEIGHTS[0]}.index.json")
-    files = sorted(set(index["weight_map"].values())) if index else [n for n in WEIGHTS if (source.path / n).exists()]
-    if not files:
-        raise UserError(f"{source.path} has no {WEIGHTS[0]}. Fetch the folder again.")
-    tensors: dict[str, Tensor] = {}
-    for file in files if index else files[:1]:
-        tensors |= Source(source.path / file).content
-    return tensors
+    weights = find_weights(source.path, STEM)
+    if weights is None:
+        raise UserError(
+            f"{source.path} has no {STEM}.safetensors, nor a variant or parts of it. It holds {listed(source.path)}. "
+            "Fetch the weights too."
+        )
+    return {key: value for file in weights.files for key, value in Source(file).entries.items()}
 
 
 def to_ours(theirs: dict[str, Tensor], depth: int, source: Source) -> dict[str, Tensor]:

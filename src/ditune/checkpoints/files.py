@@ -1,13 +1,25 @@
 """Writing files so that a reader sees the old one or the new one, never half of one; and their hashes."""
 
+import errno
 import hashlib
 import json
 import os
+import re
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 
 from ditune.errors import UserError
+from ditune.progress import meter
+
+LARGE = 100_000_000  # bytes from which reading shows its progress
+BLOCK = 1 << 24
+
+NAME_BYTES = 200  # of a temporary file's name that are its target's: file systems allow 255 in all
+# how numpy, torch and safetensors, which raise errors of their own, say that a file could not be written
+FAILED_WRITE = re.compile(r"requested and \d+ written|failed writing|unexpected pos|os error (\d+)")
 
 
 @contextmanager
@@ -15,19 +27,45 @@ def atomic(path: Path | str) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is flushed to disk and renamed into place.
 
     The temporary file lies in the same folder, because a rename is atomic only within one file system.
+
+    Raises:
+        OSError: the file cannot be written; `filename` is `path`. `ditune.cli.reported` makes a sentence of it.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    name = path.name.encode()[:NAME_BYTES].decode(errors="ignore")
+    temporary = path.with_name(f".{name}.tmp-{os.getpid()}")
     try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.umask(mask := os.umask(0))
-        temporary.chmod(0o666 & ~mask)  # some writers keep others from reading
-        os.replace(temporary, path)
+        with _named(temporary, path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.umask(mask := os.umask(0))
+            temporary.chmod(0o666 & ~mask)  # some writers keep others from reading
+            os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # where the folder is none, there is nothing to remove either
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _named(temporary: Path, path: Path) -> Iterator[None]:
+    """A failed write is an OSError that names `path`, whichever library has failed in writing `temporary`."""
+    try:
+        yield
+    except Exception as error:
+        code = error.errno if isinstance(error, OSError) else None
+        failed = FAILED_WRITE.search(str(error))
+        if code is not None and error.filename not in (None, str(temporary)):
+            raise  # of another file
+        if code is None and failed is None:
+            raise
+        code = code or int(failed[1] or (errno.ENOSPC if _is_full(path.parent) else errno.EIO))
+        raise OSError(code, os.strerror(code), str(path)) from error
+
+
+def _is_full(folder: Path) -> bool:
+    return shutil.disk_usage(folder).free < 2**20
 
 
 def write_json(path: Path | str, content: dict) -> None:
@@ -59,5 +97,19 @@ def sha256(path: Path | str) -> str:
         files = sorted(file for file in path.rglob("*") if file.is_file())
         lines = [f"{file.relative_to(path).as_posix()} {sha256(file)}\n" for file in files]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
+    facts = path.stat()
+    return _sha256(path.resolve(), facts.st_size, facts.st_mtime_ns)
+
+
+@lru_cache
+def _sha256(path: Path, size: int, _: int) -> str:
+    """Of one state of a file, so that a start that asks several times reads it once."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        if size <= LARGE:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        with meter(f"hashing {path.name}", size, "bytes") as progress:
+            while block := file.read(BLOCK):
+                digest.update(block)
+                progress.advance(len(block))
+        return digest.hexdigest()

@@ -1,25 +1,56 @@
 """Networks as files: ours (safetensors that explain themselves), and those of others, one module for each format."""
 
 import json
+import logging
+import re
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from ditune.errors import UserError
 from ditune.networks import CLASSES, DiT
+from ditune.networks.dit_moe import of_earlier_release
+from ditune.progress import Meter, meter
 
 from . import diffusers_dit, official_dit, official_dit_moe, shortcut_jax
-from .files import atomic
+from .files import LARGE, atomic
 from .published import locate
 from .source import Content, Source
+from .unknown import refuse_ours, unknown
+
+log = logging.getLogger(__name__)
 
 FORMAT = "ditune-network-1"
-# The formats of others, asked in this order. Each module has `recognises(source)`, `read(source, **overrides)`, and
-# what the files leave unsaid: `process(source)` and `drawing(source)`.
+# The formats of others, asked in this order. Each module has a TITLE, the HEADS of published files where shapes do not
+# tell them, `recognises(source)`, `read(source, known, **overrides)`, `process(source)` (None = the file does not say),
+# and `drawing(process, config)`: how its authors draw.
 FOREIGN: tuple[ModuleType, ...] = (shortcut_jax, diffusers_dit, official_dit, official_dit_moe)
+# What a file of others can be read as; {} is DiT's own diffusion, which predicts epsilon.
+PROCESSES: dict[str, dict[str, Any]] = {"diffusion": {}, "sit": official_dit.SIT, "repa": official_dit.REPA}
+DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float64": "fp64"}
+
+
+@dataclass(frozen=True)
+class NetworkFile:
+    """A network file that has been read.
+
+    Args:
+        network: with the file's weights.
+        header: what a file of ours says about itself; None = a file of others.
+        process: config of the process that the network is for; {} = DiT's own diffusion.
+        drawing: steps and guidance that the authors of a file of others draw with, keys as in configs/sampler/.
+    """
+
+    network: nn.Module
+    header: dict[str, Any] | None
+    process: dict[str, Any]
+    drawing: dict[str, Any]
 
 
 def save_network(
@@ -43,34 +74,36 @@ def save_network(
         save_file(tensors, temporary, metadata={"ditune": json.dumps(header)})
 
 
-def read_header(path: Path | str) -> dict:
+def read_header(path: Path | str | Source) -> dict:
     """Header of one of our network files: keys format, network, process, provenance.
 
     Raises:
         UserError: the file is missing, damaged, or not one of ours.
     """
-    source = Source(path)
+    source = path if isinstance(path, Source) else Source(path)
     try:
         header = json.loads(source.header.get("ditune", "{}"))
     except json.JSONDecodeError as error:
         raise source.damaged(error) from error
     if header.get("format") != FORMAT:
-        raise UserError(f"{path} is no network file of this project. Give one written by save_network.")
+        raise UserError(f"{source.path} is no network file of this project. Give one written by save_network.")
     return header
 
 
-def is_ours(path: Path | str) -> bool:
+def is_ours(path: Path | str | Source) -> bool:
     """True for a file by `save_network`, whose header says what the others leave unsaid."""
-    return "ditune" in Source(path).header
+    source = path if isinstance(path, Source) else Source(path)
+    return "ditune" in source.header
 
 
-def load_network(path: Path | str, **overrides: Any) -> nn.Module:
-    """Build the network that a file holds, with its weights.
+def load_network(path: Path | str, known: Mapping[str, Any] | None = None, **overrides: Any) -> nn.Module:
+    """Build the network that a file holds, with its weights in fp32.
 
     Args:
-        path: our `.safetensors`; an official `.pt` of DiT or DiT-MoE (bare, or with "ema" or "model" inside, "ema"
-            first); a folder of diffusers' DiTTransformer2DModel or DiTPipeline; a pickle of the shortcut models' code
-            (its average).
+        path: our `.safetensors`; a `.pt` or `.safetensors` with the keys of DiT or DiT-MoE, whatever containers and
+            prefixes are around them (an average goes first); a folder of such files with an index; a folder of
+            diffusers' DiTTransformer2DModel or DiTPipeline; a pickle of the shortcut models' code (its average).
+        known: config of a network that is known to be of this kind; used only for what the file cannot tell.
         overrides: constructor arguments that replace those of the file. `input_size` is for another resolution. With
             `step` a network learns to be told steps, which it begins by ignoring.
 
@@ -78,19 +111,41 @@ def load_network(path: Path | str, **overrides: Any) -> nn.Module:
         UserError: the file is missing, damaged, of an unknown kind, or does not fit the overrides.
     """
     source = Source(path)
-    content = _content(source, **overrides)
-    network = content.build(**(content.config | overrides))
-    tensors = content.tensors
-    if overrides.get("step") and not content.config.get("step"):
-        network.ignore_step_at_first()
-        own = network.state_dict()
-        tensors = tensors | {name: value for name, value in own.items() if name.startswith(network.fresh)}
-    try:
-        network.load_state_dict(tensors)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"{path} does not fit the network: {error}. Check the overrides {overrides}.") from error
-    network.file = source.path
-    return network
+    return _build(source, _content(source, known or {}, **overrides), overrides)
+
+
+def read_network(
+    path: Path | str,
+    process: str | Mapping[str, Any] | None = None,
+    known: Mapping[str, Any] | None = None,
+    key: str = "process",
+    **overrides: Any,
+) -> NetworkFile:
+    """`load_network` and what goes with the network; for a file of others, the log shows what it was read as.
+
+    Args:
+        process: what a file of others is for: one of `PROCESSES`, or a config of ditune.processes. None = as the file
+            says, else as its format's authors train.
+        key: of the config that sets `process`, for messages.
+        path, known, overrides: as in `load_network`.
+
+    Raises:
+        UserError: as `load_network`; or the process is unknown, or a file of ours says another.
+    """
+    source = Source(path)
+    if is_ours(source):
+        if process is not None:
+            raise UserError(f"{path} says itself what it was trained on. Leave {key}=null.")
+        header = read_header(source)
+        network = _build(source, _content(source, known or {}, **overrides), overrides)
+        return NetworkFile(network, header, header["process"], {})
+    module = _format_of(source)
+    network = _build(source, module.read(source, known or {}, **overrides), overrides)
+    config, how = _process(source, module, network, process, key)
+    log.info("read %s: %s", source.path, _summary(source, module, network, f"{name_of(config)} ({how})"))
+    if how == "assumed":
+        _warn(source, key)
+    return NetworkFile(network, None, config, module.drawing(config, network.config))
 
 
 def network_like(name: str, checkpoint: str | None, cache_dir: str, **overrides: Any) -> nn.Module:
@@ -107,36 +162,122 @@ def network_like(name: str, checkpoint: str | None, cache_dir: str, **overrides:
     """
     if checkpoint is None:
         raise UserError("network=as_pretrained takes its sizes from a file. Set pretrained=<file> or another network=.")
-    content = _content(Source(locate(checkpoint, cache_dir)), **overrides)
+    content = _content(Source(locate(checkpoint, cache_dir)), {}, **overrides)
     return content.build(**(content.config | overrides))
-
-
-def _content(source: Source, **overrides: Any) -> Content:
-    if "ditune" not in source.header:
-        return _format_of(source).read(source, **overrides)
-    header = read_header(source.path)
-    kind = header.get("class", "DiT")  # files from before there was more than DiT say none
-    if kind not in CLASSES:
-        raise UserError(f"{source.path} holds a {kind}, which this release does not know. Use a newer one.")
-    return Content(CLASSES[kind], header["network"], source.content)
 
 
 def foreign_process(path: Path | str) -> dict[str, Any]:
     """Config of the process that a file of others is for, by the code that it comes from; {} = DiT's own diffusion."""
-    return _format_of(Source(path)).process(Source(path))
+    source = Source(path)
+    return _format_of(source).process(source) or {}
 
 
-def foreign_drawing(path: Path | str) -> dict[str, Any]:
-    """Steps and guidance that the authors of a file of others draw with, keys as in configs/sampler/."""
-    return _format_of(Source(path)).drawing(Source(path))
+def name_of(process: Mapping[str, Any]) -> str:
+    """A process in words."""
+    if process.get("kind") != "flow":
+        return f"{process.get('prediction', 'epsilon')} diffusion"
+    return f"flow with times up to {process.get('time_scale', 1000.0):g} and data at {process.get('data_at', 0)}"
+
+
+def _content(source: Source, known: Mapping[str, Any], **overrides: Any) -> Content:
+    if not is_ours(source):
+        return _format_of(source).read(source, known, **overrides)
+    header = read_header(source)
+    kind = header.get("class", "DiT")  # files from before there was more than DiT say none
+    if kind not in CLASSES:
+        raise UserError(f"{source.path} holds a {kind}, which this release does not know. Use a newer one.")
+    return Content(CLASSES[kind], of_earlier_release(header["network"]), source.content)
+
+
+def _build(source: Source, content: Content, overrides: dict[str, Any]) -> nn.Module:
+    """The network of a content, its tensors copied into it."""
+    try:
+        network = content.build(**(content.config | overrides))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{source.path} makes no network: {error}. Check the overrides {overrides}.") from error
+    tensors = content.tensors
+    whole = [key for key, value in tensors.items() if not value.is_floating_point()]
+    if whole:
+        raise UserError(f"{source.path} holds whole numbers as {whole[0]}. Give the file before its quantisation.")
+    if overrides.get("step") and not content.config.get("step"):
+        network.ignore_step_at_first()
+        own = network.state_dict()
+        tensors = tensors | {name: value for name, value in own.items() if name.startswith(network.fresh)}
+    size = sum(value.nbytes for value in tensors.values())
+    with meter(f"reading {source.path.name}", size, "bytes") if size > LARGE else nullcontext() as progress:
+        try:
+            _fill(network, tensors, progress)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(
+                f"{source.path} does not fit the network: {error}. Check the overrides {overrides}."
+            ) from error
+    network.file = source.path
+    return network
+
+
+def _fill(network: nn.Module, tensors: dict[str, Tensor], progress: Meter | None) -> None:
+    """Copy tensors, which may only be read from disk by that, into the network."""
+    hooks = []
+    for module in network.modules() if progress else ():
+        size = sum(p.nbytes for p in module.parameters(recurse=False))
+        hooks.append(module.register_load_state_dict_post_hook(lambda *_, size=size: progress.advance(size)))
+    network.load_state_dict(tensors)
+    for hook in hooks:
+        hook.remove()
 
 
 def _format_of(source: Source) -> ModuleType:
+    refuse_ours(source)
     found = next((module for module in FOREIGN if module.recognises(source)), None)
     if found is None:
-        known = ", ".join(module.__name__.rpartition(".")[2] for module in FOREIGN)
-        raise UserError(
-            f"{source.path} is of no kind that is known ({known}, and this project's own). "
-            "An official DiT file has x_embedder.proj.weight; a folder of diffusers has a config.json."
-        )
+        raise unknown(source, [module.TITLE for module in FOREIGN])
     return found
+
+
+def _process(
+    source: Source, module: ModuleType, network: nn.Module, given: str | Mapping[str, Any] | None, key: str
+) -> tuple[dict[str, Any], str]:
+    """What a file of others was trained on, and who says so."""
+    if isinstance(given, Mapping):
+        return dict(given), f"by {key}="
+    if given is not None:
+        if given not in PROCESSES:
+            raise UserError(f"{key} is {given!r}. Choose one of {', '.join(PROCESSES)}, or give a process's config.")
+        return _for_outputs(PROCESSES[given], network), f"by {key}="
+    said = module.process(source)
+    return (_for_outputs({}, network), "assumed") if said is None else (said, "as the file says")
+
+
+def _for_outputs(process: dict[str, Any], network: nn.Module) -> dict[str, Any]:
+    """DiT's diffusion for a network without variance has the fixed one of DiT's code."""
+    return process or ({} if network.config["learn_sigma"] else {"variance": "fixed_large"})
+
+
+def _summary(source: Source, module: ModuleType, network: nn.Module, process: str) -> str:
+    config, found = network.config, source.state_dict
+    dtypes = sorted({DTYPES.get(str(v.dtype)[6:], str(v.dtype)) for v in source.tensors.values()}) or ["fp32"]
+    facts = [
+        module.TITLE,
+        f"hidden {config['hidden_size']}, depth {config['depth']}, {config['num_heads']} heads",
+        f"{config['num_classes']} classes" + (" + null class" if config["class_dropout_prob"] > 0 else ""),
+        process,
+        *([f"from '{found.where}'"] if found and found.where else []),
+        ", ".join(dtypes) + ("" if dtypes == ["fp32"] else " (computed in fp32)"),
+    ]
+    return ", ".join(facts)
+
+
+def _warn(source: Source, key: str) -> None:
+    """A guess is said at every use, and louder where the path's name speaks against it."""
+    words = {word for part in source.path.parts[-3:] for word in re.findall(r"[a-z]+", part.lower())}
+    for name in ("sit", "repa"):
+        if name in words:
+            log.warning("%s has %r in its name: if it is one, set %s=%s", source.path, name, key, name)
+            return
+    log.info(
+        "%s is read as DiT's epsilon diffusion, since the file does not say; for a SiT file set %s=sit, for one of "
+        "REPA %s=repa",
+        source.path.name,
+        key,
+        key,
+    )

@@ -6,6 +6,7 @@ unscaled; S and B were trained as DiT. No file says so: it is known from the aut
 """
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,10 +14,15 @@ from torch import Tensor
 
 from ditune.errors import UserError
 from ditune.networks import DiTMoE
-from ditune.networks.dit_moe import SIZES
 
+from . import official_dit
+from .official_dit import infer_classes, infer_heads, infer_input_size, ratio
 from .source import Content, Source
 
+TITLE = "official DiT-MoE"
+# Hidden size: heads, of published files (arXiv 2407.11633, Table 1). No network of ours is ever added here.
+HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16, 1408: 16}
+TOP_K = 2  # of all of them
 # the fused attention's names: ours
 ATTENTION = {"attn.Wqkv.": "attn.qkv.", "attn.out_proj.": "attn.proj."}
 # an expert's layers: our stacked ones
@@ -29,21 +35,21 @@ def recognises(source: Source) -> bool:
     return {"x_embedder.proj.weight", "blocks.0.moe.experts.0.gate_proj.weight"} <= set(source.tensors)
 
 
-def read(source: Source, **overrides: Any) -> Content:
+def read(source: Source, known: Mapping[str, Any], **overrides: Any) -> Content:
     tensors = to_ours(source.tensors)
-    return Content(DiTMoE, infer_config(tensors, source, **overrides), tensors)
+    return Content(DiTMoE, infer_config(tensors, source, known, **overrides), tensors)
 
 
-def process(source: Source) -> dict[str, Any]:
-    """Config of the process that the file's network was trained for; {} = DiT's own."""
-    return FLOW if "blocks.0.attn.Wqkv.weight" in source.tensors else {}
+def process(source: Source) -> dict[str, Any] | None:
+    """Config of the process that the file's network was trained for; None where it is not known."""
+    return FLOW if "blocks.0.attn.Wqkv.weight" in source.tensors else None
 
 
-def drawing(source: Source) -> dict[str, Any]:
-    """The paper does not give its guidance. 50 Euler steps are the code's, 1.5 is what others report with."""
-    if process(source):
+def drawing(process: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """For flows 50 Euler steps, which are the code's; the paper does not give its guidance, others report with 1.5."""
+    if process.get("kind") == "flow":
         return {"sampler": "Euler", "steps": 50, "guidance": 1.5}
-    return {"sampler": "DDPM", "steps": 250, "guidance": 1.5, "guidance_channels": 3}
+    return official_dit.drawing(process, config)
 
 
 def to_ours(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -90,34 +96,35 @@ def to_theirs(ours: dict[str, Tensor], fused_attention: bool) -> dict[str, Tenso
     return theirs
 
 
-def infer_config(ours: dict[str, Tensor], source: Source, input_size: int | None = None, **_: Any) -> dict[str, Any]:
+def infer_config(
+    ours: dict[str, Tensor],
+    source: Source,
+    known: Mapping[str, Any],
+    input_size: int | None = None,
+    num_heads: int | None = None,
+    top_k: int | None = None,
+    **overrides: Any,
+) -> dict[str, Any]:
     """Constructor arguments from shapes; heads from the norms of queries, or from the published sizes."""
     hidden_size, in_channels, patch_size, _ = ours["x_embedder.proj.weight"].shape
     norm = ours.get("blocks.0.attn.q_norm.weight")
-    known = {hidden: (heads, top_k) for hidden, _, heads, _, top_k, _ in SIZES.values()}
-    if hidden_size not in known:
-        raise UserError(
-            f"{source.path} has the unpublished hidden size {hidden_size}. Save it in this project's format."
-        )
-    heads, top_k = known[hidden_size]
-    if input_size is None:
-        if "pos_embed" not in ours:
-            raise UserError(f"{source.path} has no pos_embed, which would tell its resolution. Give input_size.")
-        input_size = round(ours["pos_embed"].shape[1] ** 0.5) * patch_size
+    if num_heads is None:
+        published = HEADS if norm is None else {hidden_size: hidden_size // len(norm)}
+        num_heads = infer_heads(published, hidden_size, source, known)
     num_experts, _, width = ours["blocks.0.moe.experts.w_gate_EDF"].shape
     out = ours["final_layer.linear.bias"].numel() // patch_size**2
     return {
-        "input_size": input_size,
+        "input_size": input_size or infer_input_size(ours, source, patch_size),
         "patch_size": patch_size,
         "in_channels": in_channels,
         "hidden_size": hidden_size,
         "depth": 1 + max(int(key.split(".")[1]) for key in ours if key.startswith("blocks.")),
-        "num_heads": heads if norm is None else hidden_size // len(norm),
-        "num_classes": ours["y_embedder.embedding_table.weight"].shape[0] - 1,
+        "num_heads": num_heads,
         "learn_sigma": out == 2 * in_channels,
         "num_experts": num_experts,
-        "top_k": min(top_k, num_experts),
-        "expert_ratio": width / hidden_size,
-        "shared_ratio": len(ours["blocks.0.moe.shared_experts.gate_proj.weight"]) / hidden_size,
+        "top_k": min(top_k or TOP_K, num_experts),
+        "expert_ratio": ratio(width, hidden_size),
+        "shared_ratio": ratio(len(ours["blocks.0.moe.shared_experts.gate_proj.weight"]), hidden_size),
         "qk_norm": norm is not None,
+        **infer_classes(ours, known, **overrides),
     }

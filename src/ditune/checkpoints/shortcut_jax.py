@@ -6,7 +6,7 @@ logits are q k / d instead of q k / sqrt(d), and keys, queries and values stand 
 """
 
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,13 @@ from torch import Tensor
 
 from ditune.errors import UserError
 from ditune.networks import DiT
-from ditune.networks.dit import SIZES
 
+from .official_dit import infer_heads
 from .source import Content, Source
+
+TITLE = "shortcut models' pickle"
+# Hidden size: heads, of the code's configurations. No network of ours is ever added here.
+HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 
 # how its networks are told time and step; a config of ditune.processes
 PROCESS = {
@@ -48,7 +52,10 @@ class _Ignored(dict):
 
 NUMPY = ("numpy", "numpy.core.multiarray", "numpy._core.multiarray", "numpy.core.numeric", "numpy._core.numeric")
 ARRAYS = {(module, name) for module in NUMPY for name in ("_reconstruct", "ndarray", "dtype", "scalar", "_frombuffer")}
-TORCH_LEGACY = b"\x80\x02\x8a\n"  # torch's own pickles begin with a long number
+
+
+class _Stranger(pickle.UnpicklingError):
+    """The file is whole, but asks for more than weights are made of."""
 
 
 class _Unpickler(pickle.Unpickler):
@@ -58,38 +65,33 @@ class _Unpickler(pickle.Unpickler):
             return super().find_class(module, name)
         if root == "optax" or (root == "flax" and name == "FrozenDict"):
             return _Ignored
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no part of weights")
+        raise _Stranger(f"it asks for {module}.{name}, which is no part of weights")
 
     def persistent_load(self, pid: object) -> Any:
-        raise pickle.UnpicklingError("it refers to something outside of itself")
+        raise _Stranger("it refers to something outside of itself")
 
 
 def process(source: Source) -> dict[str, Any]:
     return PROCESS
 
 
-def drawing(source: Source) -> dict[str, Any]:
+def drawing(process: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     """As the commands of the code's README: 128 steps, guided at 1.5 where there are classes (ImageNet)."""
-    return {"sampler": "Jumps", "steps": 128, "guidance": 1.5 if read(source).config["num_classes"] > 1 else 1.0}
+    return {"sampler": "Jumps", "steps": 128, "guidance": 1.5 if config["num_classes"] > 1 else 1.0}
 
 
 def recognises(source: Source) -> bool:
     """A bare pickle, as these checkpoints are, and not one of torch's."""
-    if not source.path.is_file():
-        return False
-    with open(source.path, "rb") as file:
-        head = file.read(len(TORCH_LEGACY))
-    return head[:1] == b"\x80" and head != TORCH_LEGACY
+    return source.kind == "pickle"
 
 
-def read(source: Source, num_heads: int | None = None, input_size: int = 32, **_: Any) -> Content:
+def read(
+    source: Source, known: Mapping[str, Any], num_heads: int | None = None, input_size: int = 32, **_: Any
+) -> Content:
     """The position table is not stored; all published networks are of 32 x 32 latents and patches of 2."""
     parameters = read_shortcut(source.path)
     patch_size, _, in_channels, hidden_size = parameters["PatchEmbed_0/Conv_0/kernel"].shape
-    published = {hidden: heads for hidden, _, heads in SIZES.values()}
-    num_heads = num_heads or published.get(hidden_size)
-    if num_heads is None:
-        raise UserError(f"{source.path} has the unpublished hidden size {hidden_size}. Give its num_heads.")
+    num_heads = num_heads or infer_heads(HEADS, hidden_size, source, known)
     tensors = convert_shortcut(parameters, num_heads)
     config = {
         "input_size": input_size,
@@ -119,8 +121,12 @@ def read_shortcut(path: Path | str, average: bool = True) -> dict[str, Tensor]:
         with open(path, "rb") as file:
             content = _Unpickler(file).load()
         tree = content["train_state"]["params_ema" if average else "params"]
+    except _Stranger as error:
+        raise UserError(
+            f"{path} holds more than weights: {error}, and nothing was executed. Save its parameters without that."
+        ) from error
     except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, ValueError) as error:
-        raise UserError(f"{path} is damaged, or holds more than weights: {error}. Fetch it again.") from error
+        raise UserError(f"{path} is damaged ({error}). Copy or fetch it again.") from error
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} is no shortcut checkpoint: it has no train_state. Give another file.") from error
     return dict(_flat(tree, ""))

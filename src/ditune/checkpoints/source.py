@@ -1,7 +1,12 @@
 """One file or folder of weights, opened at most once and without executing anything, for the recognisers of formats."""
 
+import argparse
 import json
+import logging
 import pickle
+import struct
+import warnings
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +19,32 @@ from torch import Tensor, nn
 
 from ditune.errors import UserError
 
+from .inert import Archive
+from .state_dicts import StateDict, find
+from .weight_files import Weights, find_weights, read_index
+
+log = logging.getLogger(__name__)
+
+TORCH_LEGACY = b"\x80\x02\x8a\n"  # torch's files of before version 1.6 begin with a long number
+# what readers raise for damaged and hostile files
+UNREADABLE = (SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile, struct.error, RuntimeError, EOFError)
+UNREADABLE += (ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError)
+# kinds of containers, as messages call them
+KINDS = {
+    "folder": "a folder",
+    "index": "an index of weight files",
+    "safetensors": "a safetensors file",
+    "torch": "a torch file",
+    "torch legacy": "a torch file of before version 1.6",
+    "pickle": "a pickle",
+    "torchscript": "a TorchScript program, not weights",
+    "zip": "a zip archive, and not one of torch's",
+    "empty": "empty: its copy or download was not finished",
+    "pointer": "a pointer of Git LFS instead of the file itself: `git lfs pull` fetches that",
+    "page": "a web page instead of a file: its download went wrong",
+    "unknown": "a file whose first bytes are those of no weights",
+}
+
 
 @dataclass(frozen=True)
 class Content:
@@ -25,27 +56,61 @@ class Content:
 
 
 class Source:
-    """Path of a checkpoint, and what is in it by its container.
+    """Path of a checkpoint, and what is in it by its container, which its first bytes tell.
 
-    path     a file or a folder
-    header   metadata of a safetensors file, else {}
-    content  tensors of a safetensors file, or the object of a `.pt` file, read as weights only
+    path        a file or a folder
+    kind        one of `KINDS`
+    header      metadata of a safetensors file, else {}
+    content     tensors of safetensors files, or the object of a torch file without anything that could run
+    strangers   names of classes in a torch file that were passed over
 
     Raises UserError when there is nothing at the path, or it is damaged.
     """
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
+        self.strangers: set[str] = set()
+        self._archive: Archive | None = None
         if not self.path.exists():
             raise UserError(f"There is no network file {path}. Check the path, or restore it from the repository.")
 
     @cached_property
-    def is_safetensors(self) -> bool:
-        return self.path.is_file() and self.path.suffix == ".safetensors"
+    def kind(self) -> str:
+        if self.path.is_dir():
+            return "folder"
+        with open(self.path, "rb") as file:
+            head = file.read(64)
+        length = int.from_bytes(head[:8], "little")
+        if len(head) > 8 and head[8:9] == b"{" and length < self.path.stat().st_size:
+            return "safetensors"
+        for start, kind in (
+            (b"PK\x03\x04", self._kind_of_zip),
+            (TORCH_LEGACY, "torch legacy"),
+            (b"\x80", "pickle"),
+            (b"version https://git-lfs", "pointer"),
+            (b"<", "page"),
+        ):
+            if head.startswith(start):
+                return kind() if callable(kind) else kind
+        if head.lstrip().startswith(b"{") and ".index." in self.path.name:
+            return "index"
+        if self.path.suffix in (".safetensors", ".sft") and head:
+            return "safetensors"  # a damaged one
+        return "unknown" if head else "empty"
+
+    def _kind_of_zip(self) -> str:
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                names = {name.rpartition("/")[2] for name in archive.namelist()}
+        except zipfile.BadZipFile as error:
+            raise self.damaged(error) from error
+        if "constants.pkl" in names:
+            return "torchscript"
+        return "torch" if "data.pkl" in names else "zip"
 
     @cached_property
     def header(self) -> dict[str, str]:
-        if not self.is_safetensors:
+        if self.kind != "safetensors":
             return {}
         try:
             with safe_open(self.path, framework="pt") as file:
@@ -55,22 +120,79 @@ class Source:
 
     @cached_property
     def content(self) -> Any:
-        if self.path.is_dir():
-            return {}
+        """Tensors are mapped from the file, not read, where their container allows it."""
         try:
-            if self.is_safetensors:
+            if self.kind == "safetensors":
                 with safe_open(self.path, framework="pt") as file:
                     return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            return torch.load(self.path, map_location="cpu", weights_only=True)
-        except (SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+            if self.kind in ("torch", "torch legacy"):
+                return self._torch()
+        except UNREADABLE as error:
             raise self.damaged(error) from error
+        files = self.weights.files if self.weights else ()
+        return {key: value for file in files for key, value in Source(file).entries.items()}
+
+    def _torch(self) -> Any:
+        """The object of a torch file; where there is more in it than tensors, what is not plain is passed over."""
+        try:
+            with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of pickle protocols; `Archive` knows them all
+                return torch.load(self.path, map_location="cpu", weights_only=True, mmap=self.kind == "torch")
+        except UNREADABLE as error:
+            if self.kind == "torch":
+                self._archive = Archive(self.path)
+                self.strangers = self._archive.strangers
+                return self._archive.content
+            if "unsupported global" not in str(error).lower():
+                raise
+            raise UserError(
+                f"{self.path} holds more than tensors, in torch's format of before version 1.6, and nothing in it was "
+                "executed. In the code that made it, save the network's state_dict() alone by torch.save."
+            ) from error
+
+    @cached_property
+    def weights(self) -> Weights | None:
+        """The weight files of a folder or an index."""
+        if self.kind == "index":
+            files = read_index(self.path)
+            return Weights(files, None, files[0].suffix != ".bin")
+        return find_weights(self.path) if self.kind == "folder" else None
+
+    @cached_property
+    def state_dict(self) -> StateDict | None:
+        """The DiT in the content, wherever it stands there; its tensors read."""
+        found = find(self.content, self.path)
+        if found is None or self._archive is None:
+            return found
+        try:
+            read = {k: v if isinstance(v, Tensor) else self._archive.tensor(v) for k, v in found.tensors.items()}
+        except pickle.UnpicklingError as error:
+            raise self.damaged(error) from error
+        if self.strangers:
+            names = ", ".join(sorted(self.strangers)[:5])
+            log.warning("%s also holds objects of %s; they were passed over, nothing was executed", self.path, names)
+        return StateDict(found.where, {key: tensor for key, tensor in read.items() if tensor is not None})
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """The state dict: the content itself, or its "ema" or "model", "ema" first; {} where it is something else."""
+        """The DiT's state dict; {} where there is none."""
+        return self.state_dict.tensors if self.state_dict else {}
+
+    @property
+    def entries(self) -> dict[str, Tensor]:
+        """Of one of several files: the DiT's part is not known by a key that every part has."""
         content = self.content if isinstance(self.content, dict) else {}
-        found = content.get("ema", content.get("model", content))
-        return found if isinstance(found, dict) else {}
+        archive = self._archive
+        return content if archive is None else {k: archive.tensor(v) for k, v in content.items() if hasattr(v, "shape")}
+
+    def attributes(self) -> dict[str, Any]:
+        """Arguments of the training that a file holds beside its weights, {} where it holds none."""
+        content = self.content if isinstance(self.content, dict) else {}
+        for key in ("args", "hparams", "hyper_parameters", "config"):
+            value = content.get(key)
+            if isinstance(value, argparse.Namespace | dict):
+                return dict(vars(value)) if isinstance(value, argparse.Namespace) else dict(value)
+        return {}
 
     def json(self, name: str) -> dict[str, Any]:
         """A JSON file of a folder; {} where it is not there."""
@@ -78,9 +200,11 @@ class Source:
         if not path.is_file():
             return {}
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise self.damaged(error) from error
+        return content if isinstance(content, dict) else {}
 
     def damaged(self, error: object) -> UserError:
-        return UserError(f"{self.path} is damaged, or holds more than tensors: {error}. Fetch it again.")
+        reason = (str(error).splitlines() or ["it ends too early"])[0]
+        return UserError(f"{self.path} is damaged ({reason}). Copy or fetch it again.")

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as tv
 
 from ditune.draws import generator
 
@@ -53,6 +51,8 @@ class Augment:
 
     def changed(self, picture: Tensor, numbers: torch.Generator) -> Tensor:
         """uint8 (3, R, R) -> the same."""
+        from torchvision.transforms import InterpolationMode  # the import takes seconds
+        from torchvision.transforms.v2 import functional as tv
 
         def between(low: float, high: float) -> float:
             return low + (high - low) * torch.rand((), generator=numbers).item()

@@ -13,8 +13,6 @@ from pathlib import Path, PurePosixPath
 from typing import ClassVar
 
 import numpy as np
-from scipy.io import loadmat
-from scipy.io.matlab import MatReadError
 
 from ditune.data.archives import Archive, install
 from ditune.data.formats import is_picture
@@ -186,6 +184,9 @@ def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
 
 def read_mat(path: Path, key: str) -> np.ndarray:
     """One array of a MATLAB file, without dimensions of length 1."""
+    from scipy.io import loadmat
+    from scipy.io.matlab import MatReadError
+
     if not path.is_file():
         raise UserError(f"The annotation file {path} is missing. {AGAIN}")
     try:

@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-from torchvision.datasets import Flowers102 as Torchvision
-
 from ditune.data.archives import Archive
 from ditune.data.benchmark import AGAIN, Benchmark, Record, read_mat
 from ditune.errors import UserError
@@ -52,4 +50,6 @@ class Flowers102(Benchmark):
                 if not 1 <= i <= len(labels):
                     raise UserError(f"{top / 'setid.mat'} names picture {i}, which has no label. {AGAIN}")
                 records.append(Record(f"jpg/image_{i:05d}.jpg", int(labels[i - 1]), split))
+        from torchvision.datasets import Flowers102 as Torchvision  # the import takes seconds
+
         return list(Torchvision.classes), records  # the authors' files have numbers only

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 IMAGE_COLUMNS, LABEL_COLUMNS = ("image", "img", "images", "picture"), ("label", "labels")
-ONE_CLASS = "all"
 
 
 class Parquet:

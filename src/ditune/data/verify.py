@@ -15,6 +15,7 @@ from ditune.data.manifest import Check, describe, is_current, read_manifest, wri
 from ditune.data.pictures import BROKEN, Pictures, decode
 from ditune.data.sources import Item
 from ditune.errors import UserError
+from ditune.progress import meter
 from ditune.sharing import locked, share
 
 log = logging.getLogger(__name__)
@@ -81,12 +82,16 @@ def _check_all(items: list[Item], path: Path, resolution: int) -> None:
     folder = path.with_name(f".checking-{hashlib.sha256(listing.encode()).hexdigest()[:16]}")
 
     def work(i: int) -> None:
+        part = []
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            part = list(pool.map(partial(check, resolution=resolution), items[i * PIECE : (i + 1) * PIECE]))
+            for found in pool.map(partial(check, resolution=resolution), items[i * PIECE : (i + 1) * PIECE]):
+                part.append(found)
+                progress.advance()
         with atomic(folder / f"{i}.json") as temporary:
             temporary.write_text(json.dumps(part), encoding="utf-8")
 
-    share(folder, pieces, work, lambda: is_valid(items, path), "checking pictures")
+    with meter("checking images", len(items)) as progress:
+        share(folder, pieces, work, lambda: is_valid(items, path))
     with locked(path.with_name(".checked.lock")):
         if not is_valid(items, path):
             parts = (json.loads((folder / f"{i}.json").read_text(encoding="utf-8")) for i in range(pieces))

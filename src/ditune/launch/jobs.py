@@ -13,6 +13,7 @@ from ditune.errors import UserError
 
 # keys that say where a run's files go, how it is shown or started, and nothing about what it computes
 NOT_OF_THE_RESULT = ("hydra", "launcher", "logger", "run_dir", "sweep_dir", "tags", "resume", "dry_run", "traceback")
+NOT_OF_THE_RESULT += ("verbose",)
 OF_THE_SWEEP = ("hydra/launcher", "hydra.launcher", "hydra/sweeper", "hydra.sweep", "hydra.mode", "hydra.run")
 
 
@@ -58,6 +59,8 @@ def config_hash(cfg: DictConfig) -> str:
     cfg.paths.output_dir = ""  # Hydra knows it only in the run itself
     values = OmegaConf.to_container(cfg, resolve=True)
     values.pop("paths")  # what refers to them is resolved
+    if values.get("pretrained_process") is None:
+        values.pop("pretrained_process", None)  # newer than many finished jobs
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -6,7 +6,9 @@ import time
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 
+from .overrides import hydra_value
 from .sweep import POLL, visible_gpus
 from .trees import Tree
 
@@ -23,9 +25,11 @@ def run_ranks(processes: int, out: str | Path, threads: int | None) -> int:
         out: folder that all of them write to; gets their logs.
         threads: of each process; None = one.
     """
-    overrides = [*HydraConfig.get().overrides.task, f"out={out}"]
+    out = Path(out).expanduser()
+    given = OmegaConf.to_container(HydraConfig.get().overrides.task)  # as they were written, nothing resolved
+    overrides = [*given, f"out={hydra_value(out)}"]
     command = [sys.executable, str(Path(sys.argv[0]).resolve()), *overrides]
-    tree = Tree(command, processes, Path(out), visible_gpus() or None, threads or 1)
+    tree = Tree(command, processes, out, visible_gpus() or None, threads or 1)
     try:
         while (codes := tree.poll()) is None:
             time.sleep(POLL)

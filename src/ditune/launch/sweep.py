@@ -1,6 +1,5 @@
 """Running the jobs of a sweep side by side on the devices of this machine."""
 
-import fcntl
 import logging
 import os
 import signal
@@ -15,10 +14,11 @@ from rich.console import Console
 from rich.table import Table
 
 from ditune.checkpoints.files import read_json, write_json
-from ditune.errors import UserError
+from ditune.sharing import alone
 
 from .jobs import Job
-from .trees import Tree
+from .overrides import hydra_value
+from .trees import STOPPED_GRACE, Tree
 
 log = logging.getLogger(__name__)
 
@@ -66,10 +66,10 @@ class Sweep:
 
         Raises:
             UserError: another sweep runs in the folder.
-            KeyboardInterrupt: Ctrl-C or SIGTERM; the jobs have saved checkpoints, and the same command goes on.
+            Stopped: by Ctrl-C or SIGTERM; the jobs have saved checkpoints, and the same command goes on.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with _locked(self.folder), _terminable():
+        remedy = "Wait for it, or give this one another name=."
+        with alone(self.folder / ".lock", "Another sweep", remedy), _terminable():
             try:
                 while any(job.status == "waiting" for job in jobs) or self.running:
                     self._start(jobs)
@@ -77,10 +77,7 @@ class Sweep:
                         write_summary(self.folder, jobs)
                     time.sleep(POLL)
             finally:
-                for tree, *_ in self.running.values():
-                    tree.terminate()
-                for tree, job, *_ in self.running.values():
-                    self._end(tree, job, tree.stop())
+                self._stop()
                 write_summary(self.folder, jobs)
 
     def _start(self, jobs: Sequence[Job]) -> None:
@@ -94,7 +91,13 @@ class Sweep:
             devices, self.free_gpus = self.free_gpus[:count], self.free_gpus[count:]
             self.free_slots -= slots
             threads = None if job.on_gpu else max(1, cores() // self.slots)
-            command = [sys.executable, str(self.script), *job.overrides, f"run_dir={job.folder}", "resume=auto"]
+            command = [
+                sys.executable,
+                str(self.script),
+                *job.overrides,
+                f"run_dir={hydra_value(job.folder)}",
+                "resume=auto",
+            ]
             log.info("job %d begins in %s", number, job.folder)
             job.status = "running"
             tree = Tree(command, job.processes, job.folder, devices if job.on_gpu else None, threads)
@@ -114,6 +117,20 @@ class Sweep:
             log.info("job %d: %s%s", number, job.status, f" ({job.error})" if job.error else "")
         return len(self.running) < before
 
+    def _stop(self) -> None:
+        """End what runs; a second signal leaves no time for checkpoints."""
+        for tree, *_ in self.running.values():
+            tree.poll()  # who has failed by itself shows before the others are asked
+            tree.terminate()
+        grace = STOPPED_GRACE
+        for tree, job, *_ in self.running.values():
+            try:
+                codes = tree.stop(grace)
+            except KeyboardInterrupt:
+                grace = 0.0
+                codes = tree.stop(grace)
+            self._end(tree, job, codes)
+
     def _end(self, tree: Tree, job: Job, codes: list[int]) -> None:
         """What the exit codes and the result say about a job; the result is made to say the same."""
         job.exit_codes, job.seconds = codes, round(time.monotonic() - tree.started, 1)
@@ -123,9 +140,13 @@ class Sweep:
         if not any(codes) and (said == "finished" or job.dry_run):
             job.status = "planned" if job.dry_run else "finished"
             return
-        killed = any(codes[rank] < 0 for rank in tree.failed_first)
-        job.status = "stopped" if said == "stopped" else "killed" if killed else "failed"
-        job.error = "; ".join(f"rank {rank}: {tree.reason(rank)}" for rank in tree.failed_first) or "it left no result"
+        if tree.stopping and not tree.failed_first:
+            job.status, job.error = "stopped", "stopped with the sweep; the same command goes on with it"
+        else:
+            killed = any(codes[rank] < 0 for rank in tree.failed_first)
+            job.status = "stopped" if said == "stopped" else "killed" if killed else "failed"
+            reasons = [f"rank {rank}: {tree.reason(rank)}" for rank in tree.failed_first]
+            job.error = "; ".join(reasons) or "it left no result"
         if said is not None:  # rank 0 knows only that another rank was gone
             write_json(path, result | {"status": job.status, "error": job.error})
 
@@ -148,7 +169,7 @@ def write_summary(folder: Path, jobs: Sequence[Job]) -> None:
 
 def show_summary(jobs: Sequence[Job]) -> None:
     """What became of the jobs, with only those overrides that differ between them."""
-    common = set.intersection(*(set(job.overrides) for job in jobs))
+    common = set.intersection(*(set(job.overrides) for job in jobs)) if jobs else set()
     done = "are planned" if any(job.dry_run for job in jobs) else "have a result"
     table = Table(title=f"{sum(job.succeeded for job in jobs)} of {len(jobs)} jobs {done}")
     for name in ("job", "folder", "status", "seconds", "error"):
@@ -160,16 +181,8 @@ def show_summary(jobs: Sequence[Job]) -> None:
     Console().print(table)
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"Another sweep is running in {folder}. Wait for it, or give this one another name=."
-            ) from error
-        yield
+class Stopped(KeyboardInterrupt):
+    """A signal ends the sweep; its number is the argument."""
 
 
 @contextmanager
@@ -177,10 +190,11 @@ def _terminable() -> Iterator[None]:
     """SIGTERM ends the sweep as Ctrl-C does."""
 
     def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
+        raise Stopped(number)
 
-    previous = signal.signal(signal.SIGTERM, interrupt)
+    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

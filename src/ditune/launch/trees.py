@@ -10,12 +10,19 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
 
 FAILED_GRACE = 10.0  # seconds that the other ranks have to end after one has failed
 STOPPED_GRACE = 120.0  # seconds for a last checkpoint when the sweep is stopped
 # of torchrun, Lightning and Slurm: a job must not take itself for a rank of whatever started the sweep
 FOREIGN = ("MASTER_", "RANK", "LOCAL_", "GROUP_", "NODE_RANK", "WORLD_SIZE", "ROLE_", "TORCHELASTIC_", "SLURM_")
+# what Hydra writes around an error, and torch before each line of one
+NOISE = re.compile(
+    r"\s*(Set the environment variable HYDRA_FULL_ERROR|See https?://|Error executing job with overrides)"
+)
+RANK_PREFIX = re.compile(r"^\[rank\d+\]:\s?")
+ERROR = re.compile(r"[\w.]*(Error|Exception|Interrupt|Exit|Expired|Timeout)(: |$)")
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 _PR_SET_PDEATHSIG = 1
 
@@ -50,6 +57,7 @@ class Tree:
         self.folder, self.started, self._deadline = folder, time.monotonic(), float("inf")
         self.ranks: list[subprocess.Popen] = []
         self.failed_first: list[int] = []  # the ranks that were not ended from here
+        self.stopping = False  # whether it was asked to stop
         try:
             for rank in range(processes):
                 self.ranks.append(self._start(command, rank, env if processes == 1 else env | _of_rank(rank)))
@@ -102,6 +110,7 @@ class Tree:
 
     def terminate(self) -> None:
         """Ask all ranks to save and stop, and do not wait."""
+        self.stopping = True
         self._signal(signal.SIGTERM)
 
     def _signal(self, number: int) -> None:
@@ -122,10 +131,23 @@ class Tree:
         code = self.ranks[rank].returncode
         if code < 0:
             return f"ended by {signal.Signals(-code).name}"
-        lines = self.log(rank).read_text(encoding="utf-8", errors="replace").splitlines()
-        lines = [line.strip() for line in lines if line.strip()]
-        errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt): ", line)]
-        return (errors or lines or ["it wrote nothing"])[-1]
+        return last_error(self.log(rank).read_text(encoding="utf-8", errors="replace"))
+
+
+def last_error(output: str) -> str:
+    """The last error message in what a process has written; without one, its last line."""
+    lines = [RANK_PREFIX.sub("", line).rstrip() for line in output.splitlines()]
+    lines = [line for line in lines if line.strip() and not NOISE.match(line)]
+    if errors := [line.strip() for line in lines if ERROR.match(line.strip())]:
+        return errors[-1]
+    # of a type whose name does not say that it is an error: the line below the last frame of its traceback
+    below = [line for frame, line in pairwise(lines) if frame.startswith("  ") and not line.startswith(" ")]
+    if "Traceback (most recent" in output and below:
+        return below[-1]
+    if not lines:
+        return "it wrote nothing"
+    # Hydra refuses a command line before anything else is written, and its first line says why
+    return lines[0 if "HYDRA_FULL_ERROR" in output else -1].strip()
 
 
 def _rendezvous(processes: int) -> dict[str, str]:

@@ -11,7 +11,7 @@ from ditune.metrics.distances import (
 )
 from ditune.metrics.features import EfficientNetLite0, Extractor, PictureSet, extract
 from ditune.metrics.inception import Inception2015, InceptionJudge, inception_score
-from ditune.metrics.judge import Judge
+from ditune.metrics.judge import Judge, check_counts
 from ditune.metrics.manifold import density_coverage, precision_recall
 from ditune.metrics.nearest import nearest, nearest_pixels
 
@@ -23,6 +23,7 @@ __all__ = [
     "InceptionJudge",
     "Judge",
     "PictureSet",
+    "check_counts",
     "density_coverage",
     "extract",
     "frechet_distance",

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,6 +37,8 @@ class DINOv2(nn.Module):
         check_file(Path(weights), sha256, f"Download {URL} and put it there.")
         self.sha256, self.architecture = sha256, architecture
         state = read_tensors(Path(weights))
+        import timm  # takes seconds, and most commands do without
+
         self.network = timm.create_model(architecture, pretrained=False, img_size=RESOLUTION)
         state.pop("mask_token", None)  # of its training
         state["pos_embed"] = resize_positions(state["pos_embed"], RESOLUTION // PATCH)

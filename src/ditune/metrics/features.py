@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
-import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ditune.errors import UserError
+from ditune.progress import meter
 
 
 class PictureSet(Protocol):
@@ -69,6 +69,8 @@ class EfficientNetLite0(nn.Module):
         check_file(Path(weights), sha256, remedy)
         self.sha256 = sha256
         self.resolution = resolution
+        import timm  # takes seconds, and most commands do without
+
         self.network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
         state = load_file(weights)
         self.network.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
@@ -136,9 +138,11 @@ def extract(extractor: nn.Module, pictures: Tensor | PictureSet, batch_size: int
     weight = next(extractor.parameters(), None)
     device = torch.device("cpu") if weight is None else weight.device
     features = []
-    for start in range(0, count, batch_size):
-        indices = list(range(start, min(start + batch_size, count)))
-        batch = pictures[indices] if isinstance(pictures, Tensor) else pictures.__getitems__(indices)[0]
-        padding = batch[-1:].expand(batch_size - len(batch), *batch.shape[1:])
-        features.append(extractor(torch.cat([batch, padding]).to(device))[: len(batch)].cpu())
+    with meter("extracting features", count) as progress:
+        for start in range(0, count, batch_size):
+            indices = list(range(start, min(start + batch_size, count)))
+            batch = pictures[indices] if isinstance(pictures, Tensor) else pictures.__getitems__(indices)[0]
+            padding = batch[-1:].expand(batch_size - len(batch), *batch.shape[1:])
+            features.append(extractor(torch.cat([batch, padding]).to(device))[: len(batch)].cpu())
+            progress.advance(len(indices))
     return torch.cat(features)  # (N, D)

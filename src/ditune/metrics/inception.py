@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from ditune.errors import UserError
 from ditune.metrics.distances import frechet_distance, frechet_from_statistics, statistics
@@ -46,6 +45,8 @@ class Inception2015(nn.Module):
         copy = io.BytesIO()
         torch.save(read_tensors(Path(weights)), copy)
         copy.seek(0)
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
         self.network = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], copy)
         self.network.to(memory_format=torch.channels_last)
         self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep)

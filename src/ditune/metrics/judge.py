@@ -15,10 +15,27 @@ from ditune.metrics.distances import frechet_distance, kid_with_deviation, self_
 from ditune.metrics.features import Extractor, PictureSet, extract
 from ditune.metrics.manifold import density_coverage, precision_recall
 from ditune.metrics.nearest import nearest
+from ditune.progress import meter
 
 log = logging.getLogger(__name__)
 
 CACHE_VERSION = 1
+LEAST, LEAST_REFERENCE = 4, 6  # images: KID's error is of halves of two; a ball of density reaches to the fifth other
+
+
+def check_counts(images: int, reference: int) -> None:
+    """Whether there is enough to compare, before anything is computed.
+
+    Raises:
+        UserError: there is not.
+    """
+    if images < LEAST:
+        raise UserError(f"The metrics need at least {LEAST} images, and here are {images}. Give or generate more.")
+    if reference < LEAST_REFERENCE:
+        raise UserError(
+            f"The metrics need at least {LEAST_REFERENCE} images of the reference, and it has {reference}. "
+            "Choose a larger data set or split as metrics.reference."
+        )
 
 
 class Judge:
@@ -52,15 +69,22 @@ class Judge:
         Raises UserError for fewer than four pictures, and for fewer than six of the reference.
         """
         x, y = (output[:, self.extractor.columns["features"]] for output in (x, y))
-        value, deviation = kid_with_deviation(x, y)
-        precision, recall = precision_recall(x, y)
-        density, coverage = density_coverage(x, y)
-        distance, _ = nearest(x, y)
+        with meter("comparing features", 5, "metrics") as progress:
+            value, deviation = kid_with_deviation(x, y)
+            progress.advance()
+            precision, recall = precision_recall(x, y)
+            progress.advance()
+            density, coverage = density_coverage(x, y)
+            progress.advance()
+            distance, _ = nearest(x, y)
+            progress.advance()
+            frechet = frechet_distance(x, y)
+            progress.advance()
         name = self.extractor.name
         return {
             f"kid_{name}": value,
             f"kid_{name}_std": deviation,
-            f"fd_{name}": frechet_distance(x, y),
+            f"fd_{name}": frechet,
             f"precision_{name}": precision,
             f"recall_{name}": recall,
             f"density_{name}": density,

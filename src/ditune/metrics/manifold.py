@@ -1,6 +1,7 @@
 """How much of one set of features lies among the other's: precision and recall, density and coverage.
 
-Everything is computed in float64, in chunks of rows, so that no (N, M) matrix is ever held.
+Everything is computed in float64, in chunks of rows, so that no (N, M) matrix is ever held, and about the mean of the
+reference: far from the origin |a|^2 + |b|^2 - 2 a.b is a small difference of large numbers.
 """
 
 import torch
@@ -11,8 +12,14 @@ from ditune.errors import UserError
 CHUNK = 512  # rows at once
 
 
+def centred(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Both sets in float64, moved by one vector so that the mean of y is the origin; no distance changes."""
+    mean = y.double().mean(0)
+    return x.double() - mean, y.double() - mean
+
+
 def distances(x: Tensor, y: Tensor) -> Tensor:
-    """Euclidean distances (N, D), (M, D) -> (N, M)."""
+    """Euclidean distances of `centred` sets, (N, D), (M, D) -> (N, M)."""
     square = x.square().sum(1, keepdim=True) + y.square().sum(1) - 2 * x @ y.T
     return square.clamp(min=0).sqrt()
 
@@ -36,7 +43,7 @@ def precision_recall(x: Tensor, y: Tensor, k: int = 3) -> tuple[float, float]:
     reaches to its centre's k-th neighbour. Both depend on N and M. Source: Kynkaanniemi et al. 2019, arXiv 1904.06991,
     equations 1 and 2.
     """
-    x, y = x.double(), y.double()
+    x, y = centred(x, y)
     return _share_inside(x, y, radii(y, k)), _share_inside(y, x, radii(x, k))
 
 
@@ -46,7 +53,7 @@ def density_coverage(x: Tensor, y: Tensor, k: int = 5) -> tuple[float, float]:
     Density counts in how many real balls a generated picture lies, over k; coverage is the share of real balls that
     hold a generated picture. Source: Naeem et al. 2020, arXiv 2002.09797, equations 5 and 6.
     """
-    x, y = x.double(), y.double()
+    x, y = centred(x, y)
     reach = radii(y, k)
     inside, covered = 0, torch.zeros(len(y), dtype=torch.bool, device=y.device)
     for rows in x.split(CHUNK):

@@ -13,10 +13,11 @@ def nearest(queries: Tensor, references: Tensor, k: int = 1, chunk: int = 512) -
     Raises UserError when there are fewer than k references.
     """
     check_count(references, k)
-    directions = F.normalize(references.float(), dim=1).T  # (D, M)
-    found = [(F.normalize(rows.float(), dim=1) @ directions).topk(k) for rows in queries.split(chunk)]
+    # float64: near 1 a float32 cosine has no digits left for the distance
+    directions = F.normalize(references.double(), dim=1).T  # (D, M)
+    found = [(F.normalize(rows.double(), dim=1) @ directions).topk(k) for rows in queries.split(chunk)]
     cosine, index = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return (1 - cosine).clamp(min=0), index
+    return (1 - cosine).clamp(min=0).float(), index
 
 
 def nearest_pixels(queries: Tensor, references: Tensor, k: int = 1, chunk: int = 512) -> tuple[Tensor, Tensor]:

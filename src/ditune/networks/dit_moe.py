@@ -1,6 +1,6 @@
 """DiT whose feed-forward layers are mixtures of experts (DiT-MoE, Fei et al. 2024, arXiv 2407.11633)."""
 
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -59,7 +59,7 @@ class DiTMoE(DiT):
         shared_ratio: float = 2.0,
         expert: str = "swiglu",
         score: str = "softmax",
-        renormalize: bool = False,
+        renormalize: bool | Literal["always"] = False,
         route_scale: float = 1.0,
         choice: str = "token",
         moe_every: int = 1,
@@ -67,6 +67,8 @@ class DiTMoE(DiT):
         qk_norm: bool = False,
         **dit: Any,
     ):
+        if top_k == 1 < num_experts and renormalize is True:
+            renormalize = False  # the same, and files that say true are told apart: see `of_earlier_release`
         own = {key: value for key, value in locals().items() if key not in ("self", "dit", "__class__")}
         super().__init__(hidden_size=hidden_size, depth=0, num_heads=num_heads, mlp_ratio=mlp_ratio, **dit)
         self.config = self.config | own
@@ -105,6 +107,12 @@ class DiTMoE(DiT):
             if routing is not None:
                 routing += decided
         return self.unpatchify(self.final_layer(x, c), height)
+
+
+def of_earlier_release(config: dict[str, Any]) -> dict[str, Any]:
+    """The arguments for what a stored config meant: once `renormalize` divided the weight of a single expert, too."""
+    divided = config.get("renormalize") is True and config.get("top_k") == 1 < config.get("num_experts", 1)
+    return config | {"renormalize": "always"} if divided else config
 
 
 def activated(network: nn.Module) -> int:

@@ -31,7 +31,7 @@ FORMS: dict[str, tuple[Callable[..., Tensor], dict[str, str]]] = {
 }
 
 
-@torch.compiler.disable
+@torch._disable_dynamo  # torch.compiler.disable, but the compiler is imported at the first call: it takes seconds
 def by_slices(form: Callable[..., Tensor], x_SD: Tensor, counts_E: Tensor, weights: Sequence[Tensor]) -> Tensor:
     """Expert by expert: an expert's activations stay in the cache. An expert without tokens gets gradients of zero.
 

@@ -4,7 +4,7 @@ Suffixes of names are shapes: N images, T tokens of an image, M = N T tokens, k 
 S rows (a token once for each of its experts, sorted by expert), D hidden size.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,9 @@ class Router(nn.Module):
         num_experts: E.
         top_k: k, experts of a token; with expert choice their mean number.
         score: 'softmax' over the experts (DiT-MoE, arXiv 2407.11633), or 'sigmoid' (DeepSeek-V3, arXiv 2412.19437).
-        renormalize: a token's k weights are divided by their sum.
+        renormalize: a token's k weights are divided by their sum. As in the original, the weight of the one expert that
+            is chosen of several (k = 1) stays its score: divided by itself it would be 1 whatever the router says, and
+            nothing but a balance loss would train the router. 'always': that one is divided, too.
         scale: factor on all weights (2.0 in DSMoE, arXiv 2512.01252).
         choice: 'token': every token takes its k best experts, none is ever full. 'expert': in every image each expert
             takes its T k / E best tokens (EC-DiT, arXiv 2410.02098), which is balanced by construction.
@@ -56,7 +58,7 @@ class Router(nn.Module):
         num_experts: int,
         top_k: int,
         score: str = "softmax",
-        renormalize: bool = False,
+        renormalize: bool | Literal["always"] = False,
         scale: float = 1.0,
         choice: str = "token",
     ):
@@ -65,6 +67,8 @@ class Router(nn.Module):
             raise ValueError(f"score must be one of {SCORES} and choice one of {CHOICES}, not {score!r} and {choice!r}")
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k must be between 1 and num_experts {num_experts}, but is {top_k}")
+        if renormalize not in (True, False, "always"):
+            raise ValueError(f"renormalize must be true, false or 'always', not {renormalize!r}")
         if choice == "expert" and renormalize:
             raise ValueError("with choice='expert' tokens have different numbers of experts: set renormalize=False")
         self.top_k, self.score, self.renormalize, self.scale, self.choice = top_k, score, renormalize, scale, choice
@@ -82,7 +86,8 @@ class Router(nn.Module):
         """Experts of each token, best first, and their weights: 2 x (M, k)."""
         experts_Mk = (scores_ME.detach() + self.bias_E).topk(self.top_k, dim=-1).indices
         weights_Mk = scores_ME.gather(-1, experts_Mk)
-        if self.renormalize:
+        one_of_several = self.top_k == 1 < scores_ME.shape[-1]
+        if self.renormalize == "always" or (self.renormalize and not one_of_several):
             weights_Mk = weights_Mk / weights_Mk.sum(dim=-1, keepdim=True).clamp(min=1e-20)
         return experts_Mk, weights_Mk * self.scale
 

@@ -19,7 +19,7 @@ HIGH_IS_BEST = ("is_", "precision", "recall", "density", "coverage")
 COMPARED = ("test_loss", "fid_", "sfid_", "kid_", "fd_", *HIGH_IS_BEST)  # what a method can be best at
 # keys of a config that a table shows in columns of their own, or that say nothing about the result
 SHOWN_APART = ("seed", "max_steps", "optimizer.lr", "peft.lr", "run_dir", "sweep_dir", "paths.", "logger.", "name")
-SHOWN_APART += ("launcher.", "tags", "resume", "dry_run", "traceback")
+SHOWN_APART += ("launcher.", "tags", "resume", "dry_run", "traceback", "verbose")
 
 
 @dataclass(frozen=True)

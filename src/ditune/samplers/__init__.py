@@ -58,7 +58,13 @@ def check(sampler: Sampler, process: Process, steps: int) -> None:
             f"The network was trained on {NAMES[type(process)]}, and {type(sampler).__name__} draws from "
             f"{NAMES[sampler.process]}. Set sampler=auto, or sampler={fitting}."
         )
-    sampler.check(process.in_steps(steps))
+    in_steps = process.in_steps(steps)
+    if isinstance(in_steps, GaussianProcess) and steps == 1 < in_steps.timesteps:
+        raise UserError(
+            "One step of a diffusion stands next to the data (t = 0) and cannot make an image out of noise. "
+            "Set steps to 2 or more; 25 and more give good images."
+        )
+    sampler.check(in_steps)
 
 
 @torch.inference_mode()
@@ -85,8 +91,8 @@ def sample(
         noise: (N, C, H, W) standard normal noise, on the network's device.
         y: (N,) int64 labels.
         sampler: one that suits the process.
-        steps: of the sampler, from end to end of the process. A diffusion has 1..`process.timesteps` of them, and a
-            single one stands at t = 0 and cannot make an image out of noise.
+        steps: of the sampler, from end to end of the process. A diffusion has 2..`process.timesteps` of them: a single
+            one would stand at t = 0 and cannot make an image out of noise.
         guidance: scale of classifier-free guidance; 1 is none.
         guidance_interval: part of the process, 0 = data and 1 = noise, in which guidance is on.
         guidance_channels: number of leading channels that are guided; None guides all.

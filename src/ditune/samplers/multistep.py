@@ -37,6 +37,18 @@ class Multistep(Sampler):
             raise UserError(f"There is no such method. Set method to one of {', '.join(METHODS)} and shift above 0.")
         self.method, self.shift = method, shift
 
+    def check(self, process: FlowProcess) -> None:
+        """Whether there is a step that another one can be remembered in.
+
+        Raises:
+            UserError: there is only one.
+        """
+        if process.steps < 2:
+            raise UserError(
+                "A multistep method cannot generate in one step, for it has none to look back to. "
+                "Set steps to 2 or more, or sampler=euler."
+            )
+
     def scheduler(self, times: np.ndarray):  # (steps + 1,), from 1 to 0
         """diffusers' scheduler on our times: its own grid does not end in even steps, and may shift twice."""
         from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
@@ -46,8 +58,8 @@ class Multistep(Sampler):
             prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=2, final_sigmas_type="zero"
         )
         scheduler.set_timesteps(len(times) - 1)
-        # at sigma = 1 the logarithm of the signal is infinite, so the first step begins just below
-        sigmas = times.clip(max=1 - 1e-4)
+        # at sigma = 1 the logarithm of the signal is infinite: the first step begins as far below as diffusers' UniPC
+        sigmas = times.clip(max=1 - 1e-6)
         scheduler.sigmas = torch.from_numpy(sigmas).float()
         scheduler.timesteps = torch.from_numpy(1000 * sigmas[:-1]).float()
         return scheduler

@@ -18,7 +18,10 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from ditune.data import Pictures
 from ditune.drawing import Drawer, example_plan
+from ditune.progress import meter
 from ditune.visuals import grid, side_by_side
+
+from .outlook import Outlook
 
 log = logging.getLogger(__name__)
 
@@ -47,14 +50,23 @@ class DrawSamples(Callback):
         seed: of noise and classes.
         folder: of the sheets.
         every_n_steps: steps between two sheets; 0 = only the first and the last.
+        outlook: is given the time that an image takes.
         columns: pictures in a row.
     """
 
     def __init__(
-        self, drawer: Drawer, pictures: Pictures, n: int, seed: int, folder: Path, every_n_steps: int, columns: int = 8
+        self,
+        drawer: Drawer,
+        pictures: Pictures,
+        n: int,
+        seed: int,
+        folder: Path,
+        every_n_steps: int,
+        outlook: Outlook,
+        columns: int = 8,
     ):
         self.drawer, self.pictures, self.seed, self.folder = drawer, pictures, seed, folder
-        self.every_n_steps, self.columns = every_n_steps, columns
+        self.every_n_steps, self.outlook, self.columns = every_n_steps, outlook, columns
         self.rows = example_plan(len(pictures), seed, n)
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -84,8 +96,10 @@ class DrawSamples(Callback):
         if not trainer.is_global_zero or path.exists() or not self.rows:
             return
         module.network.eval()
-        with module.ema.applied():
-            pictures = self.drawer.draw(module.network, self.pictures.labels[self.rows], self.seed)
+        labels, start = self.pictures.labels[self.rows], time.perf_counter()
+        with module.ema.applied(), meter(f"sample sheet of step {trainer.global_step}", len(labels)) as progress:
+            pictures = self.drawer.draw(module.network, labels, self.seed, on_batch=progress.update)
+        self.outlook.image_seconds = (time.perf_counter() - start) / len(labels)
         module.network.train()
         sheet = grid(pictures, self.columns)
         self.folder.mkdir(parents=True, exist_ok=True)

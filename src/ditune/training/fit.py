@@ -11,9 +11,12 @@ import torch
 from omegaconf import DictConfig
 
 import ditune
-from ditune.build import Parts, build_drawer, build_parts, make, uses_bf16
+from ditune.build import Parts, build_drawer, build_parts, make, refuse_missing, uses_bf16
 from ditune.checkpoints import load_network, read_json, save_adapter, save_network, write_json
 from ditune.cli import in_sweep
+from ditune.config.hardware import settle
+from ditune.config.keys import check
+from ditune.data import Pictures
 from ditune.data.stream import PictureStream, micro_batch_size
 from ditune.denoising import denoising_loss
 from ditune.errors import UserError
@@ -22,34 +25,55 @@ from ditune.launch.jobs import config_hash
 from ditune.networks import DiTMoE
 from ditune.peft import Full
 from ditune.preparing import ensure, training_source
+from ditune.run_folder import owned
 
 from .callbacks import peak_memory_mib
+from .checkpoint_io import newest_checkpoint
 from .loggers import WandbRun, close_loggers
 from .module import GenerativeModule
 from .plan import announce, counts
-from .setup import Resumed, StreamData, build_module, build_trainer, find_checkpoint, identity, open_loggers
+from .setup import (
+    Resumed,
+    StreamData,
+    build_module,
+    build_outlook,
+    build_trainer,
+    find_checkpoint,
+    identity,
+    open_loggers,
+)
 
 log = logging.getLogger(__name__)
-
-PRECISIONS = ("bf16-mixed", "32-true")
 
 
 def train(cfg: DictConfig) -> int:
     """Train, draw, evaluate and save into the run folder; returns the exit code of the process.
 
     Raises:
-        UserError: the config or a file is wrong.
+        UserError: the config or a file is wrong, or another process trains in the folder.
     """
+    check(cfg)
+    refuse_missing(cfg)
     folder = Path(cfg.paths.output_dir)
-    if in_sweep() and has_finished(folder, config_hash(cfg)):
+    with owned(folder):
+        return _train(cfg, folder)
+
+
+def _train(cfg: DictConfig, folder: Path) -> int:
+    key = config_hash(cfg)  # of what was asked for, before the machine decides
+    if in_sweep() and has_finished(folder, key):
         log.info("%s already holds the result of this config", folder)
         return 0
+    settle(cfg, newest_checkpoint(folder / "checkpoints") if cfg.resume else None)
+    make(cfg.logger, "logger")  # what it refuses shows before the data is prepared
     torch.set_flush_denormal(True)  # every result in docs/results was made with it; no speed was gained by it
     if not cfg.dry_run:
         ensure(cfg)
     parts = build_parts(cfg)
     check_combination(cfg, parts)
-    trainer, clock, stop = build_trainer(cfg, parts, folder)
+    drawer, held_out = build_drawer(cfg, parts), held_out_images(cfg)
+    outlook = build_outlook(cfg, parts, drawer, held_out)
+    trainer, clock, stop = build_trainer(cfg, parts, folder, outlook)
     check_processes(cfg, trainer)
     marks = identity(cfg, parts)
     resumed = find_checkpoint(cfg, folder, marks)
@@ -59,11 +83,13 @@ def train(cfg: DictConfig) -> int:
     if cfg.dry_run:
         return 0
     judged = trainer.is_global_zero and cfg.metrics.n > 0
-    comparison = build_comparison(cfg, build_drawer(cfg, parts)) if judged else None
+    comparison = build_comparison(cfg, drawer) if judged else None
+    if comparison is not None:
+        outlook.evaluation_images = cfg.metrics.n * comparison.unknown(base_to_compare(parts))
     source = training_source(cfg, parts.pictures, parts.autoencoder)
     stream = PictureStream(source, cfg.seed, cfg.data.flip, make(cfg.augment, "augment"))
     before = earlier_seconds(folder, resumed)
-    result = {"status": "running", **describe(cfg, parts), "seconds": {"fit": before}}
+    result = {"status": "running", **describe(cfg, parts, key), "seconds": {"fit": before}}
     write_result(trainer, folder, result)
     start = time.perf_counter()
     try:
@@ -83,7 +109,7 @@ def train(cfg: DictConfig) -> int:
         }
         if result["status"] == "trained" and trainer.is_global_zero:
             with stop.at_once():
-                finish(cfg, parts, module, trainer, comparison, result)
+                finish(cfg, parts, module, trainer, comparison, held_out, result)
     except KeyboardInterrupt:
         if result["status"] != "trained" or stop.stopped_by is None:
             result |= {"status": "failed", "error": "interrupted"}
@@ -116,11 +142,6 @@ def check_combination(cfg: DictConfig, parts: Parts) -> None:
         )
     if parts.base is None and not parts.method.train_labels:
         raise UserError("The label table of a network from scratch must train. Set peft.train_labels=true.")
-    if cfg.trainer.precision not in PRECISIONS:
-        raise UserError(
-            f"trainer.precision is {cfg.trainer.precision}, but what trains must stay in fp32. "
-            f"Set one of {', '.join(PRECISIONS)}."
-        )
     parts.objective.check(cfg.batch_size)
     if parts.balance is not None and not isinstance(parts.network, DiTMoE):
         raise UserError("The network has no experts whose load could be balanced. Leave balance= out, or set network=.")
@@ -174,17 +195,18 @@ def earlier_seconds(folder: Path, resumed: Resumed) -> float:
     return read_json(path).get("seconds", {}).get("fit", 0.0)
 
 
-def describe(cfg: DictConfig, parts: Parts) -> dict[str, Any]:
+def describe(cfg: DictConfig, parts: Parts, key: str) -> dict[str, Any]:
     trainable, total = counts(parts.network)
     return {
         "name": cfg.name,
-        "config_hash": config_hash(cfg),
+        "config_hash": key,
         "method": parts.method.title,
         "peft": parts.method.arguments,
         "parameters": {"trainable": trainable, "total": total, "share": trainable / total},
         "batch_size": cfg.batch_size,
         "max_steps": cfg.max_steps,
         "lr": cfg.optimizer.lr,
+        "precision": cfg.trainer.precision,
         "seed": cfg.seed,
         "data": {"name": cfg.data.name, "fingerprint": parts.pictures.fingerprint, "n": len(parts.pictures)},
         "base": None if parts.base is None else {"file": parts.base.name, "sha256": parts.base_sha256},
@@ -209,18 +231,18 @@ def finish(
     module: GenerativeModule,
     trainer: pl.Trainer,
     comparison: Comparison | None,
+    held_out: Pictures | None,
     result: dict[str, Any],
 ) -> None:
     """Save what was trained, then judge it and the base by the same protocol."""
-    folder = Path(cfg.paths.output_dir)
-    base = None if parts.reshaped else parts.base  # a network of another shape is no better or worse than its base
+    folder, base = Path(cfg.paths.output_dir), base_to_compare(parts)
     parts.network.to(trainer.strategy.root_device)  # Lightning has put it back on the CPU
     with module.ema.applied():
         start = time.perf_counter()
-        save_trained(cfg, parts, folder)
+        save_trained(cfg, parts, folder, trainer.global_step)
         if parts.base is not None:
             result["adapter_bytes"] = (folder / "adapter" / "adapter_model.safetensors").stat().st_size
-        result["denoising"] = denoising(cfg, parts)
+        result["denoising"] = {} if held_out is None else denoising(cfg, parts, held_out)
         result["metrics"] = {} if comparison is None else comparison(parts.network, base, folder / "samples")
         result["seconds"]["evaluation"] = time.perf_counter() - start
     result["status"] = "finished"
@@ -228,7 +250,7 @@ def finish(
     after = result["metrics"].get("after", {})
     for logger in trainer.loggers:
         if after:
-            logger.log_metrics({f"eval/{key}": value for key, value in after.items()}, step=cfg.max_steps)
+            logger.log_metrics({f"eval/{key}": value for key, value in after.items()}, step=trainer.global_step)
         if isinstance(logger, WandbRun):
             logger.finish_training(folder)
 
@@ -237,7 +259,7 @@ def summarise(result: dict[str, Any], folder: Path) -> None:
     """The outcome in the log's last lines."""
     before, after = (result["metrics"].get(which, {}) for which in ("before", "after"))
     for name, values in (
-        ("loss on unseen pictures", result["denoising"]),
+        ("loss on held-out images", result["denoising"]),
         *(
             (key, {"before": before.get(key), "after": value})
             for key, value in after.items()
@@ -250,16 +272,25 @@ def summarise(result: dict[str, Any], folder: Path) -> None:
     log.info("everything of this run is in %s", folder)
 
 
-def denoising(cfg: DictConfig, parts: Parts) -> dict[str, float]:
-    """Loss on unseen pictures after the training, and of the base before it; nothing where there is no such split."""
+def base_to_compare(parts: Parts) -> Path | None:
+    """The base that the trained network is compared with: one of another shape is no better or worse than it."""
+    return None if parts.reshaped else parts.base
+
+
+def held_out_images(cfg: DictConfig) -> Pictures | None:
+    """Images that are not trained on, for the loss on them; None where the data has no such split."""
     try:
-        pictures = make(cfg.data.pictures, "data", split=cfg.metrics.loss_split)
+        return make(cfg.data.pictures, "data", split=cfg.metrics.loss_split)
     except UserError as error:
-        log.info("no loss on unseen pictures: %s", error)
-        return {}
+        log.info("no loss on held-out images: %s", error)
+        return None
+
+
+def denoising(cfg: DictConfig, parts: Parts, pictures: Pictures) -> dict[str, float]:
+    """Loss on held-out images after the training, and of the base before it."""
     networks = {"after": parts.network.eval()}
-    if parts.base is not None and not parts.reshaped:
-        before = load_network(parts.base, **parts.objective.process.network)
+    if base_to_compare(parts) is not None:
+        before = load_network(parts.base, parts.network.config, **parts.objective.process.network)
         networks["before"] = before.to(next(parts.network.parameters()).device).eval()
     return {
         name: denoising_loss(network, parts.objective, parts.autoencoder, pictures, cfg.metrics.seed, uses_bf16(cfg))
@@ -267,14 +298,14 @@ def denoising(cfg: DictConfig, parts: Parts) -> dict[str, float]:
     }
 
 
-def save_trained(cfg: DictConfig, parts: Parts, folder: Path) -> None:
+def save_trained(cfg: DictConfig, parts: Parts, folder: Path, steps: int) -> None:
     common = {
         "class_names": parts.pictures.class_names,
         "autoencoder": parts.autoencoder.latent_fingerprint,
         "autoencoder_name": parts.autoencoder.name,
         "data": parts.pictures.fingerprint,
         "resolution": cfg.data.resolution,
-        "steps": cfg.max_steps,
+        "steps": steps,
     }
     process = parts.objective.process.config
     if parts.base is None:

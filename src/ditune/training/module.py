@@ -37,7 +37,7 @@ class GenerativeModule(pl.LightningModule):
         batch_size: global batch.
         identity: plain values that a checkpoint must share with the run that resumes from it.
         balance: of the experts' load; None = the network has no experts, or nobody looks at them.
-        log_every: steps between two lines of the log.
+        log_every: steps between two lines of the log; 0 = none.
     """
 
     strict_loading = False  # checkpoints hold only what trains; on_load_checkpoint checks that it is all of it
@@ -85,7 +85,7 @@ class GenerativeModule(pl.LightningModule):
         added, parts = (0.0, {}) if self.balance is None else self.balance.loss(network.routing, step)
         if self.statistics is not None:
             self.statistics.add(network.routing, loss.time, network.y)
-        if (step + 1) % self.log_every == 0:
+        if self.log_every and (step + 1) % self.log_every == 0:
             self._log_loss(loss, len(y), parts)
         return loss.total + self.method.penalty(self.network) + added
 
@@ -136,7 +136,7 @@ class GenerativeModule(pl.LightningModule):
             )
         if gradient_clip_val is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
-        if (self.global_step + 1) % self.log_every == 0:
+        if self.log_every and (self.global_step + 1) % self.log_every == 0:
             self.log("train/grad_norm", norm)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ditune.build import Parts, uses_bf16
 from ditune.data.stream import micro_batch_size
 from ditune.draws import Draws
+from ditune.launch.overrides import resolved
 from ditune.objectives import Objective, State
 from ditune.peft import PeftMethod
 
@@ -85,37 +86,66 @@ def expected_memory(
 
 
 def announce(cfg: DictConfig, parts: Parts, trainer: pl.Trainer, folder: Path) -> None:
-    """Save the resolved config and show what is going to happen."""
+    """Save the resolved config and show what is going to happen, on one screen."""
     folder.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
-    console = Console()
-    console.print(OmegaConf.to_yaml(cfg, resolve=True), style="dim", highlight=False)
-    console.print(parameter_table(parts.network, parts.method))
+    OmegaConf.save(resolved(cfg), folder / "config.yaml")
+    console = Console(soft_wrap=True, markup=False, highlight=False)
+    if cfg.verbose:
+        console.print(OmegaConf.to_yaml(cfg, resolve=True))
+        console.print(parameter_table(parts.network, parts.method))
+    trained, total = counts(parts.network)
+    console.print(f"{parts.method.title} trains {trained:,} of {total:,} parameters ({trained / total:.2%})")
+    for kind, count in trained_kinds(parts.network).items():
+        console.print(f"  {kind:<22}{count:>13,}")
+    for key, value in facts(cfg, parts, trainer, folder).items():
+        console.print(f"{key:<12}{value}")
+
+
+def facts(cfg: DictConfig, parts: Parts, trainer: pl.Trainer, folder: Path) -> dict[str, str]:
+    """What a run is made of, a line each."""
     micro = micro_batch_size(cfg.batch_size, trainer.accumulate_grad_batches, trainer.world_size)
     shape = parts.autoencoder.latent_shape(cfg.data.resolution)
     memory = expected_memory(parts.network, parts.objective, shape, micro, uses_bf16(cfg))
     passes = cfg.max_steps * cfg.batch_size / len(parts.pictures)
-    facts = {
-        "run folder": str(folder),
+    return {
         "base": "none, from scratch" if parts.base is None else f"{parts.base} ({parts.base_sha256[:12]})",
-        "data": f"{len(parts.pictures):,} pictures, {parts.pictures.num_classes} classes",
-        "latents": " x ".join(map(str, shape)),
-        "global batch": f"{cfg.batch_size} = {micro} x {trainer.accumulate_grad_batches} micro-steps "
-        f"x {trainer.world_size} processes",
-        "steps": f"{cfg.max_steps:,} ({passes:.1f} passes over the data)",
-        "expected memory": ", ".join(f"{k} {v:,.0f} MiB" for k, v in memory.items()),
-        "numbers": f"{cfg.trainer.precision}{slow_bf16(cfg, trainer)}",
+        "data": f"{cfg.data.name}, {len(parts.pictures):,} images, {parts.pictures.num_classes} classes",
+        "latents": f"{' x '.join(map(str, shape))}, autoencoder {parts.autoencoder.name}",
+        "steps": f"{cfg.max_steps:,} of {cfg.batch_size} images ({passes:.1f} passes over the data)",
+        "batch": f"{micro} x {trainer.accumulate_grad_batches} micro-steps x {trainer.world_size} processes",
+        "memory": ", ".join(f"{k} {v:,.0f} MiB" for k, v in memory.items()) + " (expected)",
+        "device": device(cfg, trainer),
+        "folder": f"{folder} (config.yaml there has every setting; verbose=true shows them)",
     }
-    table = Table(show_header=False)
-    for key, value in facts.items():
-        table.add_row(key, value)
-    console.print(table)
 
 
-def slow_bf16(cfg: DictConfig, trainer: pl.Trainer) -> str:
-    """A warning where the processor has no bf16 multiplication."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older releases of torch cannot tell
-    fast = not capabilities or any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
-    if trainer.strategy.root_device.type != "cpu" or not uses_bf16(cfg) or fast:
-        return ""
-    return ", which this processor only emulates: trainer.precision=32-true may be faster"
+def device(cfg: DictConfig, trainer: pl.Trainer) -> str:
+    """Which device and precision were chosen, and how to choose others."""
+    kind = trainer.strategy.root_device.type
+    name = torch.cuda.get_device_name() if kind == "cuda" else f"{torch.get_num_threads()} threads"
+    others = "trainer=cpu" if kind == "cuda" else "trainer=gpu"
+    return f"{kind} ({name}), {cfg.trainer.precision}; others: {others}, trainer=ddp, trainer.precision=..."
+
+
+KINDS = {  # the first that is found in a parameter's name
+    "y_embedder": "label embeddings",
+    "gamma": "scale factors gamma",
+    ".adapter.": "adapters",
+    "prompts": "prompts",
+    ".default": "injected factors",
+    "router": "routers",
+    "experts": "experts",
+    "norm": "norms",
+    "bias": "biases",
+    "": "weights",
+}
+
+
+def trained_kinds(network: nn.Module) -> dict[str, int]:
+    """Numbers of trained parameters by what they are."""
+    sums: dict[str, int] = {}
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            kind = next(kind for part, kind in KINDS.items() if part in name)
+            sums[kind] = sums.get(kind, 0) + parameter.numel()
+    return sums

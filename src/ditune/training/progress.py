@@ -1,74 +1,72 @@
-"""The progress bar, and an estimate of the whole time once the first steps are measured."""
+"""The progress of a training, and an estimate of the whole time once the first steps are measured."""
 
-import logging
 import time
+from contextlib import ExitStack
 from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import ProgressBar
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-log = logging.getLogger(__name__)
+from ditune.progress import Meter, meter
+
+from .outlook import Outlook
 
 MEASURED_STEPS = 5  # the first steps allocate and compile, so the estimate skips as many before it measures
+SYNCHRONISED = 10  # steps between two readings of the loss, which wait for a GPU
 
 
 class TrainingProgress(ProgressBar):
-    """Counts optimizer steps, with images/s and loss; a plain log line now and then where no terminal is."""
+    """Counts optimizer steps, with images/s and loss.
 
-    def __init__(self, log_every: int = 100):
+    Args:
+        outlook: what comes besides the steps.
+    """
+
+    def __init__(self, outlook: Outlook):
         super().__init__()
-        self.log_every = log_every
-        self._bar: Progress | None = None
+        self.outlook, self.first_rank = outlook, True
+        self._open = ExitStack()
+        self._meter: Meter | None = None
         self._marks: list[tuple[float, int]] = []  # (time, step)
+        self._loss = float("nan")
 
     def disable(self) -> None:
         """Called by Lightning on all ranks but the first."""
-        self.log_every = 0
+        self.first_rank = False
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self._first_step = self._last_step = trainer.global_step
-        self._marks = [(time.monotonic(), trainer.global_step)]
-        if not self.log_every:
-            return
-        columns = (
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]:.0f} images/s  loss {task.fields[loss]:.4f}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        self._bar = Progress(*columns, refresh_per_second=2)
-        if not self._bar.console.is_terminal:
-            self._bar.disable = True  # a file gets the log lines below instead of a redrawn bar
-        self._bar.start()
-        self._task = self._bar.add_task("", total=trainer.max_steps, completed=trainer.global_step, rate=0.0, loss=0.0)
+        if self.first_rank:
+            self._meter = self._open.enter_context(
+                meter("training", trainer.max_steps, "steps", done=trainer.global_step)
+            )
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        if not self._marks:  # sheets before the first step are over
+            self._marks = [(time.monotonic(), self._first_step)]
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, *_: Any) -> None:
         step = trainer.global_step
-        if self._bar is None or step == self._last_step:
+        if self._meter is None or step == self._last_step:
             return
         self._last_step, done = step, step - self._first_step
         if done % 10 == 0 or done <= 2 * MEASURED_STEPS:
             self._marks = [*self._marks[-5:], (time.monotonic(), step)]
-        rate = self._steps_per_second() * module.batch_size
-        if done == 2 * MEASURED_STEPS and trainer.max_steps - step > 10 * MEASURED_STEPS:
-            minutes = (trainer.max_steps - step) * module.batch_size / rate / 60
-            log.info("%.0f images/s: the training takes about %.1f minutes more", rate, minutes)
-        if step % 10 == 0 or step == trainer.max_steps:  # reading the loss waits for the device
-            loss = outputs["loss"].item() * trainer.accumulate_grad_batches
-            self._bar.update(self._task, completed=step, rate=rate, loss=loss)
-            if self._bar.disable and step % self.log_every == 0:
-                log.info("step %d of %d, %.0f images/s, loss %.4f", step, trainer.max_steps, rate, loss)
+        if module.device.type == "cpu" or step % SYNCHRONISED == 0 or step == trainer.max_steps:
+            self._loss = outputs["loss"].item() * trainer.accumulate_grad_batches
+        steps_per_second = self._steps_per_second()
+        images_per_second = steps_per_second * module.batch_size
+        if done == 2 * MEASURED_STEPS:
+            self.outlook.say(step, images_per_second)
+        note = f"loss {self._loss:.4f}, {images_per_second:.0f} images/s"
+        self._meter.update(step, note, pace=steps_per_second)
 
     def _steps_per_second(self) -> float:
         (start, first), (end, last) = self._marks[0], self._marks[-1]
         return (last - first) / (end - start) if end > start else 0.0
 
     def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
-        self.teardown(trainer, module, "fit")
+        self._open.close()
 
     def teardown(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self._open.close()

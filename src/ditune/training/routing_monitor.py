@@ -20,7 +20,7 @@ class RoutingMonitor(Callback):
 
     Args:
         folder: of the pictures.
-        every_n_steps: steps between two summaries.
+        every_n_steps: steps between two summaries; 0 = only the last.
     """
 
     def __init__(self, folder: Path, every_n_steps: int):
@@ -36,7 +36,7 @@ class RoutingMonitor(Callback):
         step, last = trainer.global_step, trainer.global_step == trainer.max_steps
         if module.statistics is None or (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        if not last and step % self.every_n_steps:
+        if not last and (not self.every_n_steps or step % self.every_n_steps):
             return
         statistics = module.statistics
         module.statistics = RoutingStatistics(module.network, module.device)

@@ -7,20 +7,26 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from omegaconf import DictConfig
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, read_write
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import nn
 
-from ditune.build import Parts, build_drawer, make, plain
+from ditune.build import Parts, build_drawer, given_process, make, plain
 from ditune.checkpoints import read_json
+from ditune.data import Pictures
 from ditune.data.stream import MicroBatches, PictureStream, training_loader
+from ditune.denoising import REPEATS
+from ditune.drawing import Drawer
 from ditune.errors import UserError
+from ditune.launch.overrides import between_quotes
 
 from .callbacks import DrawSamples, StepClock, StopOnSignal
 from .checkpoint_io import AtomicCheckpointIO, newest_checkpoint
 from .loggers import WandbRun
 from .metrics_csv import MetricsCsv
 from .module import GenerativeModule
+from .outlook import Outlook, forward_passes
 from .plan import parameter_kinds
 from .progress import TrainingProgress
 from .routing_monitor import RoutingMonitor
@@ -61,7 +67,7 @@ def find_checkpoint(cfg: DictConfig, folder: Path, identity: dict[str, Any]) -> 
     """The newest whole checkpoint of the run folder.
 
     Raises:
-        UserError: there is one and `resume` is not set, or it is of a run with other settings.
+        UserError: there is one and `resume` is not set, or it is of a run with other settings or lies behind max_steps.
     """
     if cfg.resume not in (None, "auto"):
         raise UserError(f"resume is {cfg.resume!r}. Set resume=auto and run_dir=<the run's folder>, or leave it out.")
@@ -81,6 +87,7 @@ def find_checkpoint(cfg: DictConfig, folder: Path, identity: dict[str, Any]) -> 
             f"The run folder {folder} already holds checkpoints. Add resume=auto to go on, or choose another run_dir."
         )
     checkpoint = torch.load(newest, map_location="cpu", weights_only=True)
+    step = checkpoint["global_step"]
     theirs = checkpoint["identity"]
     different = [f"{k} ({theirs.get(k)} there, {v} now)" for k, v in identity.items() if theirs.get(k) != v]
     if different:
@@ -88,7 +95,12 @@ def find_checkpoint(cfg: DictConfig, folder: Path, identity: dict[str, Any]) -> 
             f"The checkpoint is of another run: {', '.join(different)}. "
             "Resume with the run's own settings, or start a new run folder."
         )
-    return Resumed(newest, checkpoint["global_step"])
+    if step > cfg.max_steps:
+        raise UserError(
+            f"In {folder} the run is at step {step} already; max_steps={cfg.max_steps} lies before it. "
+            f"Set max_steps={step} or more, or start a new run folder."
+        )
+    return Resumed(newest, step)
 
 
 def identity(cfg: DictConfig, parts: Parts) -> dict[str, Any]:
@@ -105,6 +117,7 @@ def identity(cfg: DictConfig, parts: Parts) -> dict[str, Any]:
         "scheduler": scheduler,
         "ema": plain(cfg.ema),
         "base_sha256": parts.base_sha256,
+        "pretrained_process": given_process(cfg.get("pretrained_process"), "pretrained_process"),
         "classes": cfg.classes,
         "data": parts.pictures.fingerprint,
         "flip": cfg.data.flip,
@@ -134,7 +147,22 @@ def build_module(cfg: DictConfig, parts: Parts, identity: dict[str, Any]) -> Gen
     )
 
 
-def build_trainer(cfg: DictConfig, parts: Parts, folder: Path) -> tuple[pl.Trainer, StepClock, StopOnSignal]:
+def build_outlook(cfg: DictConfig, parts: Parts, drawer: Drawer, held_out: Pictures | None) -> Outlook:
+    """What the run does besides its steps; the evaluation's images are added once it is known what a record holds."""
+    networks = 1 if parts.base is None or parts.reshaped else 2  # the base's loss is measured beside the run's
+    return Outlook(
+        max_steps=cfg.max_steps,
+        batch_size=cfg.batch_size,
+        calls=forward_passes(drawer),
+        sheet_images=cfg.callbacks.samples.n,
+        every_n_steps=cfg.callbacks.samples.every_n_steps,
+        held_out_calls=0 if held_out is None else len(held_out) * REPEATS * networks,
+    )
+
+
+def build_trainer(
+    cfg: DictConfig, parts: Parts, folder: Path, outlook: Outlook
+) -> tuple[pl.Trainer, StepClock, StopOnSignal]:
     """The trainer without its loggers, which `open_loggers` adds once nothing can be wrong any more."""
     drawer = build_drawer(cfg, parts)
     sheets = cfg.callbacks.samples
@@ -142,8 +170,8 @@ def build_trainer(cfg: DictConfig, parts: Parts, folder: Path) -> tuple[pl.Train
     # the clock stands first, so that no other callback's time counts as training
     callbacks = [
         clock,
-        TrainingProgress(),
-        DrawSamples(drawer, parts.pictures, sheets.n, cfg.seed, folder / "samples", sheets.every_n_steps),
+        TrainingProgress(outlook),
+        DrawSamples(drawer, parts.pictures, sheets.n, cfg.seed, folder / "samples", sheets.every_n_steps, outlook),
         RoutingMonitor(folder / "routing", cfg.callbacks.routing.every_n_steps),
         stop,
         ModelCheckpoint(
@@ -163,7 +191,17 @@ def build_trainer(cfg: DictConfig, parts: Parts, folder: Path) -> tuple[pl.Train
         arguments = (strips.n, list(strips.steps), cfg.seed, folder / "samples", sheets.every_n_steps)
         callbacks.append(DrawStrips(drawer, parts.pictures, *arguments))
     trainer = make(cfg.trainer, "trainer", callbacks=callbacks, logger=False, plugins=[AtomicCheckpointIO()])
+    tell_ranks(folder)
     return trainer, clock, stop
+
+
+def tell_ranks(folder: Path) -> None:
+    """Lightning starts further ranks with hydra.run.dir="<folder>", whatever is in the folder's name."""
+    if not HydraConfig.initialized():
+        return
+    run = HydraConfig.get().run
+    with read_write(run):
+        run.dir = between_quotes(str(folder))
 
 
 def open_loggers(cfg: DictConfig, trainer: pl.Trainer, folder: Path, first_step: int, network: nn.Module) -> None:
@@ -173,6 +211,8 @@ def open_loggers(cfg: DictConfig, trainer: pl.Trainer, folder: Path, first_step:
     table.keep_until(first_step)
     trainer.loggers = [table] if chosen is table else [table, chosen]
     if trainer.is_global_zero:
+        if isinstance(chosen, WandbRun):
+            chosen.keep_id()
         chosen.log_hyperparams(plain(cfg))
         if isinstance(chosen, WandbRun):
             chosen.describe([(kind, *sizes) for kind, sizes in parameter_kinds(network).items()])

@@ -1,5 +1,6 @@
 """The launcher of `python src/train.py -m ...`. Hydra loads this file at every start, so it imports little."""
 
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +33,7 @@ class ProcessTreeLauncher(Launcher):
         self.hydra_context, self.config = hydra_context, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        from ditune.cli import composed
         from ditune.errors import UserError
         from ditune.launch.jobs import of_the_job, place
         from ditune.launch.sweep import Sweep, show_summary, visible_gpus
@@ -39,24 +41,31 @@ class ProcessTreeLauncher(Launcher):
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         folder = Path(self.config.hydra.sweep.dir).resolve()
         gpus = visible_gpus()
-        common = of_the_job(self.config.hydra.overrides.hydra)
-        jobs = [self._job([*overrides, *common], len(gpus)) for overrides in job_overrides]
+        common = of_the_job(OmegaConf.to_container(self.config.hydra.overrides.hydra))
+        jobs: list[Job] = []
         sweep = Sweep(folder, Path(sys.argv[0]).resolve(), gpus, self.gpus_per_job, self.slots)
         try:
+            jobs += (self._job([*overrides, *common], len(gpus)) for overrides in job_overrides)
+            composed()
             place(jobs, folder)
             sweep.run(jobs)
         except UserError as error:
             raise CompactHydraException(f"\nError: {error}") from None
+        except KeyboardInterrupt as stopped:  # of the sweep, with the signal's number; or before it
+            show_summary(jobs)
+            sys.exit(128 + (stopped.args or (signal.SIGINT,))[0])
         show_summary(jobs)
         return [self._returned(job, sum(not job.succeeded for job in jobs), len(jobs)) for job in jobs]
 
     def _job(self, overrides: list[str], gpus: int) -> "Job":
+        from ditune.config.keys import check
         from ditune.errors import UserError
         from ditune.launch.jobs import Job, config_hash, needs
 
         job = Job([*overrides, "hydra.mode=RUN"])
         try:
             cfg = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
+            check(cfg)
             job.key = config_hash(cfg)
             job.dry_run = cfg.dry_run
             job.processes, job.on_gpu = needs(cfg.trainer, gpus, self.gpus_per_job)

@@ -1,0 +1,238 @@
+"""Torch files whose pickles hold more than tensors, read without any of their objects.
+
+Whatever class or function a pickle names is never looked up: a stand-in takes its place, which takes what the pickle
+gives it and does nothing. Only tensors, numpy arrays, argparse.Namespace and plain values can be told apart afterwards.
+So a configuration, an optimizer or an attack in the file is passed over, and the weights beside it are read.
+"""
+
+import pickle
+import sys
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# fmt: off
+STORAGES = {
+    "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
+    "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
+}
+# fmt: on
+NUMPY_DTYPES = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "b1")
+
+
+class Inert:
+    """Stands for an object of any class: does nothing, whatever it is given or asked for."""
+
+    name = ""  # of the class or function that it stands for
+
+    def __new__(cls, *_: object, **__: object) -> Any:
+        return super().__new__(cls)
+
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
+
+    def __call__(self, *_: object, **__: object) -> "Inert":
+        return self
+
+    def __setstate__(self, state: object) -> None:  # or pickle would set attributes itself
+        pass
+
+    def __setitem__(self, key: object, value: object) -> None:
+        pass
+
+    def append(self, value: object) -> None:
+        pass
+
+    extend = add = update = append
+
+
+class Table(Inert, dict):
+    """An OrderedDict, a defaultdict, or a Namespace's attributes."""
+
+    def __init__(self, *content: object, **_: object) -> None:
+        pairs = content[0] if content and isinstance(content[0], list | tuple | dict) else ()
+        dict.update(self, pairs)
+
+    __setitem__ = dict.__setitem__
+    update = dict.update
+
+
+class Namespace(Table):
+    """argparse.Namespace, a plain holder of values."""
+
+    def __setstate__(self, state: object) -> None:
+        dict.update(self, state if isinstance(state, dict) else {})
+
+
+class Storage(Inert):
+    """Bytes in the archive, by their key."""
+
+    def __init__(self, key: object = "", dtype: torch.dtype | None = None) -> None:
+        self.key, self.dtype = str(key), dtype
+
+
+class StoredTensor(Inert):
+    """A dense tensor that is still in the archive."""
+
+    storage: Storage | None = None
+    shape: tuple[int, ...] = ()
+
+    def __init__(self, *parts: object) -> None:
+        self.storage, self.offset, size, stride, *_ = parts
+        if not isinstance(self.storage, Storage):
+            raise pickle.UnpicklingError("a tensor has no storage")
+        self.shape, self.stride = _integers(size), _integers(stride)
+
+    def read(self, archive: "Archive") -> Tensor:
+        flat = torch.frombuffer(archive.bytes_of(self.storage.key), dtype=self.storage.dtype)
+        return torch.as_strided(flat, self.shape, self.stride, self.offset)  # which checks the bounds
+
+
+class Parameter(Inert):
+    """A parameter is its tensor."""
+
+    def __new__(cls, data: object = None, *_: object) -> Any:
+        return data
+
+
+class StoredArray(Inert):
+    """A numpy array of numbers."""
+
+    shape: tuple[int, ...] = ()
+    dtype: "Dtype | None" = None
+
+    def __setstate__(self, state: object) -> None:
+        _, shape, self.dtype, self.fortran, self.data = state
+        self.shape = _integers(shape)
+
+    def read(self, _: "Archive") -> Tensor:
+        array = np.frombuffer(self.data, np.dtype(self.dtype.order + self.dtype.code))
+        array = array.reshape(self.shape, order="F" if self.fortran else "C")
+        return torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
+
+
+class Dtype(Inert):
+    """Of an array; others than those of numbers are not read."""
+
+    order = "<"
+
+    def __init__(self, code: object = "", *_: object) -> None:
+        self.code = code if code in NUMPY_DTYPES else None
+
+    def __setstate__(self, state: object) -> None:
+        order = state[1] if isinstance(state, tuple) and len(state) > 1 else "<"
+        self.order = order if order in ("<", ">", "=", "|") else "<"
+
+
+class Encoded(Inert):
+    """Bytes, as pickles of the second protocol write them."""
+
+    def __new__(cls, text: object = "", *_: object) -> Any:
+        return text.encode("latin1") if isinstance(text, str) else b""
+
+
+KNOWN: dict[str, type[Inert]] = {
+    "collections.OrderedDict": Table,
+    "collections.defaultdict": Table,
+    "argparse.Namespace": Namespace,
+    "torch._utils._rebuild_tensor_v2": StoredTensor,
+    "torch._utils._rebuild_parameter": Parameter,
+    "torch._utils._rebuild_parameter_with_state": Parameter,
+    "numpy.core.multiarray._reconstruct": StoredArray,
+    "numpy._core.multiarray._reconstruct": StoredArray,
+    "numpy.dtype": Dtype,
+    "_codecs.encode": Encoded,
+}
+UNREMARKABLE = {"numpy.ndarray", *(f"torch.{name}" for name in STORAGES)}
+
+
+class _Unpickler(pickle.Unpickler):
+    """Builds plain values and stand-ins; its classes are made anew for every file, so that no file can change them."""
+
+    def __init__(self, file: Any) -> None:
+        super().__init__(file)
+        self.stand_ins: dict[str, type[Inert]] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        full = f"{module}.{name}"
+        if full not in self.stand_ins:
+            self.stand_ins[full] = type("StandIn", (KNOWN.get(full, Inert),), {"name": full})
+        return self.stand_ins[full]
+
+    def persistent_load(self, pid: object) -> Storage:
+        _, kind, key, *_ = pid
+        return Storage(key, STORAGES.get(getattr(kind, "name", "").rpartition(".")[2]))
+
+    @property
+    def strangers(self) -> set[str]:
+        """Names of what was passed over."""
+        return set(self.stand_ins) - KNOWN.keys() - UNREMARKABLE
+
+
+class Archive:
+    """A torch file in its zip container.
+
+    path       the file
+    content    its object: plain values, dicts, `StoredTensor`, `StoredArray` and stand-ins
+    strangers  names of the classes and functions that it asks for, and which were passed over
+
+    Raises pickle.UnpicklingError or zipfile.BadZipFile when it is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with zipfile.ZipFile(path) as archive:
+            entry = next((name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl"), None)
+            if entry is None:
+                raise pickle.UnpicklingError("it has no data.pkl")
+            self.folder = entry.removesuffix("data.pkl")
+            order = f"{self.folder}byteorder"
+            if order in archive.namelist() and archive.read(order).decode("latin1") != sys.byteorder:
+                raise pickle.UnpicklingError("its byte order is another machine's")
+            with archive.open(entry) as file:
+                unpickler = _Unpickler(file)
+                self.content = _load(unpickler)
+        self.strangers = unpickler.strangers
+
+    def tensor(self, value: StoredTensor | StoredArray) -> Tensor | None:
+        """The tensor itself; None where it is of a kind that is not read.
+
+        Raises:
+            pickle.UnpicklingError: it reaches beyond its bytes.
+        """
+        kind = value.storage if isinstance(value, StoredTensor) else value.dtype
+        if kind is None or (kind.dtype if isinstance(kind, Storage) else kind.code) is None:
+            return None
+        try:
+            return value.read(self)
+        except (RuntimeError, ValueError, TypeError, KeyError) as error:
+            raise pickle.UnpicklingError(f"a tensor does not fit its bytes ({error})") from error
+
+    def bytes_of(self, key: str) -> bytearray:
+        with zipfile.ZipFile(self.path) as archive:
+            info = archive.getinfo(f"{self.folder}data/{key}")
+            if info.compress_type != zipfile.ZIP_STORED:
+                raise ValueError("torch does not compress its files")
+            return bytearray(archive.read(info))
+
+
+def _load(unpickler: _Unpickler) -> Any:
+    """The object of a pickle; a hostile one can fail in any way."""
+    try:
+        return unpickler.load()
+    except zipfile.BadZipFile:
+        raise
+    except Exception as error:
+        raise pickle.UnpicklingError(f"its pickle is no whole one ({error})") from error
+
+
+def _integers(values: Sequence[object]) -> tuple[int, ...]:
+    if not isinstance(values, list | tuple) or not all(isinstance(v, int) and v >= 0 for v in values):
+        raise pickle.UnpicklingError("a shape is not made of numbers")
+    return tuple(values)

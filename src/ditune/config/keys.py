@@ -1,0 +1,351 @@
+"""The values of every config key, as one table; it is asked before anything is built, and imports next to nothing.
+
+The first pattern that fits a key counts, with all rows of that same pattern: one of them must take the value.
+"""
+
+from collections.abc import Iterator, Mapping
+
+from omegaconf import DictConfig, ListConfig, OmegaConf, read_write
+
+from ditune.config.kinds import LARGEST_SEED, Key, first_fit, shown
+from ditune.errors import UserError
+
+KEYS = (
+    # of train.py
+    Key("name", str),
+    Key("seed", int, at_least=0, at_most=LARGEST_SEED),
+    Key("batch_size", int, at_least=1),
+    Key("max_steps", int, at_least=1),
+    Key("pretrained", str, null=True),
+    Key("classes", str, null=True),
+    Key("new_resolution", bool),
+    Key("gradient_checkpointing", bool),
+    Key("compile", bool),
+    Key("resume", str, null=True),
+    Key("dry_run", bool),
+    Key("traceback", bool),
+    Key("launcher.gpus_per_job", int, at_least=1, null=True),
+    Key("launcher.slots", int, at_least=1, null=True),
+    Key("launcher.objective", str, null=True),
+    Key("tags", str, many=True),
+    Key("sweep_dir", str),
+    Key("run_dir", str),
+    Key("paths.*", str),
+    # of experiments and presets
+    Key("rates.new", dict),
+    Key("rates.*.*", float, above=0),
+    Key("labels_train.*", bool),
+    Key("reruns_batch.*", int, at_least=1),
+    # trainer
+    Key("trainer.accelerator", str, choices=("auto", "cpu", "gpu", "cuda", "mps")),
+    Key("trainer.devices", int, at_least=1, also=("auto", -1, "-1")),
+    Key("trainer.devices", int, at_least=0, many=True),  # which ones
+    Key("trainer.precision", str, choices=("bf16-mixed", "32-true", "auto")),
+    Key("trainer.max_epochs", int, at_least=-1),
+    Key("trainer.accumulate_grad_batches", int, at_least=1),
+    Key("trainer.gradient_clip_val", float, above=0, null=True),
+    Key("trainer.log_every_n_steps", int, at_least=0),
+    Key("trainer.use_distributed_sampler", bool),
+    Key("trainer.enable_model_summary", bool),
+    Key("trainer.detect_anomaly", bool),
+    Key("trainer.strategy.broadcast_buffers", bool),
+    Key("trainer.strategy.find_unused_parameters", bool),
+    Key("trainer.strategy.gradient_as_bucket_view", bool),
+    # what happens between the steps
+    Key("callbacks.samples.n", int, at_least=0),
+    Key("callbacks.strips.n", int, at_least=0),
+    Key("callbacks.strips.steps", int, at_least=1, many=True),
+    Key("callbacks.checkpoint.keep", int, at_least=-1),
+    Key("callbacks.samples.every_n_steps", int, at_least=0),
+    Key("callbacks.checkpoint.every_n_steps", int, at_least=0),
+    Key("callbacks.routing.every_n_steps", int, at_least=0),
+    Key("logger.flush_every", int, at_least=1),
+    Key("logger.labels", str, many=True),
+    Key("logger.tags", str, many=True),
+    Key("logger.log_adapter", bool),
+    Key("logger.offline", bool, null=True),
+    Key("logger.group", str, null=True),
+    Key("logger.folder", str),
+    Key("logger.save_dir", str),
+    Key("logger.project", str),
+    Key("logger.version", str, null=True),
+    # how it learns
+    Key("ema.decay", float, at_least=0, at_most=1),
+    Key("optimizer.betas", float, at_least=0, below=1, many=True, length=2),
+    Key("optimizer.momentum", float, at_least=0, below=1),
+    Key("optimizer.fused", bool),
+    Key("scheduler.warmup_steps", int, at_least=0),
+    Key("scheduler.decay_to", float, at_least=0),
+    Key("balance", dict, null=True),
+    Key("balance.scope", str),
+    Key("balance.alpha", float, at_least=0),
+    Key("balance.z", float, at_least=0),
+    Key("balance.bias_rate", float, at_least=0),
+    # peft
+    Key("peft.name", str),
+    Key("peft.train_labels", bool),
+    Key("peft.gamma_depth", int, at_least=0, null=True),
+    Key("peft.gammas", str, many=True),
+    Key("peft.affine_norms", bool),
+    Key("peft.adaln", bool),
+    Key("peft.init_weights", bool),
+    Key("peft.target_modules", str),
+    Key("peft.target_modules", str, many=True),
+    Key("peft.feedforward_modules", str),
+    Key("peft.feedforward_modules", str, many=True),
+    Key("peft.*alpha", float, above=0),
+    Key("peft.scale", float),
+    Key("peft.scaling", float),
+    Key("peft.orth_reg_weight", float, at_least=0),
+    Key("peft.*seed", int, at_least=0, at_most=LARGEST_SEED),
+    Key("peft.projection_prng_key", int, at_least=0, at_most=LARGEST_SEED),
+    Key("peft.tinit", int, at_least=0),
+    Key("peft.tfinal", int, at_least=0),
+    Key("peft.deltaT", int, at_least=1),
+    Key("peft.r", int, at_least=1),
+    Key("peft.*_r", int, at_least=1),
+    Key("peft.boft_n_butterfly_factor", int, at_least=1),
+    Key("peft.*_block_size", int, at_least=1),
+    Key("peft.bottleneck", int, at_least=1),
+    Key("peft.num_prompts", int, at_least=1),
+    Key("peft.n_frequency", int, at_least=1),
+    Key("peft.total_step", int, at_least=1),
+    # network
+    Key("network.class_dropout_prob", float, at_least=0, at_most=1),
+    Key("network.learn_sigma", bool),
+    Key("network.pos_embed_scale", float, above=0),
+    Key("network.checkpoint", str, null=True),
+    Key("network.cache_dir", str),
+    # objective
+    Key("objective.process.timesteps", int, at_least=1),
+    Key("objective.process.time_scale", float, above=0),
+    Key("objective.process.data_at", int, at_least=0, at_most=1),
+    Key("objective.process.sigma_min", float, at_least=0, below=1),
+    Key("objective.process.base_steps", int, at_least=2, null=True),
+    Key("objective.process.schedule", str),
+    Key("objective.process.prediction", str),
+    Key("objective.process.variance", str),
+    Key("objective.process.step", str),
+    Key("objective.label_drop", float, at_least=0, at_most=1),
+    Key("objective.share", float, at_least=0, at_most=1),
+    Key("objective.begin", float, at_least=0, at_most=1),
+    Key("objective.end", float, at_least=0, at_most=1),
+    Key("objective.alpha", float, above=0, at_most=1, null=True),
+    Key("objective.*_ratio", float, above=0, at_most=1),
+    Key("objective.temperature", float, above=0),
+    Key("objective.smallest", float, at_least=0),
+    Key("objective.*mean", float),
+    Key("objective.*std", float, at_least=0),
+    Key("objective.guidance", float),
+    Key("objective.power", float, at_least=0),
+    Key("objective.eps", float, at_least=0),
+    Key("objective.gamma", float, above=0),
+    Key("objective.clamp", float, above=0, null=True),
+    Key("objective.*_every", int, at_least=1),
+    Key("objective.steps", int, at_least=1),
+    Key("objective.dt_bias", bool),
+    Key("objective.stratified", bool),
+    Key("objective.weight", str),
+    Key("objective.target", str),
+    Key("objective.loss", str),
+    Key("objective.levels", str),
+    Key("objective.times", str),
+    # sampler
+    Key("sampler", dict, null=True),
+    Key("sampler.sampler", dict, null=True),
+    Key("sampler.sampler.method", str),
+    Key("sampler.sampler.eta", float, at_least=0),
+    Key("sampler.sampler.clip", float, at_least=0),
+    Key("sampler.sampler.clip", bool),  # in runs of before it was a number
+    Key("sampler.sampler.told", float, at_least=0, at_most=1),
+    Key("sampler.steps", int, at_least=1, null=True),
+    Key("sampler.guidance", float, null=True),
+    Key("sampler.guidance_interval", float, at_least=0, at_most=1, many=True, length=2, ascending=True),
+    Key("sampler.guidance_channels", int, at_least=1, null=True),
+    Key("sampler.guidance_rescale", float, at_least=0, at_most=1),
+    Key("sampler.batch_size", int, at_least=1),
+    # data; a base_reference is written like data.pictures
+    Key("*.resolution", int, at_least=1),
+    Key("*.num_workers", int, at_least=0),
+    Key("*.flip", bool),
+    Key("*.latents", bool),
+    Key("*.in_memory", bool),
+    Key("*.sources", str, many=True),
+    Key("*.split", str, null=True),
+    Key("*.class_column", str, null=True),
+    Key("*.classes", str, null=True),
+    Key("*.root", str),
+    Key("*.prepared", str),
+    Key("*.manifest", str, null=True),
+    Key("augment", dict, null=True),
+    Key("augment.share", float, at_least=0, at_most=1),
+    Key("augment.degrees", float, at_least=0),
+    Key("augment.scale", float, above=0, many=True, length=2, ascending=True),
+    Key("augment.saturation", float, at_least=0, many=True, length=2, ascending=True),
+    Key("augment.hue", float, at_least=0, at_most=0.5),
+    Key("augment.shift", float, at_least=0),
+    Key("augment.shading", float, at_least=0, at_most=1),
+    # autoencoder
+    Key("*.tiling", bool),
+    Key("*.channels", int, at_least=1),
+    Key("*.patch", int, at_least=1),
+    Key("*.folder", str),
+    Key("*.hub", str, null=True),
+    Key("autoencoder.scale", float, above=0, null=True),
+    Key("others.*.scale", float, above=0, null=True),
+    # metrics
+    Key("metrics.n", int, at_least=0),
+    Key("metrics.loss_split", str, null=True),
+    Key("metrics.record", str, null=True),
+    Key("metrics.reference", dict, null=True),
+    Key("metrics.base_reference", dict, null=True),
+    Key("metrics.judge.statistics", str, null=True),
+    Key("metrics.judge.cache", str),
+    Key("metrics.judge.extractor.sha256", str),
+    Key("metrics.judge.extractor.architecture", str),
+    # whatever the group
+    Key("*.weights", str, null=True),
+    Key("*.name", str),
+    Key("*.bf16", bool),
+    Key("*.seed", int, at_least=0, at_most=LARGEST_SEED),
+    Key("*.max_steps", int, at_least=1),
+    Key("*.shift", float, above=0),
+    Key("*.lr", float, above=0),
+    Key("*.muon_lr", float, above=0),
+    Key("*.weight_decay", float, at_least=0),
+    # of several entry points
+    Key("run", str, null=True),
+    Key("checkpoint", str, null=True),
+    Key("out", str, null=True),
+    Key("n", int, at_least=1),
+    Key("steps", int, at_least=1, null=True),
+    Key("guidance", float, null=True),
+    Key("bf16", bool),
+    Key("shown", int, at_least=1),
+    Key("noise", float, at_least=0),
+    Key("limit", int, at_least=1, null=True),
+    Key("vendors.*", str),
+)
+
+# of one entry point alone; they come before those above
+APART = {
+    "sample": (
+        Key("first", int, at_least=0),
+        Key("class_name", str, null=True),
+        Key("classes", str, many=True, null=True),
+    ),
+    "evaluate": (
+        Key("images", str, null=True),
+        Key("npz", str, null=True),
+        Key("metrics_of", str),
+        Key("processes", int, at_least=1),
+        Key("threads", int, at_least=1, null=True),
+        Key("record", str, null=True),
+    ),
+    "prepare": (
+        Key("stages", str, many=True),
+        Key("again", bool),
+        Key("download", bool),
+        Key("policy", str, choices=("raise", "skip")),
+    ),
+    "report": (Key("sweep", str), Key("metric", str, null=True)),
+    "export": (Key("format", str),),
+    "upcycle": (
+        Key("num_experts", int, at_least=1),
+        Key("top_k", int, at_least=1),
+        Key("options.shared_ratio", float, at_least=0),
+        Key("options.moe_every", int, at_least=1),
+        Key("options.moe_from", float, at_least=0, at_most=1),
+    ),
+    "steps": (Key("runs", str, many=True), Key("steps", int, at_least=1, many=True)),
+    "parameters": (
+        Key("networks", str, many=True),
+        Key("num_classes", int, at_least=1),
+        Key("rows", str, many=True),
+    ),
+    "dashboard": (
+        Key("entity", str),
+        Key("project", str),
+        Key("group", str, null=True),
+        Key("metric", str),
+        Key("spec", str, null=True),
+    ),
+    "fit_codec": (
+        Key("channels", int, at_least=1, many=True),
+        Key("patch", int, at_least=1),
+        Key("pixels_resolution", int, at_least=1),
+        Key("results", str),
+    ),
+    "fit_kl": (
+        Key("lr", float, above=0),
+        Key("widths", int, at_least=1, many=True),
+        Key("layers", int, at_least=1),
+        Key("channels", int, at_least=1),
+        Key("kl_weight", float, at_least=0),
+        Key("latent_noise", float, at_least=0),
+        Key("decoder_of", str, null=True),
+        Key("warmup_steps", int, at_least=0),
+        Key("log_every", int, at_least=1),
+    ),
+}
+
+
+def rows_of(name: str, command: str = "train") -> list[Key]:
+    """The rows of the table that say what a key takes; none for a key that the table does not know."""
+    for table in (APART.get(command, ()), KEYS):
+        first = next((row for row in table if row.matches(name)), None)
+        if first is not None:
+            return [row for row in table if row.pattern == first.pattern]
+    return []
+
+
+def check(cfg: DictConfig, command: str = "train") -> None:
+    """Refuse values of a wrong type or range; whole floats of whole numbers (1e3) become int in the config.
+
+    Keys without a row are those that a user has added; what is built of them refuses what it does not know.
+
+    Args:
+        cfg: the config of an entry point, which is changed in place.
+        command: the entry point's name.
+
+    Raises:
+        UserError: names the key, its value and what it takes.
+    """
+    with read_write(cfg):
+        for name, parent, key in sorted(leaves(cfg), key=lambda leaf: OmegaConf.is_interpolation(leaf[1], leaf[2])):
+            _check_leaf(name, parent, key, command)
+
+
+def leaves(cfg: DictConfig, path: str = "") -> Iterator[tuple[str, DictConfig, str]]:
+    """(dotted name, the config that holds it, its key there) of all values; lists and references are values."""
+    for key in cfg:
+        name = f"{path}.{key}" if path else str(key)
+        if OmegaConf.is_missing(cfg, key) or str(key).startswith("_") or name == "hydra":
+            continue  # _target_ and the like belong to Hydra
+        yield name, cfg, key
+        if not OmegaConf.is_interpolation(cfg, key) and isinstance(cfg[key], DictConfig):
+            yield from leaves(cfg[key], name)
+
+
+def _check_leaf(name: str, parent: DictConfig, key: str, command: str) -> None:
+    rows, reference = rows_of(name, command), OmegaConf.is_interpolation(parent, key)
+    if reference and (not rows or rows[0].kind is str):
+        return  # paths, some of which only a run can resolve; lists of text are values themselves
+    value = parent[key]
+    if not rows:
+        if not isinstance(value, Mapping):
+            _check_group(name, value)
+        return
+    if isinstance(value, DictConfig) and rows[0].kind is dict:
+        return
+    if isinstance(value, DictConfig | ListConfig):
+        value = OmegaConf.to_container(value, resolve=rows[0].kind is not str)
+    read = first_fit(name, value, rows)
+    if type(read) is not type(value) or repr(read) != repr(value):
+        parent[key] = read
+
+
+def _check_group(name: str, value: object) -> None:
+    inside = [row.pattern.removeprefix(f"{name}.") for row in KEYS if row.pattern.startswith(f"{name}.")]
+    if inside:
+        raise UserError(f"{name} is {shown(value)}, but must be a group of keys: {', '.join(inside)}.")

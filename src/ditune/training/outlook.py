@@ -1,0 +1,59 @@
+"""How long a run will take in all, told once its first steps have been timed."""
+
+import logging
+from dataclasses import dataclass
+
+from ditune.drawing import Drawer
+from ditune.progress import duration
+
+log = logging.getLogger(__name__)
+
+FORWARD = 1 / 2.5  # of a training step: the share that a forward pass takes, until one has been timed
+
+
+@dataclass
+class Outlook:
+    """What a run does besides its steps.
+
+    Args:
+        max_steps: of the training.
+        batch_size: images of a step.
+        calls: forward passes that generating one image takes.
+        sheet_images: images of one sample sheet.
+        every_n_steps: between two sheets; 0 = only the first and the last.
+        held_out_calls: forward passes of the loss on held-out images.
+        evaluation_images: images that the evaluation generates.
+    """
+
+    max_steps: int
+    batch_size: int
+    calls: float
+    sheet_images: int
+    every_n_steps: int
+    held_out_calls: int
+    evaluation_images: int = 0
+    image_seconds: float | None = None  # for generating one, once a sheet has been timed
+
+    def say(self, step: int, images_per_second: float) -> None:
+        """Log the time that is left at `step`, by the pace of the steps before it."""
+        forward = FORWARD / images_per_second
+        image = self.image_seconds or self.calls * forward
+        due = [k for k in range(step + 1, self.max_steps) if self.every_n_steps and k % self.every_n_steps == 0]
+        parts = {
+            "training": (self.max_steps - step) * self.batch_size / images_per_second,
+            "sample sheets": (len(due) + 1) * self.sheet_images * image,
+            "evaluation": self.evaluation_images * image + self.held_out_calls * (image / self.calls),
+        }
+        shown = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items() if seconds >= 0.5)
+        log.info("%.0f images/s; expected from here: %s; in all %s", images_per_second, shown, total(parts))
+
+
+def total(parts: dict[str, float]) -> str:
+    return duration(sum(parts.values()))
+
+
+def forward_passes(drawer: Drawer) -> float:
+    """Of one image: each step takes two where guidance is on."""
+    start, end = drawer.guidance_interval
+    guided = (end - start) if drawer.guidance != 1 else 0.0
+    return drawer.steps * (1 + guided)
