@@ -590,3 +590,16 @@ def test_a_file_without_a_published_hash_is_remembered(tmp_path):
     put(tmp_path / "x.tar", "other")
     with pytest.raises(UserError, match="not the file that was first used"):
         record_first_use(tmp_path / "x.tar")
+
+
+def test_what_is_no_image_and_what_nothing_trains_is_said(tmp_path, caplog):
+    for name in ("train/cat/0.png", "train/dog/0.png", "test/owl/0.png", "train/cat/notes.txt", "train/a.svg"):
+        path = tmp_path / "data" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16)).save(path) if name.endswith(".png") else path.touch()
+    prepare(config(tmp_path / "data", "data=folder", "stages=[verify]"))
+    report = json.loads((tmp_path / "data.prepared" / "report.json").read_text())
+    assert report["not_images"] == {".svg": 1, ".txt": 1}
+    assert report["classes_without_training_images"] == ["owl"]
+    assert any("2 files are no images: .svg 1, .txt 1" in note for note in report["notes"])
+    assert all(note in caplog.text for note in report["notes"])

@@ -115,7 +115,7 @@ class ParquetReader:
 
         sizes: list[int] = []
         groups = self._file(file)[0].num_row_groups
-        with meter(f"reading sizes in {file}", groups, "row groups") as shown:
+        with meter("reading sizes of images", groups, "row groups") as shown:
             for group in range(groups):
                 lengths = compute.binary_length(self._group(file, group, column))
                 sizes += compute.fill_null(lengths, -1).to_pylist()

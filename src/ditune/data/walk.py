@@ -24,7 +24,7 @@ def files_below(root: Path) -> tuple[list[str], list[str]]:
     folder_links: list[str] = []  # a heap: what is reached twice keeps the first of its sorted names
     passed: list[str] = []
     todo = [""]
-    with meter(f"listing {root}", None, "files") as shown:
+    with meter("listing files", None, "files") as shown:
         while todo or folder_links:
             is_link = not todo
             folder = heapq.heappop(folder_links) if is_link else todo.pop()
