@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ditune.data.pictures import BROKEN, ONE_CLASS, decode
+from ditune.data.layouts import ONE_CLASS
+from ditune.data.pictures import BROKEN, decode
 from ditune.data.sources import Folder, Zip, is_picture, open_source
 from ditune.errors import UserError
 from ditune.progress import meter

@@ -40,7 +40,8 @@ class Meter:
         self.start = self.said_at = time.monotonic()
         self.lines = 0
         self._pace: float | None = None
-        self._task = None if _bars is None else _bars.add_task(what, total=total, completed=done, note="", of="")
+        of = "" if total is None else f" of {total:,} {unit}"
+        self._task = None if _bars is None else _bars.add_task(what, total=total, completed=done, note="", of=of)
 
     def advance(self, count: int = 1, note: str = "") -> None:
         """`count` more are done."""
@@ -108,12 +109,10 @@ def meter(what: str, total: int | None = None, unit: str = "images", done: int =
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             refresh_per_second=2,
-            transient=True,  # a bar that is done leaves no empty line
+            transient=True,
         )
         _bars.start()
     current = Meter(what, total, unit, done)
-    if current._task is not None:
-        _bars.update(current._task, of="" if total is None else f" of {total:,} {unit}")
     _meters.append(current)
     ended = threading.Event()
     if _bars is None and is_first_rank():

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from ditune.data.formats import count_kinds, describe_kinds, is_metadata, is_picture, remedies
 from ditune.data.metadata import Table, read_table
 from ditune.data.parquet import Parquet
-from ditune.data.sources import Item, Source
+from ditune.data.sources import ONE_CLASS, Item, Source
 from ditune.data.splits import is_split, normal_split, refuse_two_spellings
 from ditune.errors import UserError
 
-ONE_CLASS = "all"  # class of images that lie in no folder
 SHOWN = 5  # names in a message
 
 

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from ditune.data.parquet_reader import ParquetReader, import_pyarrow
-from ditune.data.sources import Item
+from ditune.data.sources import ONE_CLASS, Item
 from ditune.data.splits import is_split, normal_split, refuse_two_spellings
 from ditune.errors import UserError
 

@@ -14,6 +14,9 @@ from ditune.data.splits import is_split
 from ditune.data.walk import files_below
 from ditune.errors import UserError
 
+PARQUET = ".parquet"
+ONE_CLASS = "all"  # class of images that lie in no folder, or have no label
+
 
 class Source(Protocol):
     """What data sets need of a place where images lie.
@@ -141,9 +144,6 @@ def open_source(path: str | Path, classes: Collection[str] = ()) -> Source:
         ) from error
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error}). Allow reading it, or give another path.") from error
-
-
-PARQUET = ".parquet"
 
 
 def _open_folder(path: Path, classes: Collection[str]) -> Source:
