@@ -106,11 +106,9 @@ class ImageFiles:
         path, count, side = self.source.path, len(self.names), self.resolution
         log.info("%s holds %d images", path, count)
         if self.sheets:
-            log.info("%d sheets of this project in %s are passed over: %s", self.sheets, path, ", ".join(SHEETS))
+            log.info("sheets for people to look at (%s) are passed over: %d", ", ".join(SHEETS), self.sheets)
         if self.others:
-            log.warning(
-                "%d files in %s are no images and are passed over: %s", self.others.total(), path, said(self.others)
-            )
+            log.warning("files in %s that are no images are passed over: %s", path, said(self.others))
         resized = self.resized
         if resized:
             log.warning(
