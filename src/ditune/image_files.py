@@ -122,7 +122,11 @@ def sheets_among(names: list[str]) -> list[str]:
     """Those of the names that are sheets of src/sample.py or src/evaluate.py, by the JSON file beside them."""
     paths = [PurePosixPath(name) for name in names]
     ours = {path.parent for path in paths if any(fnmatch(path.name, pattern) for pattern in OURS)}
-    return [str(p) for p in paths if p.parent in ours and any(fnmatch(p.name, pattern) for pattern in SHEETS)]
+    return [
+        name
+        for name, path in zip(names, paths, strict=True)
+        if path.parent in ours and any(fnmatch(path.name, pattern) for pattern in SHEETS)
+    ]
 
 
 def look(source: Folder | Zip, name: str) -> tuple[tuple[int, int], int] | Exception:
