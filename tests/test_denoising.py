@@ -1,10 +1,12 @@
 """The loss on unseen pictures repeats whatever else has been computed, and a worse network has a higher one."""
 
 import torch
-from helpers import SMALL, compose
+from helpers import SMALL, compose, open_gates
 
 from ditune.build import build_parts, make
-from ditune.denoising import denoising_loss
+from ditune.data import from_uint8
+from ditune.denoising import REPEATS, denoising_loss
+from ditune.draws import Draws
 
 
 def test_loss_tells_networks_apart_and_repeats(tmp_path, pictures):
@@ -24,3 +26,24 @@ def test_loss_tells_networks_apart_and_repeats(tmp_path, pictures):
     with torch.no_grad():
         parts.network.final_layer.linear.bias += 10.0  # predicts x_0 far off
     assert loss() > first + 50
+
+
+def test_every_image_is_encoded_once_and_the_value_stays(tmp_path, pictures, monkeypatch):
+    cfg = compose(tmp_path, *SMALL, f"data.root={pictures}", "peft=full")
+    parts = build_parts(cfg)
+    open_gates(parts.network)
+    images = make(cfg.data.pictures, "data", split="train")
+    monkeypatch.setattr("ditune.denoising.BATCH", 4)  # 4, 4 and 2 images
+    encoded, encode = [], type(parts.autoencoder).encode
+    monkeypatch.setattr(type(parts.autoencoder), "encode", lambda self, x: encoded.append(len(x)) or encode(self, x))
+    found = denoising_loss(parts.network, parts.objective, parts.autoencoder, images, 0, bf16=False)
+    assert encoded == [4, 4, 2]
+    losses = []  # as it was: every repeat encodes anew, the losses in this order
+    with torch.inference_mode():
+        for repeat in range(REPEATS):
+            for start in (0, 4, 8):
+                rows = range(start, min(start + 4, len(images)))
+                batch, y = images.__getitems__(rows)
+                x0 = parts.autoencoder.to_latent(from_uint8(batch))
+                losses.append(parts.objective.denoising(parts.network, (x0, y), Draws(0, repeat, rows, "cpu")))
+    assert found == torch.cat(losses).double().mean().item()

@@ -175,8 +175,8 @@ def test_a_folder_of_samples_is_its_images_without_the_sheets(sampled, tmp_path,
     assert [name.split("/")[-1] for name in images.names] == [f"{i:05d}.png" for i in range(8)]
     assert torch.equal(images.__getitems__([3])[0][0], torch.from_numpy(IMAGES[3]).permute(2, 0, 1))
     assert images.facts == {"passed_over": {".json": 2}, "sheets_passed_over": 2, "resized": {}}
-    assert "2 files in" in caplog.text
-    assert ".json (2)" in caplog.text
+    assert "no images are passed over: .json (2)" in caplog.text
+    assert "(grid*.png, nearest.png) are passed over: 2" in caplog.text
     alone = ImageFiles(sampled / "pictures", 16)
     assert alone.fingerprint == Pictures(sampled / "pictures", 16).fingerprint  # as before there was this class
     with zipfile.ZipFile(tmp_path / "sampled.zip", "w") as archive:

@@ -107,11 +107,9 @@ class ImageFiles:
         path, count, side = self.source.path, len(self.names), self.resolution
         log.info("%s holds %d images", path, count)
         if self.sheets:
-            log.info("%d sheets of this project in %s are passed over: %s", self.sheets, path, ", ".join(SHEETS))
+            log.info("sheets for people to look at (%s) are passed over: %d", ", ".join(SHEETS), self.sheets)
         if self.others:
-            log.warning(
-                "%d files in %s are no images and are passed over: %s", self.others.total(), path, said(self.others)
-            )
+            log.warning("files in %s that are no images are passed over: %s", path, said(self.others))
         resized = self.resized
         if resized:
             log.warning(
@@ -125,7 +123,11 @@ def sheets_among(names: list[str]) -> list[str]:
     """Those of the names that are sheets of src/sample.py or src/evaluate.py, by the JSON file beside them."""
     paths = [PurePosixPath(name) for name in names]
     ours = {path.parent for path in paths if any(fnmatch(path.name, pattern) for pattern in OURS)}
-    return [str(p) for p in paths if p.parent in ours and any(fnmatch(p.name, pattern) for pattern in SHEETS)]
+    return [
+        name
+        for name, path in zip(names, paths, strict=True)
+        if path.parent in ours and any(fnmatch(path.name, pattern) for pattern in SHEETS)
+    ]
 
 
 def look(source: Folder | Zip, name: str) -> tuple[tuple[int, int], int] | Exception:
