@@ -17,12 +17,15 @@ KEYS = (
     Key("batch_size", int, at_least=1),
     Key("max_steps", int, at_least=1),
     Key("pretrained", str, null=True),
+    Key("pretrained_process", dict, null=True),  # a config of a process
+    Key("pretrained_process", str, null=True),  # its name
     Key("classes", str, null=True),
     Key("new_resolution", bool),
     Key("gradient_checkpointing", bool),
     Key("compile", bool),
     Key("resume", str, null=True),
     Key("dry_run", bool),
+    Key("verbose", bool),
     Key("traceback", bool),
     Key("launcher.gpus_per_job", int, at_least=1, null=True),
     Key("launcher.slots", int, at_least=1, null=True),
@@ -37,7 +40,7 @@ KEYS = (
     Key("labels_train.*", bool),
     Key("reruns_batch.*", int, at_least=1),
     # trainer
-    Key("trainer.accelerator", str, choices=("auto", "cpu", "gpu", "cuda", "mps")),
+    Key("trainer.accelerator", str, choices=("auto", "cpu", "gpu", "cuda", "mps", "xpu", "tpu")),
     Key("trainer.devices", int, at_least=1, also=("auto", -1, "-1")),
     Key("trainer.devices", int, at_least=0, many=True),  # which ones
     Key("trainer.precision", str, choices=("bf16-mixed", "32-true", "auto")),
@@ -48,6 +51,8 @@ KEYS = (
     Key("trainer.use_distributed_sampler", bool),
     Key("trainer.enable_model_summary", bool),
     Key("trainer.detect_anomaly", bool),
+    Key("trainer.strategy", dict),
+    Key("trainer.strategy", str),  # Lightning's names of them
     Key("trainer.strategy.broadcast_buffers", bool),
     Key("trainer.strategy.find_unused_parameters", bool),
     Key("trainer.strategy.gradient_as_bucket_view", bool),
@@ -220,7 +225,15 @@ KEYS = (
     Key("n", int, at_least=1),
     Key("steps", int, at_least=1, null=True),
     Key("guidance", float, null=True),
-    Key("bf16", bool),
+    Key("precision", str, choices=("auto", "bf16-mixed", "32-true")),
+    Key("bf16", bool, null=True),
+    Key("process", dict, null=True),  # a config of a process
+    Key("process", str, null=True),  # its name
+    Key("network_overrides.num_heads", int, at_least=1, null=True),
+    Key("network_overrides.input_size", int, at_least=1, null=True),
+    Key("network_overrides.pos_embed_scale", float, above=0, null=True),
+    Key("network_overrides.num_classes", int, at_least=1, null=True),
+    Key("network_overrides.top_k", int, at_least=1, null=True),
     Key("shown", int, at_least=1),
     Key("noise", float, at_least=0),
     Key("limit", int, at_least=1, null=True),

@@ -1,5 +1,6 @@
 """What a run is going to do, shown before it does it."""
 
+import logging
 import re
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from ditune.draws import Draws
 from ditune.launch.overrides import resolved
 from ditune.objectives import Objective, State
 from ditune.peft import PeftMethod
+
+log = logging.getLogger(__name__)
 
 
 def parameter_kinds(network: nn.Module) -> dict[str, list[int]]:
@@ -89,6 +92,8 @@ def announce(cfg: DictConfig, parts: Parts, trainer: pl.Trainer, folder: Path) -
     """Save the resolved config and show what is going to happen, on one screen."""
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(resolved(cfg), folder / "config.yaml")
+    for note in parts.pictures.notes:
+        log.warning("%s", note)
     console = Console(soft_wrap=True, markup=False, highlight=False)
     if cfg.verbose:
         console.print(OmegaConf.to_yaml(cfg, resolve=True))
@@ -109,7 +114,7 @@ def facts(cfg: DictConfig, parts: Parts, trainer: pl.Trainer, folder: Path) -> d
     passes = cfg.max_steps * cfg.batch_size / len(parts.pictures)
     return {
         "base": "none, from scratch" if parts.base is None else f"{parts.base} ({parts.base_sha256[:12]})",
-        "data": f"{cfg.data.name}, {len(parts.pictures):,} images, {parts.pictures.num_classes} classes",
+        "data": f"{cfg.data.name}, {len(parts.pictures):,} images, {parts.pictures.describe_classes()}",
         "latents": f"{' x '.join(map(str, shape))}, autoencoder {parts.autoencoder.name}",
         "steps": f"{cfg.max_steps:,} of {cfg.batch_size} images ({passes:.1f} passes over the data)",
         "batch": f"{micro} x {trainer.accumulate_grad_batches} micro-steps x {trainer.world_size} processes",
