@@ -21,7 +21,7 @@ train: $(READY) ## set up .venv and run the main job: DiffFit adapts a small DiT
 	$(BIN)/python src/train.py $(ARGS)
 
 test: $(READY) ## set up .venv and run the tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal $(ARGS)
 
 lint: $(READY) ## ruff
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

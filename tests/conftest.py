@@ -1,10 +1,12 @@
 """Fixtures of all tests: tiny pictures, a tiny base network, tiny trainings."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from helpers import SMALL, compose, open_gates
 from omegaconf import DictConfig
 from PIL import Image
@@ -13,6 +15,13 @@ from ditune.build import build_parts
 from ditune.checkpoints import save_network
 
 CLASSES = ("cat", "dog", "eel")
+
+
+def pytest_configure() -> None:
+    """Of several workers (make test) each computes in one thread, and so do the processes that it starts."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

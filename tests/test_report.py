@@ -192,3 +192,18 @@ def test_entry_point(sweep):
     assert done.returncode == 0, done.stderr
     assert done.stdout == (sweep / "table.md").read_text() + f"\n{sweep}/report.html shows all of it.\n"
     assert "0.7000" in (sweep / "table.tex").read_text()
+
+
+def test_precisions_are_never_pooled(tmp_path):
+    """Nor compared without a word: one method in bf16 and another in fp32 say so as well."""
+    for number, (method, seed, precision) in enumerate(
+        [("DiffFit", 0, "bf16-mixed"), ("DiffFit", 1, "32-true"), ("BitFit", 0, "32-true")]
+    ):
+        write_run(tmp_path / str(number), method, seed, trainer={"precision": precision})
+    table = rows(read_results(tmp_path))
+    assert [row.label for row in table] == [
+        "DiffFit (trainer.precision=bf16-mixed)",
+        "DiffFit (trainer.precision=32-true)",
+        "BitFit (trainer.precision=32-true)",
+    ]
+    assert [len(row.runs) for row in table] == [1, 1, 1]

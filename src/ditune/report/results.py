@@ -15,6 +15,7 @@ import yaml
 from ditune.checkpoints import read_json
 from ditune.errors import UserError
 
+PRECISION = "trainer.precision"  # as it was resolved
 HIGH_IS_BEST = ("is_", "precision", "recall", "density", "coverage")
 COMPARED = ("test_loss", "fid_", "sfid_", "kid_", "fd_", *HIGH_IS_BEST)  # what a method can be best at
 # keys of a config that a table shows in columns of their own, or that say nothing about the result
@@ -132,11 +133,16 @@ def rows(runs: Sequence[Run]) -> list[Row]:
 
 
 def varied(runs: Sequence[Run]) -> list[str]:
-    """Keys of the config that differ between runs of one method on one data set."""
+    """Keys of the config that differ between runs of one method on one data set; the precision also between others.
+
+    Numbers of bf16-mixed and 32-true are not the same protocol: where both are there, every row says which it has.
+    """
     values: dict[tuple[str, str, str], set[str]] = defaultdict(set)
     for run in runs:
         for key, value in run.config.items():
-            if not key.startswith(SHOWN_APART):
+            if key == PRECISION:
+                values["", "", key].add(repr(value))
+            elif not key.startswith(SHOWN_APART):
                 values[run.method, run.data, key].add(repr(value))
     return list(dict.fromkeys(key for (_, _, key), found in values.items() if len(found) > 1))
 
