@@ -214,6 +214,7 @@ RIGHT = {
     "data.flip=1": True,
     "name=7": "7",
     "callbacks.strips.steps=[1.0,2]": [1, 2],
+    "data.pictures.classes=[cat,7]": ["cat", "7"],
     "data.num_workers=${oc.decode:'2'}": 2,
     "data.num_workers=${oc.env:KEYS_WORKERS}": 2,
     "metrics.n=1e2": 100,
