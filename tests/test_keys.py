@@ -214,6 +214,7 @@ RIGHT = {
     "data.flip=1": True,
     "name=7": "7",
     "callbacks.strips.steps=[1.0,2]": [1, 2],
+    "data.pictures.classes=[cat,7]": ["cat", "7"],
     "data.num_workers=${oc.decode:'2'}": 2,
     "data.num_workers=${oc.env:KEYS_WORKERS}": 2,
     "metrics.n=1e2": 100,
@@ -366,3 +367,30 @@ def test_hydras_own_options_work(tmp_path):
         )
         assert done.returncode == 0, done.stderr
         assert text in done.stdout
+
+
+# Imports wait until they are needed
+
+HEAVY = "('timm', 'wandb', 'diffusers', 'peft', 'tensorboard')"
+
+
+def test_what_a_mistake_needs_imports_no_torch():
+    script = "import ditune.cli, ditune.config.keys, ditune.config.overrides, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT / "src").returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("module", "without"),
+    [
+        ("ditune.training", HEAVY),
+        (
+            "ditune.sampling",
+            HEAVY[:-1] + ", 'torchvision', 'pytorch_lightning', 'scipy', 'matplotlib', 'torch._dynamo')",
+        ),
+    ],
+)
+def test_what_few_runs_need_is_imported_by_those(module, without):
+    script = f"import {module}, sys; print(*(m for m in {without} if m in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT / "src", capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "\n"), done.stderr

@@ -335,7 +335,7 @@ def test_submitit_runs_the_same_sweep(tmp_path, pictures):
 
     failed = start("batch_size=4,0")
     assert failed.returncode == 1
-    assert "batch_size is the global batch" in failed.stderr
+    assert "batch_size is 0, but must be a whole number of at least 1." in failed.stderr
     result = tmp_path / "train" / "multiruns" / "two" / "0" / "result.json"
     before = result.stat().st_mtime_ns
     assert json.loads(result.read_text())["status"] == "finished"

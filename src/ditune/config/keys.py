@@ -178,7 +178,8 @@ KEYS = (
     Key("*.sources", str, many=True),
     Key("*.split", str, null=True),
     Key("*.class_column", str, null=True),
-    Key("*.classes", str, null=True),
+    Key("*.classes", str, null=True),  # a file
+    Key("*.classes", str, many=True),  # or the names
     Key("*.root", str),
     Key("*.prepared", str),
     Key("*.manifest", str, null=True),
