@@ -59,7 +59,7 @@ class Evaluation:
         return {
             "n": self.n,
             "seed": self.seed,
-            "sampler": f"{type(drawer.sampler).__name__} {vars(drawer.sampler)}",
+            "sampler": f"{drawer.sampler.kind} {drawer.sampler.settings()}",
             "steps": drawer.steps,
             "guidance": float(drawer.guidance),  # guidance=3 on the command line is no other protocol than 3.0
             "guidance_interval": [float(end) for end in drawer.guidance_interval],

@@ -114,7 +114,7 @@ def load_checkpoint(
             "steps and guidance %g",
             codec.name,
             scales,
-            type(drawer.sampler).__name__,
+            drawer.sampler.kind,
             drawer.steps,
             drawer.guidance,
         )

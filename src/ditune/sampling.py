@@ -49,7 +49,7 @@ def sample(cfg: DictConfig) -> Path:
     facts = {
         "source": str(cfg[source]),
         "seed": cfg.seed,
-        "sampler": type(drawer.sampler).__name__,
+        "sampler": drawer.sampler.kind,
         "steps": drawer.steps,
         "guidance": drawer.guidance,
         "precision": BF16 if drawer.bf16 else FP32,

@@ -3,7 +3,7 @@
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from einops import rearrange
@@ -21,6 +21,7 @@ class Autoencoder(nn.Module, ABC):
     scale       (C,) buffer, multiplied after that
     """
 
+    kind: ClassVar[str]  # in fingerprints, which stored files name; the class may be renamed
     shift: Tensor
     scale: Tensor
     moments = 1  # of the posterior: 1 = its mean, 2 = mean and log-variance
@@ -77,11 +78,11 @@ class Autoencoder(nn.Module, ABC):
     @property
     def name(self) -> str:
         """For the names of files."""
-        return f"{type(self).__name__.lower()}_{self.channels}"
+        return f"{self.kind.lower()}_{self.channels}"
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of the class and all numbers: what decides how pictures look."""
+        """sha256 of the kind and all numbers: what decides how pictures look."""
         return self._hash(self.state_dict())
 
     @property
@@ -93,7 +94,7 @@ class Autoencoder(nn.Module, ABC):
         return self.fingerprint
 
     def _hash(self, tensors: Mapping[str, Tensor]) -> str:
-        digest = hashlib.sha256(f"{type(self).__name__} {self.channels} {self.downsample}".encode())
+        digest = hashlib.sha256(f"{self.kind} {self.channels} {self.downsample}".encode())
         for name, tensor in sorted(tensors.items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.cpu().flatten().view(torch.uint8).numpy().tobytes())

@@ -28,6 +28,8 @@ class KL(Autoencoder):
     Raises UserError when the files are not there and cannot be fetched, or are damaged.
     """
 
+    kind = "KL"
+
     moments = 2
 
     def __init__(

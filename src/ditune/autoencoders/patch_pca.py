@@ -29,6 +29,8 @@ class PatchPCA(Autoencoder):
     Raises UserError for too many channels and for a missing, foreign or unfitting file.
     """
 
+    kind = "PatchPCA"
+
     mean: Tensor
     components: Tensor
 

@@ -65,7 +65,7 @@ def save_network(
         position_table: the computed table is stored too, as other readers of DiT's keys expect it.
         provenance: what else a reader should know: class names, training set, steps, metrics.
     """
-    header = {"format": FORMAT, "class": type(network).__name__, "network": network.config, "process": process}
+    header = {"format": FORMAT, "class": network.kind, "network": network.config, "process": process}
     header["provenance"] = provenance
     tensors = {k: v.detach().float().cpu().contiguous() for k, v in network.state_dict().items()}
     if not position_table:

@@ -6,7 +6,7 @@ from .dit import NETWORKS as DENSE
 from .dit import DiT
 from .dit_moe import MOE_NETWORKS, DiTMoE
 
-CLASSES: dict[str, type[DiT]] = {"DiT": DiT, "DiTMoE": DiTMoE}
+CLASSES: dict[str, type[DiT]] = {cls.kind: cls for cls in (DiT, DiTMoE)}
 NETWORKS = (*DENSE, *MOE_NETWORKS)
 
 

@@ -118,6 +118,8 @@ class DiT(nn.Module):
         step: the network is also told the length of the step that its output is for (arXiv 2410.12557).
     """
 
+    kind = "DiT"  # in the headers of files; the class may be renamed
+
     fresh: tuple[str, ...] = ()  # what a file did not have, by the beginning of its parameters' names; it must train
 
     def __init__(

@@ -46,6 +46,8 @@ class DiTMoE(DiT):
         qk_norm: LayerNorm on queries and keys, as in the published XL and G.
     """
 
+    kind = "DiTMoE"  # in the headers of files; the class may be renamed
+
     def __init__(
         self,
         *,

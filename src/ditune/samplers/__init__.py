@@ -55,7 +55,7 @@ def check(sampler: Sampler, process: Process, steps: int) -> None:
     if not isinstance(process, sampler.process):
         fitting = "euler" if isinstance(process, FlowProcess) else "ddim or ddpm"
         raise UserError(
-            f"The network was trained on {NAMES[type(process)]}, and {type(sampler).__name__} draws from "
+            f"The network was trained on {NAMES[type(process)]}, and {sampler.kind} draws from "
             f"{NAMES[sampler.process]}. Set sampler=auto, or sampler={fitting}."
         )
     in_steps = process.in_steps(steps)

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,13 @@ Step = tuple[float, Tensor, Tensor]  # time at its beginning, x after it, predic
 class Sampler(ABC):
     """Base of samplers; one of them implements `walk`, and `check` where not every number of steps will do."""
 
+    kind: ClassVar[str]  # in the protocols of stored values; the class may be renamed
+    parameters: ClassVar[tuple[str, ...]] = ()  # attributes that decide how images look, in the order of `settings`
     process: ClassVar[type[Process]]  # the kind that it draws from
+
+    def settings(self) -> dict[str, Any]:
+        """Names and values of its parameters, a part of every protocol."""
+        return {name: getattr(self, name) for name in self.parameters}
 
     def check(self, process: Process) -> None:  # noqa: B027 - most take any number
         """Whether it can take the process's steps.

@@ -22,6 +22,8 @@ class DDIM(Sampler):
         UserError: eta lies outside 0..1.
     """
 
+    kind = "DDIM"
+    parameters = ("eta", "clip")
     process = GaussianProcess
 
     def __init__(self, eta: float = 0.0, clip: float = 0.0):

@@ -17,6 +17,8 @@ class DDPM(Sampler):
         clip: hold the predicted x_0 in [-clip, clip]; 0 = not. For pixels in [-1, 1] times a scale: that scale.
     """
 
+    kind = "DDPM"
+    parameters = ("clip",)
     process = GaussianProcess
 
     def __init__(self, clip: float = 0.0):

@@ -26,6 +26,8 @@ class Euler(Sampler):
         UserError: a number out of range.
     """
 
+    kind = "Euler"
+    parameters = ("shift", "eta", "told")
     process = FlowProcess
 
     def __init__(self, shift: float = 1.0, eta: float = 0.0, told: float = 0.0):

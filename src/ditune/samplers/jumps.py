@@ -18,6 +18,7 @@ class Jumps(Sampler):
     Shortcut models take 1, 2, 4 ... M steps; networks of any length of step take any number.
     """
 
+    kind = "Jumps"
     process = FlowProcess
 
     def check(self, process: FlowProcess) -> None:
@@ -48,6 +49,7 @@ class Jumps(Sampler):
 class Renoise(Sampler):
     """Jumps to the data and puts in the noise that belongs to the next step (arXiv 2303.01469, algorithm 1)."""
 
+    kind = "Renoise"
     process = FlowProcess
 
     def walk(self, model_fn: ModelFn, process: FlowProcess, x: Tensor, noise: NoiseFn) -> Iterator[Step]:

@@ -30,6 +30,8 @@ class Multistep(Sampler):
         UserError: an unknown method, or a shift that is not positive.
     """
 
+    kind = "Multistep"
+    parameters = ("method", "shift")
     process = FlowProcess
 
     def __init__(self, method: str = "dpm_solver", shift: float = 1.0):

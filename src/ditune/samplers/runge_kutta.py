@@ -28,6 +28,8 @@ class RungeKutta(Sampler):
         UserError: an unknown method, or a shift that is not positive.
     """
 
+    kind = "RungeKutta"
+    parameters = ("method", "shift")
     process = FlowProcess
 
     def __init__(self, method: str = "heun", shift: float = 1.0):
