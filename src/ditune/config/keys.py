@@ -83,9 +83,9 @@ KEYS = (
     Key("scheduler.decay_to", float, at_least=0),
     Key("balance", dict, null=True),
     Key("balance.scope", str),
-    Key("balance.alpha", float, at_least=0),
-    Key("balance.z", float, at_least=0),
-    Key("balance.bias_rate", float, at_least=0),
+    Key("balance.alpha", float),  # Balance itself refuses negative ones
+    Key("balance.z", float),
+    Key("balance.bias_rate", float),
     # peft
     Key("peft.name", str),
     Key("peft.train_labels", bool),
