@@ -20,12 +20,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from ditune.build import freeze_in_bf16
-from ditune.draws import Draws
+from ditune.commands.parameters import build_method
+from ditune.config.components import freeze_in_bf16
 from ditune.networks import DiT, build_network, dit
 from ditune.objectives import GaussianDiffusion
-from ditune.parameters import build_method
 from ditune.processes import GaussianProcess
+from ditune.rng import Draws
 from ditune.training.ema import Ema
 
 PEFT = Path(__file__).resolve().parents[1] / "configs" / "peft"

@@ -7,7 +7,7 @@ from ditune.cli import entry_point
 
 @entry_point("analyze_routing")
 def main(cfg: DictConfig) -> None:
-    from ditune.routing_analysis import analyse  # after the config is known to be right: it takes seconds
+    from ditune.commands.analyze_routing import analyse  # after the config is known to be right: it takes seconds
 
     analyse(cfg)
 

@@ -11,8 +11,8 @@ from ditune.cli import entry_point
 
 @entry_point("dashboard")
 def main(cfg: DictConfig) -> None:
-    from ditune.checkpoints.files import atomic  # after the config is known to be right: it takes seconds
-    from ditune.dashboard import build_report, build_workspace, specification
+    from ditune.files.atomic import atomic  # after the config is known to be right: it takes seconds
+    from ditune.report.wandb_workspace import build_report, build_workspace, specification
 
     parts = (
         build_workspace(cfg.entity, cfg.project, cfg.group, cfg.metric),

@@ -11,7 +11,7 @@ def main(cfg: DictConfig) -> int:
 
     if cfg.processes > 1 and not is_rank():
         return run_ranks(cfg.processes, cfg.out, cfg.threads)
-    from ditune.judging import evaluate
+    from ditune.commands.evaluate import evaluate
 
     evaluate(cfg)
     return 0

@@ -7,7 +7,7 @@ from ditune.cli import entry_point
 
 @entry_point("export")
 def main(cfg: DictConfig) -> None:
-    from ditune.exporting import export  # after the config is known to be right: it takes seconds
+    from ditune.commands.export import export  # after the config is known to be right: it takes seconds
 
     export(cfg)
 

@@ -9,7 +9,7 @@ from ditune.cli import entry_point
 
 @entry_point("fit_codec")
 def main(cfg: DictConfig) -> None:
-    from ditune.codec_study import study  # after the config is known to be right: it takes seconds
+    from studies.linear_codecs import study  # after the config is known to be right: it takes seconds
 
     sys.stdout.write(study(cfg))
 

@@ -7,7 +7,7 @@ from ditune.cli import entry_point
 
 @entry_point("fit_kl")
 def main(cfg: DictConfig) -> None:
-    from ditune.kl_training import fit  # after the config is known to be right: it takes seconds
+    from studies.kl_autoencoder import fit  # after the config is known to be right: it takes seconds
 
     fit(cfg)
 

@@ -10,7 +10,7 @@ from ditune.cli import CONFIGS, entry_point
 
 @entry_point("parameters")
 def main(cfg: DictConfig) -> None:
-    from ditune.parameters import parameter_table  # after the config is known to be right: it takes seconds
+    from ditune.commands.parameters import parameter_table  # after the config is known to be right: it takes seconds
 
     sys.stdout.write(parameter_table(cfg.rows, cfg.networks, cfg.num_classes, Path(CONFIGS) / "peft"))
 

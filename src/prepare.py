@@ -7,7 +7,7 @@ from ditune.cli import entry_point
 
 @entry_point("prepare")
 def main(cfg: DictConfig) -> None:
-    from ditune.preparing import prepare  # after the config is known to be right: it takes seconds
+    from ditune.commands.prepare import prepare  # after the config is known to be right: it takes seconds
 
     prepare(cfg)
 

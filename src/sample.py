@@ -7,7 +7,7 @@ from ditune.cli import entry_point
 
 @entry_point("sample")
 def main(cfg: DictConfig) -> None:
-    from ditune.sampling import sample  # after the config is known to be right: it takes seconds
+    from ditune.commands.sample import sample  # after the config is known to be right: it takes seconds
 
     sample(cfg)
 

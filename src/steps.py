@@ -7,7 +7,7 @@ from ditune.cli import entry_point
 
 @entry_point("steps")
 def main(cfg: DictConfig) -> None:
-    from ditune.step_study import study  # after the config is known to be right: it takes seconds
+    from studies.few_steps import study  # after the config is known to be right: it takes seconds
 
     study(cfg)
 

@@ -7,7 +7,7 @@ from ditune.cli import entry_point
 
 @entry_point("upcycle")
 def main(cfg: DictConfig) -> None:
-    from ditune.upcycling import upcycle_file  # after the config is known to be right: it takes seconds
+    from ditune.commands.upcycle import upcycle_file  # after the config is known to be right: it takes seconds
 
     upcycle_file(cfg)
 

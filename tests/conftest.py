@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import SMALL, compose, open_gates
 from omegaconf import DictConfig
 from PIL import Image
 
-from ditune.build import build_parts
 from ditune.checkpoints import save_network
+from ditune.config.components import build_parts
+from helpers import SMALL, compose, open_gates
 
 CLASSES = ("cat", "dog", "eel")
 

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ditune import cli
-from ditune.build import build_parts
-from ditune.launch.overrides import hydra_value
+from ditune.config.components import build_parts
+from ditune.config.grammar import hydra_value
 from ditune.training.checkpoint_io import newest_checkpoint
 
 ROOT = Path(__file__).parents[1]

@@ -4,12 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from helpers import ROOT
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from ditune.networks import build_network
 from ditune.peft import METHODS, MOE_METHODS, PeftMethod, build_peft
+from helpers import ROOT
 
 NAMES = list(METHODS)
 STEPS = 5

@@ -6,9 +6,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from ditune.moe.balance import Balance, Watched
 from ditune.networks import build_network
-from ditune.training import Balance
-from ditune.training.balance import Watched
 
 STEPS, BATCH = 20, 8
 

@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import GOLDEN, assert_same_bits, golden
-from peft_helpers import build_base, build_method, output, train
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from ditune.checkpoints import load_adapter, load_adapters, load_network, save_adapter, save_network, sha256
+from ditune.checkpoints import load_adapter, load_adapters, load_network, save_adapter, save_network
 from ditune.errors import UserError
+from ditune.files.atomic import sha256
 from ditune.networks import DiT
 from ditune.peft import HUGGINGFACE, adapt_labels, build_peft, merge
+from helpers import GOLDEN, assert_same_bits, golden
+from peft_helpers import build_base, build_method, output, train
 
 
 def golden_network() -> DiT:

@@ -4,14 +4,14 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers import compose
-from miniatures import CARS, MINIATURES, SYNSETS, put, stanford_cars_whole
 from omegaconf import DictConfig
 from torchvision import datasets
 
-from ditune.build import make
+from ditune.config.components import make
 from ditune.data import Benchmark, StanfordCars
 from ditune.errors import UserError
+from helpers import compose
+from miniatures import CARS, MINIATURES, SYNSETS, put, stanford_cars_whole
 
 COUNTS = {  # of each miniature
     "artbench10": {"train": 9, "test": 3},

@@ -4,13 +4,13 @@ import json
 
 import pytest
 import torch
-from helpers import SMALL, checkpoint, compose
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from ditune.build import build_drawer, build_parts
+from ditune.config.components import build_drawer, build_parts
 from ditune.networks.moe import Experts, back_end, by_grouped_mm, by_slices
 from ditune.training import train
+from helpers import SMALL, checkpoint, compose
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 

@@ -5,9 +5,8 @@ import os
 import subprocess
 import sys
 
+from ditune.report.wandb_workspace import STEP, SWEPT, build_report, build_workspace, specification
 from helpers import ROOT, compose
-
-from ditune.dashboard import STEP, SWEPT, build_report, build_workspace, specification
 
 
 def spec(group: str | None = "sweep_7") -> dict:

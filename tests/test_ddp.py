@@ -7,11 +7,11 @@ import sys
 import time
 
 import pytest
-from helpers import ROOT, SMALL, SMALL_FLOW, assert_same_bits, checkpoint, compose
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from ditune.training import train
+from helpers import ROOT, SMALL, SMALL_FLOW, assert_same_bits, checkpoint, compose
 
 
 @pytest.mark.ddp

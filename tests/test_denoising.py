@@ -1,12 +1,12 @@
 """The loss on unseen pictures repeats whatever else has been computed, and a worse network has a higher one."""
 
 import torch
-from helpers import SMALL, compose, open_gates
 
-from ditune.build import build_parts, make
+from ditune.config.components import build_parts, make
 from ditune.data import from_uint8
-from ditune.denoising import REPEATS, denoising_loss
-from ditune.draws import Draws
+from ditune.evaluation.denoising_loss import REPEATS, denoising_loss
+from ditune.rng import Draws
+from helpers import SMALL, compose, open_gates
 
 
 def test_loss_tells_networks_apart_and_repeats(tmp_path, pictures):
@@ -33,7 +33,7 @@ def test_every_image_is_encoded_once_and_the_value_stays(tmp_path, pictures, mon
     parts = build_parts(cfg)
     open_gates(parts.network)
     images = make(cfg.data.pictures, "data", split="train")
-    monkeypatch.setattr("ditune.denoising.BATCH", 4)  # 4, 4 and 2 images
+    monkeypatch.setattr("ditune.evaluation.denoising_loss.BATCH", 4)  # 4, 4 and 2 images
     encoded, encode = [], type(parts.autoencoder).encode
     monkeypatch.setattr(type(parts.autoencoder), "encode", lambda self, x: encoded.append(len(x)) or encode(self, x))
     found = denoising_loss(parts.network, parts.objective, parts.autoencoder, images, 0, bf16=False)

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from ditune.networks import DiT
 from ditune.objectives import GaussianDiffusion
-from ditune.objectives.likelihood import (
+from ditune.objectives.variational_bound import (
     approximate_normal_cdf,
     bound_term,
     discretized_gaussian_log_likelihood,

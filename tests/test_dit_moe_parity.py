@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from helpers import GOLDEN, golden
 from torch.testing import assert_close
 
 from ditune.checkpoints import load_network, read_header, save_network
@@ -16,6 +15,7 @@ from ditune.networks.routing import balance_loss
 from ditune.objectives import GaussianDiffusion
 from ditune.processes import FlowProcess, GaussianProcess
 from ditune.samplers import Euler, guided, sample
+from helpers import GOLDEN, golden
 
 ALPHA = 0.01
 VARIANTS = {"tiny_dit_moe": False, "tiny_dit_moe_flash": True}

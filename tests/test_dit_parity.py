@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from helpers import GOLDEN, golden
 from torch.testing import assert_close
 
 from ditune.checkpoints import load_network
@@ -15,6 +14,7 @@ from ditune.objectives import GaussianDiffusion, drop_labels
 from ditune.peft import BitFit, DiffFit, Full
 from ditune.processes import GaussianProcess
 from ditune.training import Ema
+from helpers import GOLDEN, golden
 
 OBJECTIVE = GaussianDiffusion(GaussianProcess())
 LOSS_INPUTS = ("x_start", "t", "y", "noise")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ditune.autoencoders import Pixels
-from ditune.drawing import Drawer
+from ditune.generation.generator import Drawer
 from ditune.networks import DiT
 from ditune.processes import FlowProcess, GaussianProcess
 from ditune.samplers import DDIM, DDPM, Euler

@@ -8,8 +8,8 @@ from torch.testing import assert_close
 
 from ditune.data import Augment, Pictures
 from ditune.data.stream import MicroBatches, PictureStream, micro_batch_size, training_loader
-from ditune.draws import Draws, generator, mix
 from ditune.errors import UserError
+from ditune.rng import Draws, generator, mix
 
 N = 10  # pictures
 

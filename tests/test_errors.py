@@ -5,11 +5,11 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT, SMALL
 
 from ditune.cli import reported
 from ditune.errors import UserError
 from ditune.training import train
+from helpers import ROOT, SMALL
 
 # overrides of a small training, and a part of the message
 MISTAKES = {

@@ -11,18 +11,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, SMALL, compose, task
 from PIL import Image
 from torch import nn
 
-from ditune.blocks import Blocks, NpzPictures, weights_hash
-from ditune.checkpoints import read_json, write_json
+from ditune.commands.evaluate import evaluate
 from ditune.data import Pictures
 from ditune.errors import UserError
-from ditune.image_files import ImageFiles
-from ditune.judging import evaluate
+from ditune.evaluation.image_files import ImageFiles
+from ditune.evaluation.image_shards import Blocks, NpzPictures, weights_hash
+from ditune.files.atomic import read_json, write_json
 from ditune.metrics import Judge
 from ditune.training import train
+from helpers import ROOT, SMALL, compose, task
 
 
 def picture(i: int) -> torch.Tensor:
@@ -60,7 +60,9 @@ def test_blocks_are_drawn_once_and_read_in_any_order(tmp_path):
 
 def test_ranks_share_the_blocks(tmp_path, monkeypatch):
     calls: list[int] = []
-    monkeypatch.setattr("ditune.blocks.time.sleep", lambda _: pytest.fail("nothing is left to wait for"))
+    monkeypatch.setattr(
+        "ditune.evaluation.image_shards.time.sleep", lambda _: pytest.fail("nothing is left to wait for")
+    )
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(pytest.fail.Exception):  # it waits for the other one

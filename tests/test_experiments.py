@@ -6,19 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, compose
-from miniatures import MINIATURES
 from safetensors.torch import save_file
-from test_kl import small_vae
 
-from ditune.build import make
 from ditune.checkpoints import diffusers_dit
 from ditune.checkpoints.published import PUBLISHED, locate
+from ditune.config.components import make
 from ditune.errors import UserError
 from ditune.networks import build_network
 from ditune.peft import METHODS
 from ditune.run import load_run
 from ditune.training import train
+from helpers import ROOT, compose
+from miniatures import MINIATURES
+from test_kl import small_vae
 
 EIGHT = ("food101", "sun397", "df20m_mini", "caltech101", "cub", "artbench10", "flowers102", "stanford_cars")
 

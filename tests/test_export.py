@@ -7,22 +7,22 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, DiTTransformer2DModel
-from helpers import GOLDEN, golden
 from omegaconf import DictConfig
 from safetensors.torch import load_file
-from test_kl import small_vae
 
 from ditune import cli
 from ditune.autoencoders import KL
 from ditune.checkpoints import load_network, save_network
-from ditune.drawing import Drawer
+from ditune.commands.export import export, to_diffusers, to_dit
 from ditune.errors import UserError
-from ditune.exporting import export, to_diffusers, to_dit
+from ditune.generation.generator import Drawer
 from ditune.networks import DiT, build_network
 from ditune.processes import GaussianProcess
 from ditune.run import Trained, load_run
 from ditune.samplers import DDIM
 from ditune.training import train
+from helpers import GOLDEN, golden
+from test_kl import small_vae
 
 NAMES = [f"class {k}" for k in range(10)]
 

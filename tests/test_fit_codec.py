@@ -6,16 +6,16 @@ from pathlib import Path
 import hydra
 import pytest
 import torch
-from helpers import ROOT, compose
 from omegaconf import DictConfig
 
 from ditune import cli
 from ditune.autoencoders import PatchPCA
-from ditune.build import build_parts
-from ditune.checkpoints import sha256
-from ditune.codec_study import halves, psnr, reconstruct, study
+from ditune.config.components import build_parts
 from ditune.data import Pictures
 from ditune.errors import UserError
+from ditune.files.atomic import sha256
+from helpers import ROOT, compose
+from studies.linear_codecs import halves, psnr, reconstruct, study
 
 SHIPPED = ROOT / "assets" / "autoencoders"
 BASE = [ROOT / "assets" / "emoji" / f"{name}.zip" for name in ("noto", "twemoji")]

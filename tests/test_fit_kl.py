@@ -6,16 +6,16 @@ from pathlib import Path
 import hydra
 import pytest
 import torch
-from helpers import ROOT, compose
 from safetensors.torch import load_file
 
 from ditune import cli
 from ditune.autoencoders import KL
-from ditune.build import make
-from ditune.codec_study import psnr, reconstruct
+from ditune.config.components import make
 from ditune.data import Pictures
 from ditune.errors import UserError
-from ditune.kl_training import fit
+from helpers import ROOT, compose
+from studies.kl_autoencoder import fit
+from studies.linear_codecs import psnr, reconstruct
 
 
 def small(out: Path, *overrides: str):

@@ -4,17 +4,17 @@ import json
 
 import pytest
 import torch
-from helpers import SMALL, SMALL_FLOW, compose, golden
 from torch import nn
 from torch.testing import assert_close
 
-from ditune.draws import Draws
 from ditune.errors import UserError
 from ditune.objectives import FlowMatching, State
 from ditune.processes import FlowProcess, GaussianProcess, build_process, shifted
+from ditune.rng import Draws
 from ditune.run import load_run
 from ditune.samplers import DDIM, DDPM, Euler, sample
 from ditune.training import train
+from helpers import SMALL, SMALL_FLOW, compose, golden
 
 SHAPE = (3, 4, 4)
 NULL = 5

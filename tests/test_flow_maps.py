@@ -8,11 +8,11 @@ import torch
 from diffusers import UniPCMultistepScheduler
 from torch.testing import assert_close
 
-from ditune.draws import Draws
 from ditune.errors import UserError
 from ditune.networks import build_network
 from ditune.objectives import AlphaFlow, FlowMatching, GaussianDiffusion, MeanFlow, SoFlow, State
 from ditune.processes import FlowProcess, GaussianProcess
+from ditune.rng import Draws
 from ditune.samplers import Euler, Jumps, Multistep, RungeKutta, sample
 
 PROCESS = FlowProcess(time_scale=1.0, step="size")

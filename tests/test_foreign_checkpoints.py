@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from helpers import GOLDEN, golden
 from safetensors.torch import save_file
 
 from ditune.checkpoints import load_network
@@ -12,6 +11,7 @@ from ditune.checkpoints.diffusers_dit import to_ours, to_theirs
 from ditune.checkpoints.source import Source
 from ditune.errors import UserError
 from ditune.networks import DiT, build_network
+from helpers import GOLDEN, golden
 
 OFFICIAL = {
     "DiT-S-2-256x256": ("dit_s_2", 32),

@@ -14,22 +14,23 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from helpers import ROOT, SMALL_FLOW, compose
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 from ditune.autoencoders import KL
-from ditune.build import build_network, make
-from ditune.checkpoints import files as checkpoint_files
-from ditune.checkpoints import load_network, networks, read_network, save_network, sha256
+from ditune.checkpoints import load_network, networks, read_network, save_network
 from ditune.checkpoints.diffusers_dit import to_theirs
 from ditune.checkpoints.networks import PROCESSES
+from ditune.config.components import build_network, make
 from ditune.errors import UserError
+from ditune.files import atomic as checkpoint_files
+from ditune.files.atomic import sha256
 from ditune.networks import DiT, dit, dit_moe
 from ditune.networks.embeddings import sincos_2d
 from ditune.processes import FlowProcess, GaussianProcess, build_process
 from ditune.run import load_checkpoint, load_run
 from ditune.training import train
+from helpers import ROOT, SMALL_FLOW, compose
 
 SHAPE = {"input_size": 8, "hidden_size": 384, "depth": 1, "num_heads": 6, "num_classes": 3}
 NONE = OmegaConf.create({"_target_": "ditune.autoencoders.Pixels"})

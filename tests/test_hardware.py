@@ -4,15 +4,15 @@ import logging
 
 import pytest
 import torch
-from helpers import checkpoint, compose
 
-from ditune.checkpoints import read_json
 from ditune.config import hardware
 from ditune.config.hardware import bare_precision, device_of, emulation_factor, multiplies_bf16, resolve_precision
 from ditune.errors import UserError
+from ditune.files.atomic import read_json
 from ditune.launch.jobs import config_hash
 from ditune.run import load_run
 from ditune.training import train
+from helpers import checkpoint, compose
 
 
 @pytest.fixture

@@ -3,12 +3,12 @@
 import json
 
 import pytest
-from helpers import ROOT
 from safetensors import safe_open
 
 from ditune import samplers
 from ditune.autoencoders import KL, PatchPCA, Pixels
 from ditune.networks import CLASSES
+from helpers import ROOT
 
 ASSETS = ROOT / "assets"
 

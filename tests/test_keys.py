@@ -7,15 +7,15 @@ from pathlib import Path
 import hydra
 import pytest
 import yaml
-from helpers import ROOT, SMALL, compose
 from omegaconf import OmegaConf
 
 from ditune import cli
+from ditune.commands.sample import sample
 from ditune.config.keys import APART, KEYS, check, rows_of
 from ditune.config.overrides import nearest
 from ditune.errors import UserError
-from ditune.sampling import sample
 from ditune.training import train
+from helpers import ROOT, SMALL, compose
 
 CONFIGS = ROOT / "configs"
 COMMANDS = {path.stem: path.parent for path in [*CONFIGS.glob("*.yaml"), *CONFIGS.glob("reporting/*.yaml")]}
@@ -385,7 +385,7 @@ def test_what_a_mistake_needs_imports_no_torch():
     [
         ("ditune.training", HEAVY),
         (
-            "ditune.sampling",
+            "ditune.commands.sample",
             HEAVY[:-1] + ", 'torchvision', 'pytorch_lightning', 'scipy', 'matplotlib', 'torch._dynamo')",
         ),
     ],

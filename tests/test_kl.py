@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from helpers import compose
-from miniatures import cub
 from omegaconf import DictConfig
 
 from ditune.autoencoders import KL
-from ditune.build import build_parts, check_latents, make
+from ditune.commands.prepare import ensure, training_source
+from ditune.config.components import build_parts, check_latents, make
 from ditune.data.latents import Latents
-from ditune.draws import Draws
 from ditune.errors import UserError
-from ditune.preparing import ensure, training_source
+from ditune.rng import Draws
 from ditune.training.setup import build_module
+from helpers import compose
+from miniatures import cub
 
 
 def small_vae(folder: Path) -> Path:

@@ -8,18 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import SMALL, compose
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.testing import assert_close
 from wandb.proto.wandb_internal_pb2 import Record
 
-from ditune.build import build_parts, plain
-from ditune.draws import Draws
+from ditune.config.components import build_parts, plain
 from ditune.errors import UserError
 from ditune.networks import build_network
+from ditune.rng import Draws
 from ditune.training import train
-from ditune.training.loggers import ID_FILE, NAME, run_id, shortened, tags_of
+from ditune.training.loggers.wandb import ID_FILE, NAME, run_id, shortened, tags_of
+from helpers import SMALL, compose
 
 STEPS = 3
 

@@ -334,7 +334,7 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ditune.metrics.judge.os.fsync", full)
+    monkeypatch.setattr("ditune.metrics.suite.os.fsync", full)
     with pytest.raises(OSError, match="space"):
         Judge(Tiny(), tmp_path).reference(Fake(8))
     assert list(tmp_path.iterdir()) == []

@@ -4,7 +4,6 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import golden
 from torch import Tensor
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
@@ -13,6 +12,7 @@ from ditune.checkpoints.official_dit_moe import to_ours, to_theirs
 from ditune.networks import moe as moe_module
 from ditune.networks.moe import MoE, by_grouped_mm, by_slices
 from ditune.networks.routing import Router, balance_loss, z_loss
+from helpers import golden
 
 LAYERS = {"moe_layer": (8, 2), "moe_layer_empty_expert": (4, 1)}
 ALPHA = 0.01

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from helpers import ROOT
 from nbclient import NotebookClient
+
+from helpers import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 FASTER = {"STEPS = 40": "STEPS = 2", "limit=200": "limit=24", "batch_size=16": "batch_size=4", "steps=10": "steps=2"}

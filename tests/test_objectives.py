@@ -2,17 +2,17 @@
 
 import pytest
 import torch
-from helpers import ROOT, SMALL_FLOW, compose
 from torch.testing import assert_close
 
-from ditune.build import build_parts
 from ditune.checkpoints import save_network
-from ditune.draws import Draws
+from ditune.config.components import build_parts
 from ditune.errors import UserError
 from ditune.objectives import State
+from ditune.rng import Draws
 from ditune.training import train
 from ditune.training.fit import check_combination
 from ditune.training.setup import identity
+from helpers import ROOT, SMALL_FLOW, compose
 
 OBJECTIVES = sorted(path.stem for path in (ROOT / "configs" / "objective").glob("*.yaml"))
 NETWORKS = ("tiny", "tiny_moe")

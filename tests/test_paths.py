@@ -7,20 +7,20 @@ from pathlib import Path
 
 import hydra
 import pytest
-from helpers import ROOT, SMALL
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from ditune import cli
-from ditune.build import make
-from ditune.checkpoints import atomic, read_json, write_json
 from ditune.cli import message
+from ditune.config.components import make
+from ditune.config.grammar import between_quotes, hydra_value, literal, resolved
 from ditune.errors import UserError
-from ditune.launch.overrides import between_quotes, hydra_value, literal, resolved
+from ditune.files.atomic import atomic, read_json, write_json
+from ditune.files.locks import alone, attempt, locked
 from ditune.launch.trees import last_error
 from ditune.run import load_run
-from ditune.sharing import alone, attempt, locked
 from ditune.training import train
+from helpers import ROOT, SMALL
 
 ODD = """Größe (Lab), a=b [x] {y} $z #1 ~ & ! "q" it's 日本 \\"""
 HARD = [
@@ -183,7 +183,7 @@ HOLDER = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from ditune.sharing import alone
+from ditune.files.locks import alone
 with alone(Path(sys.argv[2]) / ".lock", "x", "y"):
     print("held", flush=True)
     time.sleep(60)

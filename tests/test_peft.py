@@ -2,17 +2,17 @@
 
 import pytest
 import torch
-from helpers import ROOT, assert_same_bits
 from omegaconf import OmegaConf
-from peft_helpers import CASES, Trained, build_base, build_method, everything, output, train
 from torch.testing import assert_close
 
 from ditune.checkpoints import load_adapter, load_adapters, read_adapter, save_adapter
+from ditune.commands.parameters import parameter_table
 from ditune.errors import UserError
 from ditune.networks import build_network
-from ditune.parameters import parameter_table
 from ditune.peft import METHODS, MOE_METHODS, build_peft, merge
 from ditune.training import Ema
+from helpers import ROOT, assert_same_bits
+from peft_helpers import CASES, Trained, build_base, build_method, everything, output, train
 
 NO_IDENTITY = {"vpt_deep", "vpt_shallow"}  # prompts take a share of the attention
 UNMERGEABLE = {"adaptformer", "adapter", "vpt_deep", "vpt_shallow"}

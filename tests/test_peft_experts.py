@@ -82,9 +82,8 @@ def test_a_dense_network_has_no_experts():
 
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_every_method_adapts_a_dit_moe(name):
+    from ditune.config.components import make
     from helpers import compose
-
-    from ditune.build import make
 
     adapted = network()
     before = adapted(*INPUTS)

@@ -6,19 +6,19 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT, SMALL, assert_same_bits, checkpoint, compose, movement
-from peft_helpers import CASES, adapt, build_base, inputs
 from torch.testing import assert_close
 
-from ditune.build import build_parts, freeze_in_bf16, make
 from ditune.checkpoints import read_adapter
-from ditune.denoising import denoising_loss
-from ditune.draws import Draws
+from ditune.config.components import build_parts, freeze_in_bf16, make
 from ditune.errors import UserError
+from ditune.evaluation.denoising_loss import denoising_loss
 from ditune.objectives.base import State
 from ditune.peft import Adapters
+from ditune.rng import Draws
 from ditune.run import load_run
 from ditune.training import train
+from helpers import ROOT, SMALL, assert_same_bits, checkpoint, compose, movement
+from peft_helpers import CASES, adapt, build_base, inputs
 
 OBJECTIVES = sorted(path.stem for path in (ROOT / "configs" / "objective").glob("*.yaml"))
 THREE = ("bitfit", "difffit", "lora")

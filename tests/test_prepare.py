@@ -17,24 +17,25 @@ import hydra
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, SMALL, compose
-from miniatures import MINIATURES, SYNSETS, cub, picture, put
 from omegaconf import DictConfig
 from PIL import Image
 
-from ditune import cli, preparing
+from ditune import cli
 from ditune.autoencoders import PatchPCA
-from ditune.build import make
+from ditune.commands import prepare as preparing
+from ditune.commands.prepare import prepare
+from ditune.config.components import make
 from ditune.data import CUB, Caltech101, Flowers102, ImageNet
 from ditune.data import archives as archives_module
 from ditune.data.archives import Archive, install, unpack
 from ditune.data.latents import Latents, Writer
 from ditune.data.stream import PictureStream
 from ditune.errors import UserError
-from ditune.fetch import fetch, record_first_use
-from ditune.preparing import prepare
-from ditune.sharing import attempt, share
+from ditune.files.download import fetch, record_first_use
+from ditune.files.locks import attempt, share
 from ditune.training import train
+from helpers import ROOT, SMALL, compose
+from miniatures import MINIATURES, SYNSETS, cub, picture, put
 
 
 def config(root: Path, *overrides: str) -> DictConfig:
@@ -510,7 +511,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch) -> Iterator[str]:
-    monkeypatch.setattr("ditune.fetch.PAUSE", 0)
+    monkeypatch.setattr("ditune.files.download.PAUSE", 0)
     Handler.content, Handler.breaks, Handler.limit, Handler.ranges, Handler.requests = (
         bytes(range(250)) * 40,
         0,

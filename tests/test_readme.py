@@ -6,9 +6,9 @@ from pathlib import Path
 
 import hydra
 import pytest
-from helpers import ROOT
 
 from ditune import cli
+from helpers import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = "\n".join(re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL))

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers import ROOT
 from PIL import Image
 
 from ditune.errors import UserError
@@ -19,6 +18,7 @@ from ditune.report.plots import loss_curve, methods_sheet
 from ditune.report.results import best, main_metric, rows
 from ditune.report.tables import latex_table
 from ditune.report.write import write_report
+from helpers import ROOT
 
 METHODS = {"DiffFit": (40, 0.30), "BitFit": (30, 0.35), "Full": (4000, 0.20)}  # trained parameters, KID of seed 0
 FILES = {"results.csv", "table.md", "table.tex", "pareto.png", "curves.png", "samples.png", "report.html"}

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_same_bits, checkpoint, movement
 from omegaconf import OmegaConf
 
-from ditune.checkpoints import read_header, read_json
+from ditune.checkpoints import read_header
 from ditune.errors import UserError
+from ditune.files.atomic import read_json
 from ditune.training import GenerativeModule, train
 from ditune.training.checkpoint_io import AtomicCheckpointIO, newest_checkpoint
+from helpers import assert_same_bits, checkpoint, movement
 
 STEPS = 7  # of 4 pictures each; a pass over the ten pictures ends within step 3
 STOPPED = 128 + signal.SIGTERM

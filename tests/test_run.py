@@ -11,21 +11,22 @@ from shutil import copytree
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, SMALL, compose, task
 from omegaconf import OmegaConf
 from PIL import Image
 
 from ditune import cli
-from ditune.build import build_drawer, build_evaluation, build_parts, make
-from ditune.checkpoints import load_network, read_adapter, sha256, write_json
+from ditune.checkpoints import load_network, read_adapter
+from ditune.commands.evaluate import build_comparison, evaluate
+from ditune.commands.sample import balanced_labels, sample
 from ditune.config import hardware
+from ditune.config.components import build_drawer, build_evaluation, build_parts, make
 from ditune.errors import UserError
-from ditune.evaluation import Record
-from ditune.judging import build_comparison, evaluate
+from ditune.evaluation.protocol import Record
+from ditune.files.atomic import sha256, write_json
 from ditune.networks import DiT
 from ditune.run import load_checkpoint, load_run
-from ditune.sampling import balanced_labels, sample
 from ditune.training import train
+from helpers import ROOT, SMALL, compose, task
 
 JUDGED = ["metrics.n=5", "+metrics.judge.batch_size=4", "sampler.batch_size=4"]
 

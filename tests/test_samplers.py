@@ -6,10 +6,10 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from ditune.draws import Draws
 from ditune.errors import UserError
 from ditune.objectives import GaussianDiffusion, drop_labels
 from ditune.processes import FlowProcess, GaussianProcess, kept_timesteps
+from ditune.rng import Draws
 from ditune.samplers import DDIM, DDPM, Euler, Jumps, Multistep, NoiseStream, Renoise, check, guided, sample
 
 SHAPE = (3, 4, 4)

@@ -4,19 +4,19 @@ from collections import Counter
 
 import pytest
 import torch
-from helpers import SMALL_FLOW, assert_same_bits, checkpoint, compose
 from torch.testing import assert_close
 
-from ditune.build import build_parts
 from ditune.checkpoints import load_network, save_network
-from ditune.draws import Draws
+from ditune.config.components import build_parts
 from ditune.errors import UserError
 from ditune.networks import build_network
 from ditune.objectives import LiveReflow, MeanFlow, ProgressiveDistillation, Shortcut, State
 from ditune.processes import FlowProcess, GaussianProcess, build_process
+from ditune.rng import Draws
 from ditune.run import load_run
 from ditune.samplers import Jumps, default_sampler, sample
 from ditune.training import train
+from helpers import SMALL_FLOW, assert_same_bits, checkpoint, compose
 
 TOLD = FlowProcess(step="log2", base_steps=128)
 SMALL_SHORTCUT = [*SMALL_FLOW[:-1], "objective=shortcut"]

@@ -10,7 +10,6 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from helpers import GOLDEN, golden
 from safetensors import safe_open
 from torch import Tensor
 from torch.testing import assert_close
@@ -32,6 +31,7 @@ from ditune.objectives.shortcut import code_levels
 from ditune.processes import build_process
 from ditune.samplers import Euler, Jumps, Renoise, sample
 from ditune.training import Ema
+from helpers import GOLDEN, golden
 
 TOLERANCE = {"atol": 2e-5, "rtol": 0}
 PROCESS_OF_THE_CODE = build_process(PROCESS)

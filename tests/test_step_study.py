@@ -2,13 +2,13 @@
 
 import hydra
 import pytest
-from helpers import SMALL_FLOW, compose
 
 from ditune import cli
-from ditune.checkpoints import read_json, write_json
 from ditune.errors import UserError
-from ditune.step_study import study
+from ditune.files.atomic import read_json, write_json
 from ditune.training import train
+from helpers import SMALL_FLOW, compose
+from studies.few_steps import study
 
 
 def test_table_curve_and_strips(tmp_path, pictures, caplog):

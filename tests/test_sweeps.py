@@ -11,7 +11,6 @@ from pathlib import Path
 
 import hydra
 import pytest
-from helpers import ROOT, SMALL, compose
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
@@ -21,10 +20,11 @@ from torch.testing import assert_close
 
 from ditune import cli
 from ditune.errors import UserError
+from ditune.files.locks import alone
 from ditune.launch.jobs import Job, config_hash, needs, of_the_job, place
 from ditune.launch.sweep import Stopped, Sweep
 from ditune.launch.trees import Tree
-from ditune.sharing import alone
+from helpers import ROOT, SMALL, compose
 
 
 def processes(text: str) -> list[int]:
@@ -98,7 +98,7 @@ import sys, time
 sys.path.insert(0, {str(ROOT / "src")!r})
 from pathlib import Path
 from ditune.launch.trees import Tree
-from ditune.sharing import alone
+from ditune.files.locks import alone
 Tree([sys.executable, "-c", "import time; time.sleep(60)", {mark!r}], 2, Path({str(tmp_path)!r}))
 print("up", flush=True)
 time.sleep(60)

@@ -7,24 +7,25 @@ from pathlib import Path
 import hydra
 import pytest
 import torch
-from helpers import GOLDEN, SMALL, compose, golden
 from omegaconf import DictConfig
 from torch.testing import assert_close
 
 from ditune import cli
 from ditune.checkpoints import load_network, read_header, save_network
 from ditune.checkpoints.official_dit_moe import to_theirs
+from ditune.commands.analyze_routing import analyse
+from ditune.commands.evaluate import evaluate
+from ditune.commands.upcycle import upcycle_file
 from ditune.errors import UserError
-from ditune.judging import evaluate
+from ditune.moe.statistics import RoutingStatistics, mutual_information
+from ditune.moe.upcycling import upcycle
 from ditune.networks import DiT, DiTMoE
 from ditune.peft import build_peft
 from ditune.processes import FlowProcess, GaussianProcess
-from ditune.routing_analysis import analyse
-from ditune.routing_statistics import RoutingStatistics, mutual_information
 from ditune.run import load_checkpoint
 from ditune.samplers import DDPM, Euler
 from ditune.training import train
-from ditune.upcycling import upcycle, upcycle_file
+from helpers import GOLDEN, SMALL, compose, golden
 
 
 def config(name: str, *overrides: str) -> DictConfig:

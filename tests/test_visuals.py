@@ -8,8 +8,8 @@ import torch
 from PIL import Image, ImageFont
 from torch import Tensor
 
-from ditune import visuals
-from ditune.visuals import BACKGROUND, LINE, before_after_sheet, grid, neighbours_sheet, save_grid
+from ditune.generation import grids as visuals
+from ditune.generation.grids import BACKGROUND, LINE, before_after_sheet, grid, neighbours_sheet, save_grid
 
 
 def flat(count: int, size: int = 64) -> Tensor:

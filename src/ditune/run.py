@@ -12,7 +12,6 @@ from yaml import YAMLError
 
 from ditune import samplers
 from ditune.autoencoders import Autoencoder
-from ditune.build import check_latents, given_process, make, uses_bf16
 from ditune.checkpoints import (
     NetworkFile,
     check_file,
@@ -23,8 +22,9 @@ from ditune.checkpoints import (
     read_header,
     read_network,
 )
-from ditune.drawing import Drawer
+from ditune.config.components import check_latents, given_process, make, uses_bf16
 from ditune.errors import UserError
+from ditune.generation.generator import Drawer
 from ditune.networks import DiT
 from ditune.processes import GaussianProcess, build_process
 

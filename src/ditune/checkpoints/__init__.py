@@ -1,8 +1,7 @@
 """Files in and out: networks, adapters, safe writing. No pickle is executed."""
 
-from .adapters import check_file, load_adapter, load_adapters, read_adapter, save_adapter
-from .files import atomic, read_json, sha256, write_json
-from .networks import (
+from ditune.checkpoints.adapters import check_file, load_adapter, load_adapters, read_adapter, save_adapter
+from ditune.checkpoints.networks import (
     NetworkFile,
     foreign_process,
     is_ours,
@@ -12,7 +11,8 @@ from .networks import (
     read_network,
     save_network,
 )
-from .published import locate
+from ditune.checkpoints.published import locate
+from ditune.files.atomic import atomic, read_json, sha256, write_json
 
 __all__ = [
     "NetworkFile",

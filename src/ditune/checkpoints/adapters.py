@@ -12,11 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ditune.errors import UserError
+from ditune.files.atomic import atomic, read_json, sha256, write_json
 from ditune.peft import Adapters, PeftMethod, build_peft, from_peft_config
-from ditune.peft.labels import resize_labels
+from ditune.peft.label_table import resize_labels
 from ditune.peft.slots import all_or_nothing
-
-from .files import atomic, read_json, sha256, write_json
 
 FORMAT = "ditune-adapter-1"
 RESHAPED = ("num_classes", "input_size", "pos_embed_scale")  # what an adapted network may have otherwise than its base

@@ -12,12 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ditune.checkpoints.official_dit import drawing  # noqa: F401  # the same networks by the same authors
+from ditune.checkpoints.source import Content, Source
+from ditune.checkpoints.weight_files import find_weights, listed
 from ditune.errors import UserError
 from ditune.networks import DiT
-
-from .official_dit import drawing  # noqa: F401  # the same networks by the same authors
-from .source import Content, Source
-from .weight_files import find_weights, listed
 
 TITLE = "diffusers' DiT"
 CLASS = "DiTTransformer2DModel"

@@ -13,16 +13,15 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ditune.checkpoints import diffusers_dit, official_dit, official_dit_moe, shortcut_jax
+from ditune.checkpoints.published import locate
+from ditune.checkpoints.source import Content, Source
+from ditune.checkpoints.unknown import refuse_ours, unknown
 from ditune.errors import UserError
+from ditune.files.atomic import LARGE, atomic
 from ditune.networks import CLASSES, DiT
 from ditune.networks.dit_moe import of_earlier_release
 from ditune.progress import Meter, meter
-
-from . import diffusers_dit, official_dit, official_dit_moe, shortcut_jax
-from .files import LARGE, atomic
-from .published import locate
-from .source import Content, Source
-from .unknown import refuse_ours, unknown
 
 log = logging.getLogger(__name__)
 

@@ -10,10 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
+from ditune.checkpoints.source import Content, Source
 from ditune.errors import UserError
 from ditune.networks import DiT
-
-from .source import Content, Source
 
 TITLE = "official DiT"
 # Hidden size: heads, of published files (arXiv 2212.09748, Table 1). No network of ours is ever added here.

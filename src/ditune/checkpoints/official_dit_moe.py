@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ditune.checkpoints import official_dit
+from ditune.checkpoints.official_dit import infer_classes, infer_heads, infer_input_size, ratio
+from ditune.checkpoints.source import Content, Source
 from ditune.errors import UserError
 from ditune.networks import DiTMoE
-
-from . import official_dit
-from .official_dit import infer_classes, infer_heads, infer_input_size, ratio
-from .source import Content, Source
 
 TITLE = "official DiT-MoE"
 # Hidden size: heads, of published files (arXiv 2407.11633, Table 1). No network of ours is ever added here.

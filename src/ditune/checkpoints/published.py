@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from ditune import fetch  # the module: it imports this package, and may be half loaded here
 from ditune.errors import UserError
+from ditune.files import download as fetch  # the module: it imports this package, and may be half loaded here
 
 ADDRESS = "https://dl.fbaipublicfiles.com/DiT/models"
 # name: its file. Licence of the weights: CC-BY-NC 4.0 (facebookresearch/DiT).

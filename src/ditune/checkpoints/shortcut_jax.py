@@ -14,11 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ditune.checkpoints.official_dit import infer_heads
+from ditune.checkpoints.source import Content, Source
 from ditune.errors import UserError
 from ditune.networks import DiT
-
-from .official_dit import infer_heads
-from .source import Content, Source
 
 TITLE = "shortcut models' pickle"
 # Hidden size: heads, of the code's configurations. No network of ours is ever added here.

@@ -17,11 +17,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ditune.checkpoints.inert import Archive
+from ditune.checkpoints.state_dicts import StateDict, find
+from ditune.checkpoints.weight_files import Weights, find_weights, read_index
 from ditune.errors import UserError
-
-from .inert import Archive
-from .state_dicts import StateDict, find
-from .weight_files import Weights, find_weights, read_index
 
 log = logging.getLogger(__name__)
 

@@ -13,9 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ditune.checkpoints.inert import StoredArray, StoredTensor
 from ditune.errors import UserError
-
-from .inert import StoredArray, StoredTensor
 
 # what data parallelism, compilation, sharding and recomputation put into names
 WRAPPERS = re.compile(r"\b(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")

@@ -1,11 +1,10 @@
 """What to say of files that are given as networks and are none, or none that can be taken as they are."""
 
+from ditune.checkpoints.inert import Inert
+from ditune.checkpoints.source import KINDS, Source
+from ditune.checkpoints.state_dicts import is_tensor
+from ditune.checkpoints.weight_files import listed
 from ditune.errors import UserError
-
-from .inert import Inert
-from .source import KINDS, Source
-from .state_dicts import is_tensor
-from .weight_files import listed
 
 OF_LIGHTNING = {"identity", "method", "state_dict"}  # keys that only checkpoints of our trainings have together
 

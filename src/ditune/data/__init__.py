@@ -10,7 +10,7 @@ from ditune.data.df20m_mini import DF20MMini
 from ditune.data.flowers102 import Flowers102
 from ditune.data.food101 import Food101
 from ditune.data.imagenet import ImageNet
-from ditune.data.pictures import Pictures
+from ditune.data.images import Pictures
 from ditune.data.stanford_cars import StanfordCars
 from ditune.data.sun397 import SUN397
 from ditune.data.transforms import center_crop, from_uint8, to_rgb, to_uint8

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from ditune.data.formats import is_hidden
 from ditune.errors import UserError
-from ditune.fetch import check_md5, fetch, record_first_use
+from ditune.files.download import check_md5, fetch, record_first_use
 
 log = logging.getLogger(__name__)
 

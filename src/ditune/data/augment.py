@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ditune.draws import generator
+from ditune.rng import generator
 
 WHITE = 255
 PURPOSE = 2  # keeps these numbers apart from the stream's others

@@ -16,7 +16,7 @@ import numpy as np
 
 from ditune.data.archives import Archive, install
 from ditune.data.formats import is_picture
-from ditune.data.pictures import BROKEN, Pictures
+from ditune.data.images import BROKEN, Pictures
 from ditune.data.sources import Folder, Item
 from ditune.errors import UserError
 

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ditune.checkpoints.files import read_json, sha256
-from ditune.data.pictures import Pictures
+from ditune.data.images import Pictures
 from ditune.errors import UserError
+from ditune.files.atomic import read_json, sha256
 
 FORMAT = "ditune-latents-1"
 HEADER, ARRAY, LABELS = "header.json", "latents.npy", "labels.npy"

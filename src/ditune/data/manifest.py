@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ditune.checkpoints.files import atomic
 from ditune.data.sources import Item
 from ditune.errors import UserError
+from ditune.files.atomic import atomic
 
 COLUMNS = ("source", "file_name", "split", "class", "bytes", "crc32", "sha256", "problem")
 REMEDY = "Run `python src/prepare.py` for it again."

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ditune.data.augment import Augment
+from ditune.data.images import Pictures
 from ditune.data.latents import Latents
-from ditune.data.pictures import Pictures
-from ditune.draws import generator, mix
 from ditune.errors import UserError
+from ditune.rng import generator, mix
 
 
 class PictureStream(Dataset):

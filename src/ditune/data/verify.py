@@ -10,13 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from ditune.checkpoints.files import atomic, write_json
+from ditune.data.images import BROKEN, Pictures, decode
 from ditune.data.manifest import Check, describe, is_current, read_manifest, write_manifest
-from ditune.data.pictures import BROKEN, Pictures, decode
 from ditune.data.sources import Item
 from ditune.errors import UserError
+from ditune.files.atomic import atomic, write_json
+from ditune.files.locks import locked, share
 from ditune.progress import meter
-from ditune.sharing import locked, share
 
 log = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from ditune.checkpoints.files import read_json
 from ditune.errors import UserError
+from ditune.files.atomic import read_json
 
 # keys that say where a run's files go, how it is shown or started, and nothing about what it computes
 NOT_OF_THE_RESULT = ("hydra", "launcher", "logger", "run_dir", "sweep_dir", "tags", "resume", "dry_run", "traceback")

@@ -8,9 +8,9 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from .overrides import hydra_value
-from .sweep import POLL, visible_gpus
-from .trees import Tree
+from ditune.config.grammar import hydra_value
+from ditune.launch.sweep import POLL, visible_gpus
+from ditune.launch.trees import Tree
 
 
 def is_rank() -> bool:

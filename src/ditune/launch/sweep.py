@@ -13,12 +13,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ditune.checkpoints.files import read_json, write_json
-from ditune.sharing import alone
-
-from .jobs import Job
-from .overrides import hydra_value
-from .trees import STOPPED_GRACE, Tree
+from ditune.config.grammar import hydra_value
+from ditune.files.atomic import read_json, write_json
+from ditune.files.locks import alone
+from ditune.launch.jobs import Job
+from ditune.launch.trees import STOPPED_GRACE, Tree
 
 log = logging.getLogger(__name__)
 

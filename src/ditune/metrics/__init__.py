@@ -11,9 +11,9 @@ from ditune.metrics.distances import (
 )
 from ditune.metrics.features import EfficientNetLite0, Extractor, PictureSet, extract
 from ditune.metrics.inception import Inception2015, InceptionJudge, inception_score
-from ditune.metrics.judge import Judge, check_counts
 from ditune.metrics.manifold import density_coverage, precision_recall
 from ditune.metrics.nearest import nearest, nearest_pixels
+from ditune.metrics.suite import Judge, check_counts
 
 __all__ = [
     "DINOv2",

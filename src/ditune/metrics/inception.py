@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ditune.errors import UserError
 from ditune.metrics.distances import frechet_distance, frechet_from_statistics, statistics
 from ditune.metrics.features import check_file, exact, read_tensors
-from ditune.metrics.judge import Judge
+from ditune.metrics.suite import Judge
 
 URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 SPATIAL_CHANNELS = 7  # of sFID: 7 x 17 x 17 = 2023 numbers, about as many as pool3 has

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from .dit import NETWORKS as DENSE
-from .dit import DiT
-from .dit_moe import MOE_NETWORKS, DiTMoE
+from ditune.networks.dit import NETWORKS as DENSE
+from ditune.networks.dit import DiT
+from ditune.networks.dit_moe import MOE_NETWORKS, DiTMoE
 
 CLASSES: dict[str, type[DiT]] = {cls.kind: cls for cls in (DiT, DiTMoE)}
 NETWORKS = (*DENSE, *MOE_NETWORKS)

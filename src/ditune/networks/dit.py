@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
-from .embeddings import LabelEmbedder, PatchEmbed, TimestepEmbedder, sincos_2d
+from ditune.networks.embeddings import LabelEmbedder, PatchEmbed, TimestepEmbedder, sincos_2d
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:  # (N, T, D), (N, D), (N, D) -> (N, T, D)

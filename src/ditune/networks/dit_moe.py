@@ -4,9 +4,9 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from .dit import Attention, DiT, DiTBlock, modulate, scaled
-from .moe import MoE
-from .routing import Routing
+from ditune.networks.dit import Attention, DiT, DiTBlock, modulate, scaled
+from ditune.networks.moe import MoE
+from ditune.networks.routing import Routing
 
 
 class MoEBlock(nn.Module):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, silu
 
-from .dit import scaled
-from .routing import Dispatch, Router, Routing
+from ditune.networks.dit import scaled
+from ditune.networks.routing import Dispatch, Router, Routing
 
 Product = Callable[[Tensor, Tensor], Tensor]  # rows (R, D), weights (D, F) -> (R, F); or of all experts at once
 

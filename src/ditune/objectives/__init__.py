@@ -3,9 +3,9 @@
 from ditune.objectives.alpha_flow import AlphaFlow
 from ditune.objectives.base import Draws, Loss, Objective, State, drop_labels
 from ditune.objectives.consistency import ConsistencyDistillation, ConsistencyTraining
-from ditune.objectives.flow import FlowObjective, Targets
+from ditune.objectives.diffusion import GaussianDiffusion
+from ditune.objectives.flow_base import FlowObjective, Targets
 from ditune.objectives.flow_matching import FlowMatching
-from ditune.objectives.gaussian_diffusion import GaussianDiffusion
 from ditune.objectives.live_reflow import LiveReflow
 from ditune.objectives.mean_flow import MeanFlow
 from ditune.objectives.progressive_distillation import ProgressiveDistillation

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ditune.errors import UserError
 from ditune.objectives.base import Draws, Network, State
-from ditune.objectives.flow import FlowObjective, Targets, at_most, levels_of
+from ditune.objectives.flow_base import FlowObjective, Targets, at_most, levels_of
 from ditune.processes import FlowProcess, expanded
 
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ditune.errors import UserError
 from ditune.objectives.base import Draws, Network, State, drop_labels
-from ditune.objectives.flow import FlowObjective, Targets, logit_normal
+from ditune.objectives.flow_base import FlowObjective, Targets, logit_normal
 from ditune.objectives.weighting import WEIGHTS, flow_weights
 from ditune.processes import FlowProcess, shifted
 

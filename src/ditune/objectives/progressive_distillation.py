@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ditune.errors import UserError
 from ditune.objectives.base import Draws, Network, State
-from ditune.objectives.flow import FlowObjective, Targets, levels_of, two_steps
+from ditune.objectives.flow_base import FlowObjective, Targets, levels_of, two_steps
 from ditune.processes import FlowProcess
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ditune.errors import UserError
 from ditune.objectives.base import Draws, Network, State, drop_labels
-from ditune.objectives.flow import FlowObjective, Targets, at_most, levels_of, two_steps
+from ditune.objectives.flow_base import FlowObjective, Targets, at_most, levels_of, two_steps
 from ditune.processes import FlowProcess
 
 LEVELS = ("spread", "uniform", "code")

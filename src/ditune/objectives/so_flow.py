@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ditune.errors import UserError
 from ditune.objectives.base import Draws, Network, State
-from ditune.objectives.flow import logit_normal
+from ditune.objectives.flow_base import logit_normal
 from ditune.objectives.flow_map import FlowMap
 from ditune.processes import FlowProcess
 

@@ -6,19 +6,18 @@ from functools import partial
 from torch import nn
 
 from ditune.errors import UserError
-
-from .adalora import AdaLora
-from .base import PeftMethod
-from .bitfit import BitFit
-from .bottleneck import Adapter, AdaptFormer
-from .difffit import DiffFit
-from .experts import Router, build_on_experts
-from .full import Full
-from .huggingface import HUGGINGFACE, HuggingFace, from_peft_config
-from .labels import adapt_labels
-from .norm import NormTuning
-from .switch import Adapters
-from .vpt import VPT
+from ditune.peft.adalora import AdaLora
+from ditune.peft.adapter_set import Adapters
+from ditune.peft.base import PeftMethod
+from ditune.peft.bitfit import BitFit
+from ditune.peft.bottleneck import Adapter, AdaptFormer
+from ditune.peft.difffit import DiffFit
+from ditune.peft.experts import Router, build_on_experts
+from ditune.peft.full import Full
+from ditune.peft.huggingface import HUGGINGFACE, HuggingFace, from_peft_config
+from ditune.peft.label_table import adapt_labels
+from ditune.peft.norm import NormTuning
+from ditune.peft.vpt import VPT
 
 METHODS: dict[str, Callable[..., PeftMethod]] = {
     "full": Full,

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ditune.errors import UserError
-
-from .huggingface import ADAPTER, HuggingFace, layers
+from ditune.peft.huggingface import ADAPTER, HuggingFace, layers
 
 SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # the allocator's averages, in peft's names
 

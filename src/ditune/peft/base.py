@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ditune.errors import UserError
-
-from .slots import all_or_nothing
+from ditune.peft.slots import all_or_nothing
 
 LABELS = "y_embedder"  # the label table's module, in every network
 

@@ -1,6 +1,6 @@
 """BitFit (Ben Zaken et al., arXiv 2106.10199): only biases train, and as in the DiffFit paper's table the labels."""
 
-from .base import PeftMethod
+from ditune.peft.base import PeftMethod
 
 
 class BitFit(PeftMethod):

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ditune.errors import UserError
-
-from .base import PeftMethod, mlp_name, on_tokens
+from ditune.peft.base import PeftMethod, mlp_name, on_tokens
 
 
 class Bottleneck(nn.Module):

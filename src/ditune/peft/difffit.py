@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from ditune.errors import UserError
-
-from .base import PeftMethod
-from .norm import add_affine_norms, fold_affine_norms, ones
+from ditune.peft.base import PeftMethod
+from ditune.peft.norm import add_affine_norms, fold_affine_norms, ones
 
 GAMMAS = ("qkv", "proj", "branches")
 

@@ -7,11 +7,10 @@ from torch import nn
 from ditune.errors import UserError
 from ditune.networks import DiTMoE
 from ditune.networks.moe import FORMS, MoE
-
-from .base import PeftMethod
-from .bottleneck import Adapter, AdaptFormer
-from .huggingface import HuggingFace
-from .norm import ones
+from ditune.peft.base import PeftMethod
+from ditune.peft.bottleneck import Adapter, AdaptFormer
+from ditune.peft.huggingface import HuggingFace
+from ditune.peft.norm import ones
 
 
 def moe_layers(network: nn.Module) -> Iterator[MoE]:

@@ -1,6 +1,6 @@
 """Full fine-tuning: everything trains."""
 
-from .base import LABELS, PeftMethod
+from ditune.peft.base import LABELS, PeftMethod
 
 
 class Full(PeftMethod):

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from ditune.errors import UserError
 from ditune.networks.moe import Experts
-
-from .base import LABELS, PeftMethod
+from ditune.peft.base import LABELS, PeftMethod
 
 QKV = r"blocks\.\d+\.attn\.qkv"
 FC2 = r"blocks\.\d+\.mlp\.fc2"

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from .base import PeftMethod
+from ditune.peft.base import PeftMethod
 
 
 class NormTuning(PeftMethod):

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ditune.errors import UserError
-
-from .base import PeftMethod, on_tokens
+from ditune.peft.base import PeftMethod, on_tokens
 
 
 class Prompted(nn.Module):

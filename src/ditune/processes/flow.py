@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ditune.errors import UserError
-from ditune.processes.diffused import Diffused
+from ditune.processes.diffusion_as_flow import Diffused
 from ditune.processes.gaussian import GaussianProcess
 
 STEPS = ("none", "log2", "size")

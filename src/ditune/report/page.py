@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 from PIL import Image
 
-from .results import Row, Run, best, rows
-from .tables import NOT_RUN, columns
+from ditune.report.results import Row, Run, best, rows
+from ditune.report.tables import NOT_RUN, columns
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --mark: #3a86ff22; }

@@ -7,9 +7,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from PIL import Image
 
-from ditune.visuals import sheet
-
-from .results import Run, lower_is_better, rows
+from ditune.generation.grids import sheet
+from ditune.report.results import Run, lower_is_better, rows
 
 SMOOTHING = 0.9  # share of the old value in a smoothed loss
 SHOWN_ROWS, SHOWN_COLUMNS = 2, 8  # of a run's grid on the sheet of all methods

@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
-from ditune.checkpoints import read_json
 from ditune.errors import UserError
+from ditune.files.atomic import read_json
 
 PRECISION = "trainer.precision"  # as it was resolved
 HIGH_IS_BEST = ("is_", "precision", "recall", "density", "coverage")

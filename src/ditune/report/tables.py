@@ -4,7 +4,7 @@ import csv
 import io
 from collections.abc import Sequence
 
-from .results import Row, Run, best, rows
+from ditune.report.results import Row, Run, best, rows
 
 NOT_RUN = "not run"
 # column title: name of the number, factor, format; a metric's name stands for itself

@@ -2,13 +2,12 @@
 
 from pathlib import Path
 
-from ditune.checkpoints.files import atomic
 from ditune.errors import UserError
-
-from .page import html_page
-from .plots import curves, methods_sheet, pareto
-from .results import main_metric, read_results
-from .tables import csv_table, latex_table, markdown_table
+from ditune.files.atomic import atomic
+from ditune.report.page import html_page
+from ditune.report.plots import curves, methods_sheet, pareto
+from ditune.report.results import main_metric, read_results
+from ditune.report.tables import csv_table, latex_table, markdown_table
 
 
 def write_report(sweep: str | Path, metric: str | None = None) -> str:

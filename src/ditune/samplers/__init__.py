@@ -11,8 +11,8 @@ from ditune.samplers.base import Sampler
 from ditune.samplers.ddim import DDIM
 from ditune.samplers.ddpm import DDPM
 from ditune.samplers.euler import Euler
+from ditune.samplers.few_step import Jumps, Renoise
 from ditune.samplers.guidance import ModelFn, guided
-from ditune.samplers.jumps import Jumps, Renoise
 from ditune.samplers.multistep import Multistep
 from ditune.samplers.noise import NoiseStream
 from ditune.samplers.runge_kutta import RungeKutta

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ditune.draws import generator
+from ditune.rng import generator
 
 
 class NoiseStream:

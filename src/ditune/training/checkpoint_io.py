@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
-from ditune.checkpoints import atomic
 from ditune.errors import UserError
+from ditune.files.atomic import atomic
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +23,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict:
         return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    return folder / f"step_{step:08d}.ckpt"
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

@@ -11,28 +11,28 @@ import torch
 from omegaconf import DictConfig
 
 import ditune
-from ditune.build import Parts, build_drawer, build_parts, make, refuse_missing, uses_bf16
-from ditune.checkpoints import load_network, read_json, save_adapter, save_network, write_json
+from ditune.checkpoints import load_network, save_adapter, save_network
 from ditune.cli import in_sweep
+from ditune.commands.evaluate import Comparison, build_comparison
+from ditune.commands.prepare import ensure, training_source
+from ditune.config.components import Parts, build_drawer, build_parts, make, refuse_missing, uses_bf16
 from ditune.config.hardware import settle
 from ditune.config.keys import check
 from ditune.data import Pictures
 from ditune.data.stream import PictureStream, micro_batch_size
-from ditune.denoising import denoising_loss
 from ditune.errors import UserError
-from ditune.judging import Comparison, build_comparison
+from ditune.evaluation.denoising_loss import denoising_loss
+from ditune.files.atomic import read_json, write_json
 from ditune.launch.jobs import config_hash
+from ditune.launch.run_folder import owned
 from ditune.networks import DiTMoE
 from ditune.peft import Full
-from ditune.preparing import ensure, training_source
-from ditune.run_folder import owned
-
-from .callbacks import peak_memory_mib
-from .checkpoint_io import newest_checkpoint
-from .loggers import WandbRun, close_loggers
-from .module import GenerativeModule
-from .plan import announce, counts
-from .setup import (
+from ditune.training.callbacks import peak_memory_mib
+from ditune.training.checkpoint_io import newest_checkpoint
+from ditune.training.loggers.wandb import WandbRun, close_loggers
+from ditune.training.module import GenerativeModule
+from ditune.training.plan import announce, counts
+from ditune.training.setup import (
     Resumed,
     StreamData,
     build_module,

@@ -10,13 +10,12 @@ from torch.optim import Optimizer
 
 from ditune.autoencoders import Autoencoder
 from ditune.data import from_uint8
-from ditune.draws import Draws
 from ditune.errors import UserError
+from ditune.moe.balance import Balance, Watched
 from ditune.objectives import Loss, Objective, State
 from ditune.peft import PeftMethod
-
-from .balance import Balance, Watched
-from .ema import Ema, with_weights
+from ditune.rng import Draws
+from ditune.training.ema import Ema, with_weights
 
 STEP_LEVELS = 7  # losses of steps of length 1, 1/2, ... 1/128 are logged apart, those between with the longer one
 LOSS_BINS = 4  # quarters of the process whose losses are logged apart: 0 next to the data, 3 next to noise

@@ -3,7 +3,7 @@
 import logging
 from dataclasses import dataclass
 
-from ditune.drawing import Drawer
+from ditune.generation.generator import Drawer
 from ditune.progress import duration
 
 log = logging.getLogger(__name__)

@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from ditune.build import Parts, uses_bf16
+from ditune.config.components import Parts, uses_bf16
+from ditune.config.grammar import resolved
 from ditune.data.stream import micro_batch_size
-from ditune.draws import Draws
-from ditune.launch.overrides import resolved
 from ditune.objectives import Objective, State
 from ditune.peft import PeftMethod
+from ditune.rng import Draws
 
 log = logging.getLogger(__name__)
 

@@ -12,25 +12,24 @@ from omegaconf import DictConfig, read_write
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import nn
 
-from ditune.build import Parts, build_drawer, given_process, make, plain
-from ditune.checkpoints import read_json
+from ditune.config.components import Parts, build_drawer, given_process, make, plain
+from ditune.config.grammar import between_quotes
 from ditune.data import Pictures
 from ditune.data.stream import MicroBatches, PictureStream, training_loader
-from ditune.denoising import REPEATS
-from ditune.drawing import Drawer
 from ditune.errors import UserError
-from ditune.launch.overrides import between_quotes
-
-from .callbacks import DrawSamples, StepClock, StopOnSignal
-from .checkpoint_io import AtomicCheckpointIO, newest_checkpoint
-from .loggers import WandbRun
-from .metrics_csv import MetricsCsv
-from .module import GenerativeModule
-from .outlook import Outlook, forward_passes
-from .plan import parameter_kinds
-from .progress import TrainingProgress
-from .routing_monitor import RoutingMonitor
-from .strips import DrawStrips
+from ditune.evaluation.denoising_loss import REPEATS
+from ditune.files.atomic import read_json
+from ditune.generation.generator import Drawer
+from ditune.training.callbacks import DrawSamples, StepClock, StopOnSignal
+from ditune.training.callbacks.progress import TrainingProgress
+from ditune.training.callbacks.routing import RoutingMonitor
+from ditune.training.callbacks.step_grids import DrawStrips
+from ditune.training.checkpoint_io import AtomicCheckpointIO, newest_checkpoint
+from ditune.training.loggers.metrics_csv import MetricsCsv
+from ditune.training.loggers.wandb import WandbRun
+from ditune.training.module import GenerativeModule
+from ditune.training.outlook import Outlook, forward_passes
+from ditune.training.plan import parameter_kinds
 
 log = logging.getLogger(__name__)
 

@@ -74,7 +74,7 @@ class ProcessTreeLauncher(Launcher):
         return job
 
     def _returned(self, job: "Job", failed: int, count: int) -> JobReturn:
-        from ditune.checkpoints.files import read_json
+        from ditune.files.atomic import read_json
 
         returned = JobReturn()
         returned.overrides = job.overrides

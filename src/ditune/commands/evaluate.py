@@ -1,0 +1,263 @@
+"""What a run, a bare network or a folder of pictures is worth, by the protocol of a config."""
+
+import logging
+import os
+import shutil
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from ditune.checkpoints import load_network, locate
+from ditune.config.components import build_evaluation, make
+from ditune.config.hardware import bare_precision, settle_numbers
+from ditune.config.keys import check
+from ditune.data import Pictures
+from ditune.distributed import best_device, rank, world_size
+from ditune.errors import UserError
+from ditune.evaluation.image_arrays import NpzPictures
+from ditune.evaluation.image_files import ImageFiles
+from ditune.evaluation.image_shards import Blocks
+from ditune.evaluation.protocol import Evaluation, Record, gap, judge_pictures
+from ditune.files.atomic import read_json, sha256, write_json
+from ditune.generation.generator import Drawer
+from ditune.launch.run_folder import owned
+from ditune.metrics import PictureSet, check_counts
+from ditune.run import Trained, exactly_one, load_checkpoint, load_run
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A trained network against its base, by one protocol.
+
+    Args:
+        evaluation: distance to the domain that was trained on.
+        own: distance to the base's own domain; None = the gap between the domains is not asked for.
+        record: values of the base that are known.
+    """
+
+    evaluation: Evaluation
+    own: Evaluation | None
+    record: Record
+
+    def unknown(self, base: Path | None) -> int:
+        """How many networks' images have to be generated: the trained one's, and the base's that no record holds."""
+        if base is None:
+            return 1
+        asked = [self.evaluation] if self.own is None else [self.evaluation, self.own]
+        return 1 + sum(self.record.get(base, evaluation) is None for evaluation in asked)
+
+    def __call__(self, network: nn.Module, base: Path | None, folder: Path) -> dict[str, Any]:
+        """Metrics after the training; and where there is a base, of the base before it, and how far the gap closed.
+
+        Args:
+            network: with what was trained.
+            base: file of the network that the training began with.
+            folder: gets grid.png and nearest.png.
+        """
+        metrics: dict[str, Any] = {"protocol": self.evaluation.protocol, "after": self.evaluation(network, folder)}
+        if base is None:
+            return metrics
+
+        def load() -> nn.Module:
+            before = load_network(base, network.config, **self.evaluation.drawer.process.network)
+            return before.to(next(network.parameters()).device)
+
+        metrics["before"], metrics["before_is"] = self.record.or_measure(base, self.evaluation, load)
+        if self.own is not None:
+            metrics["base_domain"], metrics["base_domain_is"] = self.record.or_measure(base, self.own, load)
+            if rank() != 0:
+                return metrics  # the first process judges
+            key = f"kid_{self.evaluation.judge.extractor.name}"
+            metrics |= gap(metrics["before"][key], metrics["after"][key], metrics["base_domain"][key])
+        return metrics
+
+
+def build_comparison(cfg: DictConfig, drawer: Drawer, store: Path | None = None) -> Comparison:
+    """The protocol of a run's `metrics`; built before a training, so that what is missing shows before it."""
+    evaluation = build_evaluation(cfg, drawer, make(cfg.metrics.reference, "metrics"), store=store)
+    own = None
+    if cfg.metrics.base_reference is not None:
+        reference = make(cfg.metrics.base_reference, "metrics")
+        own = build_evaluation(cfg, drawer, reference, judge=evaluation.judge, store=store)
+    return Comparison(evaluation, own, Record(cfg.metrics.record))
+
+
+def evaluate(cfg: DictConfig) -> Path:
+    """Judge what the config names; returns the result.json that holds the values.
+
+    Of several processes (torchrun's environment) all draw, and the first one judges and writes.
+
+    Raises:
+        UserError: the settings or a file are wrong.
+    """
+    check(cfg, "evaluate")
+    source = exactly_one(cfg, *SOURCES)
+    if cfg.record is not None and source != "checkpoint":
+        raise UserError(f"A record holds values of bare networks, not of {source}=. Give checkpoint=, or no record=.")
+    if cfg.threads is not None:
+        torch.set_num_threads(cfg.threads)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    # an evaluation of a run writes into its folder, as its training does
+    folder = Path(cfg.run).expanduser() if source == "run" else None
+    with owned(folder) if folder is not None and folder.is_dir() else nullcontext():
+        path, metrics = SOURCES[source](cfg)
+    if rank() == 0:
+        Console().print(table(metrics))
+        log.info("the values are in %s", path)
+    return path
+
+
+def of_run(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
+    run = load_run(cfg.run)
+    path, settings = run.folder / "result.json", run.cfg
+    if cfg.metrics_of == "this":
+        judge = OmegaConf.to_container(cfg.metrics.judge, resolve=True)
+        own = {"judge": judge, "n": cfg.metrics.n, "seed": cfg.metrics.seed, "record": None}
+        settings.metrics = OmegaConf.merge(settings.metrics, own)
+    elif cfg.metrics_of != "run":
+        raise UserError(
+            f"metrics_of is {cfg.metrics_of}. Set metrics_of=run for the run's metrics, or =this for metrics=."
+        )
+    if not settings.metrics.n:
+        raise UserError(
+            f"The run {run.folder} was made with metrics.n=0. "
+            "Set metrics_of=this, and metrics= and metrics.n= of this command are taken."
+        )
+    device = best_device()
+    settle_numbers(settings.trainer.precision, device.type)  # the protocol is the run's, emulated or not
+    network, start = run.network.to(device), time.perf_counter()
+    comparison = build_comparison(settings, run.drawer, run.folder / "evaluation")
+    metrics = comparison(network, None if run.reshaped else run.base, run.folder / "samples")
+    if rank() != 0:
+        return path, metrics
+    speed = finish_blocks(comparison.evaluation.blocks(network), run.folder / "samples.npz", start)
+    shutil.rmtree(run.folder / "evaluation")
+    result = read_json(path) | {"evaluation": speed}
+    if cfg.metrics_of == "run":
+        result["metrics"] = result.get("metrics", {}) | metrics
+    else:
+        result.setdefault("other_protocols", {})[comparison.evaluation.key] = metrics
+    write_json(path, result)
+    return path, metrics
+
+
+def of_checkpoint(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
+    checkpoint = locate(cfg.checkpoint, f"{cfg.paths.cache_dir}/networks")
+    bf16 = bare_precision(cfg.precision, cfg.bf16)
+    given = (cfg.process, cfg.network_overrides)
+    trained = load_checkpoint(checkpoint, cfg.autoencoder, cfg.sampler, bf16, *given)
+    reference = make(cfg.metrics.reference, "metrics")
+    check_reference(trained, reference)
+    record, folder, start = Record(cfg.record), Path(cfg.out).expanduser(), time.perf_counter()
+    evaluation = build_evaluation(cfg, trained.drawer, reference, store=folder / "evaluation")
+    network = trained.network.to(best_device())
+    values = evaluation(network, folder)
+    if rank() != 0:
+        return folder / "result.json", {}
+    speed = finish_blocks(evaluation.blocks(network), folder / "samples.npz", start)
+    shutil.rmtree(folder / "evaluation")
+    if cfg.record is not None:
+        record.add(checkpoint, evaluation, values)
+    metrics = {"protocol": evaluation.protocol, "values": values}
+    facts = {"checkpoint": str(cfg.checkpoint), "sha256": sha256(checkpoint), "protocol_key": evaluation.key}
+    write_json(folder / "result.json", facts | {"evaluation": speed, "metrics": metrics})
+    return folder / "result.json", metrics
+
+
+def finish_blocks(blocks: Blocks, path: Path, start: float) -> dict[str, float]:
+    """Write the pictures as ADM's .npz; returns how long drawing and judging took and how many pictures a second."""
+    seconds = time.perf_counter() - start
+    log.info("%d pictures drawn and judged in %.0f s, %.1f images/s", len(blocks), seconds, len(blocks) / seconds)
+    blocks.save_npz(path)
+    return {"seconds": seconds, "images_per_second": len(blocks) / seconds, "processes": world_size()}
+
+
+def of_images(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
+    images = ImageFiles(cfg.images, cfg.data.resolution)
+    return of_pictures(cfg, images, {"images": str(cfg.images), **images.facts})
+
+
+def of_npz(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
+    pictures = NpzPictures(cfg.npz)
+    if pictures.resolution != cfg.data.resolution:
+        raise UserError(
+            f"The images in {cfg.npz} have {pictures.resolution} pixels, the reference {cfg.data.resolution}. "
+            f"Set data.resolution={pictures.resolution}."
+        )
+    return of_pictures(cfg, pictures, {"npz": str(cfg.npz)})
+
+
+def of_pictures(cfg: DictConfig, pictures: PictureSet, facts: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+    judge, reference = make(cfg.metrics.judge, "metrics"), make(cfg.metrics.reference, "metrics")
+    check_counts(len(pictures), len(reference))
+    judge.extractor.to(best_device())
+    folder = Path(cfg.out).expanduser()
+    values = judge_pictures(judge, reference, pictures, folder)
+    protocol = {
+        "n": len(pictures),
+        "resolution": cfg.data.resolution,
+        "reference": reference.fingerprint,
+        "features": judge.identity,
+    }
+    metrics = {"protocol": protocol, "values": values}
+    write_json(folder / "result.json", facts | {"fingerprint": pictures.fingerprint, "metrics": metrics})
+    return folder / "result.json", metrics
+
+
+SOURCES = {"run": of_run, "checkpoint": of_checkpoint, "images": of_images, "npz": of_npz}
+
+
+def check_reference(trained: Trained, reference: Pictures) -> None:
+    """The reference's labels are drawn, so they must mean the network's classes; and its pictures have one size.
+
+    Raises:
+        UserError: classes or resolution differ.
+    """
+    num_classes, resolution = trained.network.num_classes, trained.drawer.resolution
+    if reference.num_classes != num_classes:
+        raise UserError(
+            f"The network knows {num_classes} classes, the reference has {reference.num_classes}. "
+            "Choose data= (or metrics.reference) with the network's classes."
+        )
+    if trained.class_names not in (None, reference.class_names):
+        raise UserError(
+            "The reference's classes have other names than the network's. "
+            "Choose data= (or metrics.reference) with the same classes in the same order."
+        )
+    if reference.resolution != resolution:
+        raise UserError(
+            f"The network draws pictures of {resolution} pixels, the reference has {reference.resolution}. "
+            f"Set data.resolution={resolution}."
+        )
+
+
+def table(metrics: dict[str, Any]) -> Table:
+    """Values in rows, what they belong to in columns; below them how far the gap closed."""
+    columns = [name for name in ("before", "after", "base_domain", "values") if name in metrics]
+    shown = Table(title=f"{metrics['protocol']['n']} pictures")
+    shown.add_column("")
+    for name in columns:
+        origin = metrics.get(f"{name}_is")
+        shown.add_column(name.replace("_", " ") + (f" ({origin})" if origin else ""), justify="right")
+    for key in dict.fromkeys(key for name in columns for key in metrics[name]):
+        # a record of an earlier version lacks what was added since
+        shown.add_row(key, *(number(metrics[name][key]) if key in metrics[name] else "" for name in columns))
+    if "gap_closed" in metrics:
+        shown.add_section()
+        shown.add_row("share of the gap that closed", *("" for _ in columns[2:]), number(metrics["gap_closed"]))
+    return shown
+
+
+def number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"

@@ -1,0 +1,1 @@
+"""Images from a trained network, by their numbers, and grids of them to look at."""

@@ -1,0 +1,87 @@
+"""Several adapters beside each other on one base network, switched from call to call."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from ditune.errors import UserError
+from ditune.peft.base import PeftMethod
+from ditune.peft.label_table import resize_labels
+from ditune.peft.slots import Slots, difference, fill, slots, undo
+
+
+class Adapters:
+    """Adapters of one network, any methods, for drawing: what they trained lies beside the base, which stays as it is.
+
+    Args:
+        network: the base, not adapted. `network.num_classes` and its output follow the adapter in use.
+
+    Example: `with adapters.used("watercolour"): network(x, t, y)`
+    """
+
+    def __init__(self, network: nn.Module):
+        self.network = network.requires_grad_(False)
+        self.base = slots(network)
+        self.changes: dict[str, Slots] = {}
+        self.name: str | None = None
+
+    def add(self, name: str, method: PeftMethod, tensors: dict[str, Tensor], num_classes: int | None = None) -> None:
+        """Put an adapter beside the others; the one in use stays in use.
+
+        Args:
+            name: to call it by.
+            method: that is to be applied.
+            tensors: as its `to_file` gave them.
+            num_classes: of the adapter, where they are not the base's.
+
+        Raises:
+            UserError: the name is taken, or the adapter does not fit; the network is as it was.
+        """
+        if name in self.changes:
+            raise UserError(f"There is an adapter {name!r} already. Give it another name.")
+        before = self.name
+        self.use(None)
+        try:
+            if num_classes not in (None, self.network.num_classes):
+                resize_labels(self.network, num_classes)
+            method.apply(self.network)
+            self._separate()
+            method.from_file(self.network, tensors)
+            self.network.requires_grad_(False)
+            self.changes[name] = difference(self.network, self.base)
+        finally:
+            undo(difference(self.network, self.base), self.base)
+            self.network.requires_grad_(False)
+            self.use(before)
+
+    def use(self, name: str | None) -> None:
+        """Compute with an adapter from now on; None = with the base alone.
+
+        Raises:
+            UserError: there is none of that name.
+        """
+        if name is not None and name not in self.changes:
+            raise UserError(f"There is no adapter {name!r}. Choose of {', '.join(self.changes) or 'none: add one'}.")
+        if self.name is not None:
+            undo(self.changes[self.name], self.base)
+        if name is not None:
+            fill(self.changes[name])
+            self.network.train(self.network.training)
+        self.name = name
+
+    @contextmanager
+    def used(self, name: str | None) -> Iterator[nn.Module]:
+        """`use` inside of the block; afterwards the one before."""
+        before = self.name
+        self.use(name)
+        try:
+            yield self.network
+        finally:
+            self.use(before)
+
+    def _separate(self) -> None:
+        """What trains of the base's own parameters becomes the adapter's own copy."""
+        for (module, kind, name), value in self.base.items():
+            if kind == "_parameters" and value is not None and value.requires_grad:
+                module._parameters[name] = nn.Parameter(value.detach().clone())

@@ -1,0 +1,57 @@
+"""The load of the experts on the dashboard: numbers in metrics.csv and W&B, heat-maps in routing/."""
+
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from PIL import Image
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.loggers import WandbLogger
+
+from ditune.moe.plots import draw_by, draw_load
+from ditune.moe.statistics import RoutingStatistics
+from ditune.networks import DiTMoE
+
+
+class RoutingMonitor(Callback):
+    """Sums up what the routers decided since the last time: routing/load_<step>.png and routing/<...> metrics.
+
+    At the end time.png, position.png and class.png join them.
+
+    Args:
+        folder: of the pictures.
+        every_n_steps: steps between two summaries; 0 = only the last.
+    """
+
+    def __init__(self, folder: Path, every_n_steps: int):
+        self.folder, self.every_n_steps = folder, every_n_steps
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if isinstance(module.network, DiTMoE) and module.balance is not None:
+            module.statistics = RoutingStatistics(module.network, module.device)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step, last = trainer.global_step, trainer.global_step == trainer.max_steps
+        if module.statistics is None or (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        if not last and (not self.every_n_steps or step % self.every_n_steps):
+            return
+        statistics = module.statistics
+        module.statistics = RoutingStatistics(module.network, module.device)
+        statistics.over_processes()
+        if not trainer.is_global_zero:
+            return
+        module.routing = {name: by_layer.mean().item() for name, by_layer in statistics.per_layer().items()}
+        path = self.folder / f"load_{step:07d}.png"
+        draw_load(statistics, path)
+        if last:
+            for name in statistics.counts:
+                draw_by(statistics, name, self.folder / f"{name}.png")
+        for logger in trainer.loggers:
+            # the step as that of all other lines of this moment
+            logger.log_metrics(statistics.log(), step=step - 1)
+            if isinstance(logger, WandbLogger):
+                pictures = [path, *(self.folder / f"{name}.png" for name in statistics.counts if last)]
+                logger.log_image("routing", [Image.open(p) for p in pictures], caption=[p.stem for p in pictures])

@@ -1,0 +1,76 @@
+"""metrics.csv: one line per logged step. A resumed run keeps the lines up to the step that it goes on from."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning.loggers.logger import Logger, rank_zero_experiment
+from pytorch_lightning.utilities import rank_zero_only
+
+from ditune.files.atomic import atomic
+
+
+class MetricsCsv(Logger):
+    """Logger of scalars to `folder`/metrics.csv, always on; the file is whole at every moment.
+
+    Args:
+        folder: the run's folder.
+        flush_every: lines between two writings.
+    """
+
+    def __init__(self, folder: str | Path, flush_every: int = 20):
+        super().__init__()
+        self.path, self.flush_every = Path(folder) / "metrics.csv", flush_every
+        self._rows: dict[int, dict[str, float]] = {}
+        self._unwritten = 0
+
+    @property
+    def name(self) -> str:
+        return "csv"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> "MetricsCsv":
+        return self
+
+    def keep_until(self, step: int) -> None:
+        """Read the lines of an earlier start of the run, as far as the checkpoint's step."""
+        if self.path.is_file():
+            with self.path.open(newline="") as file:
+                rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+            kept = [row | {"step": int(row["step"])} for row in rows if row["step"] <= step]
+            self._rows = {row["step"]: row for row in kept}
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        values = {key: float(value) for key, value in metrics.items() if key != "epoch"}
+        self._rows.setdefault(step or 0, {"step": step or 0}).update(values)
+        self._unwritten += 1
+        if self._unwritten >= self.flush_every:
+            self.save()
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """The run's config.yaml holds them."""
+
+    @rank_zero_only
+    def save(self) -> None:
+        columns = list(dict.fromkeys(key for row in self._rows.values() for key in row))
+        with atomic(self.path) as temporary, temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(self._rows[step] for step in sorted(self._rows))
+        self._unwritten = 0
+
+    def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
+        """A run that is killed goes on from the checkpoint, so the lines before it must be there."""
+        self.save()
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        if self._rows:
+            self.save()

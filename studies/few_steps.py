@@ -1,0 +1,138 @@
+"""How quality depends on the number of steps: runs judged at several of them, as a table, a curve and strips."""
+
+import logging
+import statistics
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from omegaconf import DictConfig
+
+from ditune.commands.evaluate import check_reference
+from ditune.config.components import make
+from ditune.distributed import best_device
+from ditune.errors import UserError
+from ditune.evaluation.protocol import Evaluation
+from ditune.files.atomic import read_json, write_json
+from ditune.generation.grids import before_after_sheet
+from ditune.run import Run, load_run
+from ditune.samplers import check
+
+log = logging.getLogger(__name__)
+
+
+def study(cfg: DictConfig) -> Path:
+    """Judge every run at every number of steps; values that stand in `out` already are not measured again.
+
+    Raises:
+        UserError: a run is missing or has not finished, or does not fit the reference.
+    """
+    out, path = Path(cfg.out), Path(cfg.out) / "result.json"
+    content = read_json(path) if path.is_file() else {"runs": {}}
+    reference = make(cfg.metrics.reference, "metrics")
+    judge = make(cfg.metrics.judge, "metrics")
+    for folder in cfg.runs:
+        run = load_run(folder)
+        check_reference(run, reference)
+        name = f"{facts(run)['objective']}_{run.cfg.seed}"
+        entry = content["runs"].setdefault(name, {"facts": facts(run), "values": {}})
+        if entry["facts"] != facts(run):
+            raise UserError(f"{path} has another run called {name}. Give another out=, or delete that entry.")
+        for steps in cfg.steps:
+            if str(steps) not in entry["values"] and fits(run, steps):
+                drawer = replace(run.drawer, steps=steps)
+                if cfg.guidance is not None:
+                    drawer = replace(drawer, guidance=cfg.guidance)
+                evaluation = Evaluation(judge, reference, drawer, n=cfg.metrics.n, seed=cfg.metrics.seed)
+                values = evaluation(run.network.to(best_device()))
+                log.info("%s in %d steps: %s", name, steps, values)
+                entry["values"][str(steps)] = {"protocol": evaluation.key, **values}
+                write_json(path, content)
+        strips(run, [s for s in cfg.steps if fits(run, s)], cfg, out / f"{name}.png")
+    key = f"kid_{judge.extractor.name}"
+    (out / "table.md").write_text(table(content["runs"], list(cfg.steps), key), encoding="utf-8")
+    curve(content["runs"], key, out / "curve.png")
+    return out
+
+
+def facts(run: Run) -> dict:
+    result = read_json(run.folder / "result.json")
+    if result["status"] != "finished":
+        raise UserError(f"The run {run.folder} is {result['status']}. Let it finish: resume=auto goes on with it.")
+    objective = run.cfg.objective._target_.rpartition(".")[2]
+    return {
+        "objective": objective if result["method"] == "full" else f"{objective}_{result['method']}",
+        "seed": run.cfg.seed,
+        "max_steps": run.cfg.max_steps,
+        "batch_size": run.cfg.batch_size,
+        "network": run.cfg.network.name,
+        "parameters": result["parameters"],
+        "fit_seconds": result["seconds"]["fit"],
+        "denoising": result.get("denoising", {}),
+    }
+
+
+def fits(run: Run, steps: int) -> bool:
+    """Whether the run's network knows this number of steps."""
+    try:
+        check(run.drawer.sampler, run.drawer.process, steps)
+    except UserError as error:
+        log.info("%s is left out at %d steps: %s", run.folder, steps, error)
+        return False
+    return True
+
+
+def strips(run: Run, steps: list[int], cfg: DictConfig, path: Path) -> None:
+    """One row of pictures for each number of steps, all from the same noise and classes."""
+    labels = [i * run.network.num_classes // cfg.shown for i in range(cfg.shown)]
+    rows = {}
+    for count in steps:
+        drawer = replace(run.drawer, steps=count, batch_size=cfg.shown)
+        drawer = drawer if cfg.guidance is None else replace(drawer, guidance=cfg.guidance)
+        rows[f"steps: {count}"] = drawer.draw(run.network, torch.tensor(labels), cfg.metrics.seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    before_after_sheet(rows).save(path)
+
+
+def grouped(runs: dict) -> dict[str, list[dict]]:
+    groups: dict[str, list[dict]] = defaultdict(list)
+    for entry in runs.values():
+        groups[entry["facts"]["objective"]].append(entry)
+    return groups
+
+
+def table(runs: dict, steps: list[int], key: str) -> str:
+    """One row for each objective: mean and, over seeds, deviation."""
+    lines = [f"| objective | seeds | training steps | fit seconds | {' | '.join(f'{s} steps' for s in steps)} |"]
+    lines.append("|---" * (4 + len(steps)) + "|")
+    for objective, entries in grouped(runs).items():
+        seconds = statistics.fmean(entry["facts"]["fit_seconds"] for entry in entries)
+        cells = [cell([e["values"][str(s)][key] for e in entries if str(s) in e["values"]]) for s in steps]
+        counts = sorted({entry["facts"]["max_steps"] for entry in entries})
+        lines.append(
+            f"| {objective} | {len(entries)} | {', '.join(map(str, counts))} | {seconds:.0f} | {' | '.join(cells)} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def cell(values: list[float]) -> str:
+    if not values:
+        return "not run"
+    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.3f}{deviation}"
+
+
+def curve(runs: dict, key: str, path: Path) -> None:
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for objective, entries in grouped(runs).items():
+        steps = sorted({int(s) for entry in entries for s in entry["values"]})
+        means = [statistics.fmean(e["values"][str(s)][key] for e in entries if str(s) in e["values"]) for s in steps]
+        axes.plot(steps, means, marker="o", label=objective)
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("steps")
+    axes.set_ylabel(key)
+    axes.legend()
+    figure.savefig(path, dpi=120)

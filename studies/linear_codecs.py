@@ -1,0 +1,190 @@
+"""Linear codecs fitted on one domain, and what they and others lose on pictures that they have not seen.
+
+Three numbers for each codec and vendor. PSNR says how near a decoded picture is to its original. The floor is the KID
+of decoded pictures of one half of the vendor's train split against the real pictures of the other half: what a
+perfect network would get in this codec's latents. It is to be read beside the same of the real ones. The third is the
+floor of a network that is a little wrong everywhere: the same with noise on the latents before they are decoded.
+"""
+
+import logging
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+from ditune.autoencoders import Autoencoder, PatchPCA, Pixels
+from ditune.config.components import make
+from ditune.data import Pictures, from_uint8, to_uint8
+from ditune.files.atomic import atomic, sha256, write_json
+from ditune.generation.grids import before_after_sheet
+from ditune.metrics import Judge, kid_with_deviation
+from ditune.rng import generator
+
+log = logging.getLogger(__name__)
+
+CHUNK = 256  # pictures decoded at once
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A codec at the resolution at which it would be used."""
+
+    name: str
+    codec: Autoencoder
+    resolution: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a codec loses on a vendor's pictures. A pair is (KID, its standard error)."""
+
+    codec: str
+    resolution: int
+    numbers: int  # that a network learns for each picture
+    vendor: str
+    psnr: float | None  # dB, on the test split; None = nothing is lost
+    floor: tuple[float, float]  # decoded against real pictures of the codec's resolution
+    noised: tuple[float, float]  # the same with noise on the latents
+    real: tuple[float, float]  # real against real pictures of the codec's resolution
+    full: tuple[float, float]  # decoded against real pictures of data.resolution
+
+
+def study(cfg: DictConfig) -> str:
+    """Fit, save and measure; writes the files of configs/fit_codec.yaml and returns the table in Markdown.
+
+    Raises:
+        UserError: the settings or a file are wrong.
+    """
+    pictures = make(cfg.data.pictures, "data")
+    judge = make(cfg.metrics.judge, "metrics")
+    linear = fit(pictures, cfg.channels, cfg.patch, Path(cfg.out))
+    candidates = [Candidate(f"none, {cfg.pixels_resolution} px", Pixels(), cfg.pixels_resolution), *linear]
+    for name, other in cfg.others.items():
+        codec = make(other, "autoencoder").eval()
+        candidates.append(Candidate(f"{name}, {codec.channels} channels", codec, cfg.data.resolution))
+    rows, sheet = [], {}
+    for vendor, source in cfg.vendors.items():
+        log.info("measuring on %s", vendor)
+        rows += measure(vendor, source, candidates, judge, cfg)
+        sheet |= examples(vendor, source, candidates, cfg)
+    folder, table = Path(cfg.results), markdown_table(rows, judge.extractor.name, cfg.data.resolution, cfg.noise)
+    write_json(folder / "result.json", facts(cfg, pictures, linear, judge) | {"rows": [asdict(row) for row in rows]})
+    with atomic(folder / "table.md") as temporary:
+        temporary.write_text(table, encoding="utf-8")
+    before_after_sheet(sheet).save(folder / "codecs.png", optimize=True)
+    return table
+
+
+def fit(pictures: Pictures, channels: list[int], patch: int, out: Path) -> list[Candidate]:
+    """A linear codec for each number of channels, written into the folder `out`."""
+    found = []
+    provenance = {"data": pictures.fingerprint, "resolution": str(pictures.resolution)}
+    for number in channels:
+        PatchPCA(number, patch).latent_shape(pictures.resolution)  # refuses what does not fit before it is fitted
+        codec = PatchPCA.fit(pictures.load(), number, patch, provenance=provenance)
+        path = path_of(out, number)
+        # safetensors orders metadata at random, so the same codec written again would have another hash
+        if not path.is_file() or PatchPCA.load(path).fingerprint != codec.fingerprint:
+            codec.save(path)
+        log.info("fitted %s", path)
+        found.append(Candidate(f"patch_pca, {number} channels", codec, pictures.resolution))
+    return found
+
+
+def path_of(out: Path, channels: int) -> Path:
+    return out / f"patch_pca_{channels}.safetensors"
+
+
+@torch.no_grad()
+def reconstruct(codec: Autoencoder, pictures: Tensor, noise: float = 0.0, seed: int = 0) -> Tensor:
+    """Encoded, decoded and rounded: (N, 3, R, R) uint8 -> the same; `noise` is a deviation, added to the latents."""
+    decoded, random = [], generator(seed)
+    for x in pictures.split(CHUNK):
+        z = codec.to_latent(from_uint8(x.to(codec.scale.device)))
+        z = z + noise * torch.randn(z.shape, generator=random).to(z.device)
+        decoded.append(to_uint8(codec.to_pixels(z)).cpu())
+    return torch.cat(decoded)
+
+
+def psnr(decoded: Tensor, original: Tensor) -> float | None:
+    """Peak signal-to-noise ratio in dB, -10 log10 of the mean squared error of all pixels in [0, 1].
+
+    None where the two are equal. The mean over pictures of each one's PSNR would be higher.
+    """
+    error = ((decoded.double() - original.double()) / 255).square().mean()
+    return None if error == 0 else -10 * error.log10().item()
+
+
+def halves(rows: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Two random halves of pictures (N, 3, R, R) or features (N, D); the same rows whenever N and the seed are."""
+    order = torch.randperm(len(rows), generator=generator(seed))
+    return rows[order[: len(order) // 2]], rows[order[len(order) // 2 :]]
+
+
+def measure(vendor: str, source: str, candidates: list[Candidate], judge: Judge, cfg: DictConfig) -> list[Row]:
+    """PSNR on the vendor's test split and the floor on its train split, of every candidate."""
+    sides = {candidate.resolution for candidate in candidates} | {cfg.data.resolution}
+    train = {side: Pictures(source, side, "train", limit=cfg.limit) for side in sides}
+    features = {side: halves(judge.reference(pictures), cfg.seed) for side, pictures in train.items()}
+    _, full = features[cfg.data.resolution]
+    rows = []
+    for candidate in candidates:
+        codec, side = candidate.codec, candidate.resolution
+        unseen = Pictures(source, side, "test", limit=cfg.limit).load()
+        half, _ = halves(train[side].load(), cfg.seed)
+        decoded = judge.features(reconstruct(codec, half))
+        noised = judge.features(reconstruct(codec, half, cfg.noise, cfg.seed))
+        real, other = features[side]
+        rows.append(
+            Row(
+                codec=candidate.name,
+                resolution=side,
+                numbers=prod(codec.latent_shape(side)),
+                vendor=vendor,
+                psnr=psnr(reconstruct(codec, unseen), unseen),
+                floor=kid_with_deviation(decoded, other),
+                noised=kid_with_deviation(noised, other),
+                real=kid_with_deviation(real, other),
+                full=kid_with_deviation(decoded, full),
+            )
+        )
+    return rows
+
+
+def examples(vendor: str, source: str, candidates: list[Candidate], cfg: DictConfig) -> dict[str, Tensor]:
+    """A row of originals of the test split, and below it one of each candidate's."""
+    full = cfg.data.resolution
+    rows = {f"{vendor}, {full} px": Pictures(source, full, "test", limit=cfg.shown).load()}
+    for candidate in candidates:
+        pictures = Pictures(source, candidate.resolution, "test", limit=cfg.shown).load()
+        rows[f"{vendor}, {candidate.name}"] = reconstruct(candidate.codec, pictures)
+    return rows
+
+
+def facts(cfg: DictConfig, pictures: Pictures, linear: list[Candidate], judge: Judge) -> dict[str, Any]:
+    """What the numbers depend on."""
+    codecs = {}
+    for candidate in linear:
+        path = path_of(Path(cfg.out), candidate.codec.channels)
+        identity = {"file": path.name, "sha256": sha256(path), "fingerprint": candidate.codec.fingerprint}
+        codecs[candidate.name] = identity
+    protocol = {"fitted_on": pictures.fingerprint, "noise": cfg.noise} | {k: cfg[k] for k in ("limit", "seed", "patch")}
+    return {"protocol": protocol | {"features": judge.extractor.identity}, "codecs": codecs}
+
+
+def markdown_table(rows: list[Row], extractor: str, full: int, noise: float) -> str:
+    """One line for each codec and vendor."""
+    floor = f"floor (kid_{extractor})"
+    distances = [floor, f"with noise of {noise:g}", "real against real", f"against real {full} px"]
+    titles = ["codec", "vendor", "numbers", "PSNR, dB", *distances]
+    lines = ["| " + " | ".join(titles) + " |", "|---|---|" + "---:|" * (len(titles) - 2)]
+    for row in rows:
+        quality = "nothing lost" if row.psnr is None else f"{row.psnr:.1f}"
+        pairs = (row.floor, row.noised, row.real, row.full)
+        distances = [f"{value:.4f} ± {deviation:.4f}" for value, deviation in pairs]
+        lines.append("| " + " | ".join([row.codec, row.vendor, f"{row.numbers:,}", quality, *distances]) + " |")
+    return "\n".join(lines) + "\n"
