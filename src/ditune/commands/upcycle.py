@@ -6,6 +6,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from ditune.checkpoints import is_ours, locate, read_header, save_network
+from ditune.errors import UserError
 from ditune.files.atomic import sha256
 from ditune.moe.upcycling import upcycle
 from ditune.networks import DiTMoE

@@ -72,7 +72,7 @@ def test_two_processes_learn_as_one_by_every_objective_and_with_experts(tmp_path
     ddp = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true"]
     runs = [(str(tmp_path / f"{name}_2"), [*common, *case, *ddp]) for name, case in cases.items()]
     worker = tmp_path / "worker.py"
-    worker.write_text(WORKER.format(paths=[str(ROOT / "src"), str(ROOT / "tests")], runs=runs))
+    worker.write_text(WORKER.format(paths=[str(ROOT / "src"), str(ROOT / "tests" / "support")], runs=runs))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(worker)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader
 from ditune.data import Pictures, center_crop, from_uint8, to_rgb, to_uint8
 from ditune.errors import UserError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 EMOJI = ROOT / "assets" / "emoji"
-GOLDEN = load_file(Path(__file__).parent / "golden" / "center_crop.safetensors")
+GOLDEN = load_file(Path(__file__).parents[1] / "golden" / "center_crop.safetensors")
 COLOURS = {"cat": (200, 30, 30), "dog": (30, 200, 30), "eel": (30, 30, 200)}
 
 

@@ -80,7 +80,7 @@ def test_loss_scaling_scales_all_parts_alike():
 def test_two_processes_with_a_skewed_router(tmp_path):
     """Ranks end with the same weights and biases, those of one process, though one expert never gets a token."""
     paths = [tmp_path / f"{rank}.pt" for rank in range(2)]
-    command = [sys.executable, str(ROOT / "tests" / "skewed_ddp.py")]
+    command = [sys.executable, str(ROOT / "tests" / "support" / "skewed_ddp.py")]
     environment = {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'tests'}", "PATH": "/usr/bin:/bin"}
     processes = [
         subprocess.Popen(

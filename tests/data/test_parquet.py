@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_pictures import identity, make, png
+from test_prepare import config
 from torch.utils.data import DataLoader
 
 from ditune.commands.prepare import prepare
@@ -16,8 +18,6 @@ from ditune.data import Pictures
 from ditune.data import parquet_reader as reader_module
 from ditune.data.sources import open_source
 from ditune.errors import UserError
-from test_pictures import identity, make, png
-from test_prepare import config
 
 pa = pytest.importorskip("pyarrow", reason="pyarrow, which only Parquet files need, is not installed")
 pq = pytest.importorskip("pyarrow.parquet", reason="pyarrow, which only Parquet files need, is not installed")

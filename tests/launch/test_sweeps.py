@@ -282,7 +282,7 @@ def test_one_of_four_jobs_fails_on_rank_1_and_one_is_killed(tmp_path, pictures):
     sweep = tmp_path / "train" / "multiruns" / "four"
 
     def start(faults: str) -> tuple[subprocess.CompletedProcess, list[str]]:
-        env = os.environ | {"PYTHONPATH": "tests", "OMP_NUM_THREADS": "1", "FAULTS": faults}
+        env = os.environ | {"PYTHONPATH": "tests/support", "OMP_NUM_THREADS": "1", "FAULTS": faults}
         command = [sys.executable, "src/train.py", "-m", *settings, *swept]
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
         return done, [job["status"] for job in json.loads((sweep / "summary.json").read_text())["jobs"]]

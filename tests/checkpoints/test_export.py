@@ -22,7 +22,7 @@ from ditune.run import Trained, load_run
 from ditune.samplers import DDIM
 from ditune.training import train
 from helpers import GOLDEN, golden
-from test_kl import small_vae
+from small_vae import small_vae
 
 NAMES = [f"class {k}" for k in range(10)]
 

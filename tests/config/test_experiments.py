@@ -18,7 +18,7 @@ from ditune.run import load_run
 from ditune.training import train
 from helpers import ROOT, compose
 from miniatures import MINIATURES
-from test_kl import small_vae
+from small_vae import small_vae
 
 EIGHT = ("food101", "sun397", "df20m_mini", "caltech101", "cub", "artbench10", "flowers102", "stanford_cars")
 

@@ -19,7 +19,7 @@ from ditune.objectives.variational_bound import (
 from ditune.processes import GaussianProcess
 from ditune.samplers import DDIM, DDPM, guided
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 PROCESS = GaussianProcess()
 SCHEDULES = {
     "full": PROCESS,

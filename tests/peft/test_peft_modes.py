@@ -125,7 +125,7 @@ dist.destroy_process_group()
 def test_two_processes_for_all_methods(tmp_path):
     """Every parameter that trains gets a gradient in every step, or DDP would fail in the next one."""
     script = tmp_path / "worker.py"
-    script.write_text(WORKER.format(paths=[str(ROOT / "src"), str(ROOT / "tests")]))
+    script.write_text(WORKER.format(paths=[str(ROOT / "src"), str(ROOT / "tests" / "support")]))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

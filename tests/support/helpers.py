@@ -13,8 +13,8 @@ from ditune.config.components import build_parts
 from ditune.config.grammar import hydra_value
 from ditune.training.checkpoint_io import newest_checkpoint
 
-ROOT = Path(__file__).parents[1]
-GOLDEN = Path(__file__).parent / "golden"
+ROOT = Path(__file__).parents[2]
+GOLDEN = ROOT / "tests" / "golden"
 
 # A training of seconds: 16-pixel pictures, two blocks of 32 channels, sheets of two pictures, nothing judged.
 SMALL = [

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from test_pictures import COLOURS, make, png, tree
 
 from ditune.data import Pictures
 from ditune.data.formats import endings, is_hidden, is_picture, left_out
@@ -13,7 +14,6 @@ from ditune.data.sources import open_source
 from ditune.data.splits import hashed_split, normal_split
 from ditune.data.walk import files_below
 from ditune.errors import UserError
-from test_pictures import COLOURS, make, png, tree
 
 CLASSES = sorted(COLOURS)
 BOTH = pytest.mark.parametrize("place", ["pictures", "pictures.zip"])

@@ -33,7 +33,7 @@ from ditune.metrics import (
     self_test,
 )
 
-ASSETS = Path(__file__).parent.parent / "assets"
+ASSETS = Path(__file__).parents[2] / "assets"
 WEIGHTS = ASSETS / "extractors" / "efficientnet_lite0.fp16.safetensors"
 SHA256 = "29e2dfe2b2de0f2f56c85b5f0345bb937bf3367e1549e690fa892144dd9980a3"
 

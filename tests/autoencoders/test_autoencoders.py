@@ -12,7 +12,7 @@ from ditune.autoencoders.patch_pca import fix_signs
 from ditune.data import Pictures, from_uint8, to_uint8
 from ditune.errors import UserError
 
-EMOJI = Path(__file__).parents[1] / "assets" / "emoji"
+EMOJI = Path(__file__).parents[2] / "assets" / "emoji"
 
 
 class Noisy(Autoencoder):
