@@ -7,7 +7,7 @@ from ditune.cli import entry_point
 
 @entry_point("train")
 def main(cfg: DictConfig) -> int:
-    from ditune.training import train  # after the config is known to be right: it takes seconds
+    from ditune.commands.train import train  # after the config is known to be right: it takes seconds
 
     return train(cfg)
 

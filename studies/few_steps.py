@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
 from ditune.commands.evaluate import check_reference
-from ditune.config.components import make
+from ditune.config.instantiate import instantiate
 from ditune.distributed import best_device
 from ditune.errors import UserError
 from ditune.evaluation.protocol import Evaluation
@@ -31,8 +31,8 @@ def study(cfg: DictConfig) -> Path:
     """
     out, path = Path(cfg.out), Path(cfg.out) / "result.json"
     content = read_json(path) if path.is_file() else {"runs": {}}
-    reference = make(cfg.metrics.reference, "metrics")
-    judge = make(cfg.metrics.judge, "metrics")
+    reference = instantiate(cfg.metrics.reference, "metrics")
+    judge = instantiate(cfg.metrics.judge, "metrics")
     for folder in cfg.runs:
         run = load_run(folder)
         check_reference(run, reference)

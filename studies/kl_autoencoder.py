@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ditune.autoencoders import KL
 from ditune.autoencoders.kl import load
-from ditune.config.components import make
 from ditune.config.hardware import bare_precision
+from ditune.config.instantiate import instantiate
 from ditune.data import Pictures, from_uint8
 from ditune.data.stream import PictureStream
 from ditune.distributed import best_device
@@ -36,7 +36,7 @@ def fit(cfg: DictConfig) -> Path:
         raise UserError("latent_noise is in units of finished latents. Set decoder_of=<folder of an autoencoder>.")
     device, folder = best_device(), Path(cfg.out)
     bf16 = bare_precision(cfg.precision, cfg.bf16)
-    pictures = make(cfg.data.pictures, "data")
+    pictures = instantiate(cfg.data.pictures, "data")
     pictures.load()
     vae, before = (build(cfg), None) if cfg.decoder_of is None else only_decoder(Path(cfg.decoder_of))
     vae = vae.to(device)

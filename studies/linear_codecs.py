@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from ditune.autoencoders import Autoencoder, PatchPCA, Pixels
-from ditune.config.components import make
+from ditune.config.instantiate import instantiate
 from ditune.data import Pictures, from_uint8, to_uint8
 from ditune.files.atomic import atomic, sha256, write_json
 from ditune.generation.grids import before_after_sheet
@@ -59,12 +59,12 @@ def study(cfg: DictConfig) -> str:
     Raises:
         UserError: the settings or a file are wrong.
     """
-    pictures = make(cfg.data.pictures, "data")
-    judge = make(cfg.metrics.judge, "metrics")
+    pictures = instantiate(cfg.data.pictures, "data")
+    judge = instantiate(cfg.metrics.judge, "metrics")
     linear = fit(pictures, cfg.channels, cfg.patch, Path(cfg.out))
     candidates = [Candidate(f"none, {cfg.pixels_resolution} px", Pixels(), cfg.pixels_resolution), *linear]
     for name, other in cfg.others.items():
-        codec = make(other, "autoencoder").eval()
+        codec = instantiate(other, "autoencoder").eval()
         candidates.append(Candidate(f"{name}, {codec.channels} channels", codec, cfg.data.resolution))
     rows, sheet = [], {}
     for vendor, source in cfg.vendors.items():

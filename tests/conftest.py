@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from PIL import Image
 
 from ditune.checkpoints import save_network
-from ditune.config.components import build_parts
+from ditune.config.components import build_components
 from helpers import SMALL, compose, open_gates
 
 CLASSES = ("cat", "dog", "eel")
@@ -56,16 +56,16 @@ def base(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
     What a fresh DiT begins with as zeros has values: behind gates of zero an adapter gets no gradient.
     """
     folder = tmp_path_factory.mktemp("base")
-    parts = build_parts(compose(folder, *SMALL, f"data.root={pictures}", "peft=full"))
+    parts = build_components(compose(folder, *SMALL, f"data.root={pictures}", "peft=full"))
     open_gates(parts.network)
     path = folder / "base.safetensors"
     save_network(
         path,
         parts.network,
         parts.objective.process.config,
-        class_names=parts.pictures.class_names,
+        class_names=parts.images.class_names,
         autoencoder=parts.autoencoder.latent_fingerprint,
-        data=parts.pictures.fingerprint,
+        data=parts.images.fingerprint,
         resolution=16,
         steps=0,
     )

@@ -22,7 +22,8 @@ from ditune.checkpoints import (
     read_header,
     read_network,
 )
-from ditune.config.components import check_latents, given_process, make, uses_bf16
+from ditune.config.base_network import check_latents, given_process
+from ditune.config.instantiate import instantiate
 from ditune.errors import UserError
 from ditune.generation.generator import Drawer
 from ditune.networks import DiT
@@ -73,7 +74,8 @@ def load_run(folder: Path | str) -> Run:
             f"The run {folder} has saved no network yet. "
             f"Let it finish: python src/train.py with its settings, run_dir={folder} and resume=auto."
         )
-    drawer = _build_drawer(folder, stored, make(cfg.autoencoder, "autoencoder"), cfg.sampler, uses_bf16(cfg))
+    bf16 = str(cfg.trainer.precision).startswith("bf16")
+    drawer = _build_drawer(folder, stored, instantiate(cfg.autoencoder, "autoencoder"), cfg.sampler, bf16)
     reshaped = base is not None and (stored["base"].get("classes") or stored["base"]["network"] != stored["network"])
     return Run(network.eval(), drawer, stored["class_names"], folder, cfg, base, bool(reshaped))
 
@@ -98,7 +100,7 @@ def load_checkpoint(
     Raises:
         UserError: the file is missing or damaged, or the autoencoder is another.
     """
-    path, codec = Path(path), make(autoencoder, "autoencoder")
+    path, codec = Path(path), instantiate(autoencoder, "autoencoder")
     given = {key: value for key, value in (overrides or {}).items() if value is not None}
     read = read_network(path, given_process(process, "process"), **given)
     network = read.network
@@ -186,7 +188,7 @@ def _official(path: Path, read: NetworkFile, codec: Autoencoder) -> dict[str, An
 def _build_drawer(source: Path, stored: dict[str, Any], codec: Autoencoder, sampler: DictConfig, bf16: bool) -> Drawer:
     check_latents(f"network of {source}", stored, codec)
     process = build_process(stored["process"])
-    drawing = make(sampler, "sampler")
+    drawing = instantiate(sampler, "sampler")
     if isinstance(drawing["sampler"], str):
         drawing["sampler"] = getattr(samplers, drawing["sampler"])()
     drawer = Drawer(process, codec, stored["resolution"], bf16=bf16, **drawing)

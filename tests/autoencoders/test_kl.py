@@ -11,11 +11,13 @@ from omegaconf import DictConfig
 
 from ditune.autoencoders import KL
 from ditune.commands.prepare import ensure, training_source
-from ditune.config.components import build_parts, check_latents, make
+from ditune.config.base_network import check_latents
+from ditune.config.components import build_components
+from ditune.config.instantiate import instantiate
+from ditune.config.training import build_module
 from ditune.data.latents import Latents
 from ditune.errors import UserError
 from ditune.rng import Draws
-from ditune.training.setup import build_module
 from helpers import compose
 from miniatures import cub
 from small_vae import small_vae
@@ -100,13 +102,13 @@ def test_the_configs_take_a_folder_or_say_what_to_put_there(tmp_path, folder, mo
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "empty"))
     cfg = compose(tmp_path, f"autoencoder={name}", f"autoencoder.folder={folder}").autoencoder
-    codec = make(cfg, "autoencoder")
+    codec = instantiate(cfg, "autoencoder")
     assert codec.name == name
     assert codec.scale.tolist() == pytest.approx([0.18215] * 4)
     cfg.folder = str(tmp_path / "none")
     repository = f"stabilityai/sd-vae-ft-{name[-3:]}"
     with pytest.raises(UserError, match=f"(?s)config.json and .*huggingface.co/{repository}/tree/main into {tmp_path}"):
-        make(cfg, "autoencoder")
+        instantiate(cfg, "autoencoder")
 
 
 @pytest.mark.parametrize("damage", ["truncated", "not JSON", "other"])
@@ -129,12 +131,13 @@ def cached(root: Path, tmp_path: Path, folder: Path) -> tuple[DictConfig, Latent
     overrides = ["data=cub", f"data.root={root}", "data.resolution=32", "autoencoder=sd_vae_ema"]
     cfg = compose(tmp_path, *overrides, f"autoencoder.folder={folder}")
     ensure(cfg)
-    return cfg, training_source(cfg, make(cfg.data.pictures, "data"), make(cfg.autoencoder, "autoencoder"))
+    images, autoencoder = instantiate(cfg.data.pictures, "data"), instantiate(cfg.autoencoder, "autoencoder")
+    return cfg, training_source(cfg, images, autoencoder)
 
 
 def test_the_cache_holds_mean_and_log_variance_of_both_flips(tmp_path, folder):
     cfg, latents = cached(tmp_path / "cub", tmp_path, folder)
-    pictures, codec = make(cfg.data.pictures, "data"), KL("small", folder).eval()
+    pictures, codec = instantiate(cfg.data.pictures, "data"), KL("small", folder).eval()
     assert latents.shape == (12, 2, 2, 4, 4, 4)
     moments, _ = latents.take([5, 5], torch.tensor([False, True]))
     pixels = pictures.take([5, 5], torch.tensor([False, True]))[0].float() / 127.5 - 1
@@ -149,7 +152,7 @@ def test_the_posterior_is_sampled_anew_in_every_step(tmp_path, folder):
     overrides = ["~experiment", "network=tiny", "network.learn_sigma=true", "peft=full", "autoencoder=sd_vae_ema"]
     overrides += ["data=cub", f"data.root={tmp_path}/cub", "data.resolution=32", f"autoencoder.folder={folder}"]
     cfg = compose(tmp_path, *overrides)
-    parts = build_parts(cfg)
+    parts = build_components(cfg)
     module = build_module(cfg, parts, {})
     moments, _ = latents.take([0, 1])
     first, second = (module.latents(moments, Draws(0, step, [0, 1])) for step in (0, 1))

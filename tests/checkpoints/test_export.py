@@ -14,13 +14,13 @@ from ditune import cli
 from ditune.autoencoders import KL
 from ditune.checkpoints import load_network, save_network
 from ditune.commands.export import export, to_diffusers, to_dit
+from ditune.commands.train import train
 from ditune.errors import UserError
 from ditune.generation.generator import Drawer
 from ditune.networks import DiT, build_network
 from ditune.processes import GaussianProcess
 from ditune.run import Trained, load_run
 from ditune.samplers import DDIM
-from ditune.training import train
 from helpers import GOLDEN, golden
 from small_vae import small_vae
 

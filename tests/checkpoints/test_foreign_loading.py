@@ -21,7 +21,9 @@ from ditune.autoencoders import KL
 from ditune.checkpoints import load_network, networks, read_network, save_network
 from ditune.checkpoints.diffusers_dit import to_theirs
 from ditune.checkpoints.networks import PROCESSES
-from ditune.config.components import build_network, make
+from ditune.commands.train import train
+from ditune.config.base_network import build_network
+from ditune.config.instantiate import instantiate
 from ditune.errors import UserError
 from ditune.files import atomic as checkpoint_files
 from ditune.files.atomic import sha256
@@ -29,7 +31,6 @@ from ditune.networks import DiT, dit, dit_moe
 from ditune.networks.embeddings import sincos_2d
 from ditune.processes import FlowProcess, GaussianProcess, build_process
 from ditune.run import load_checkpoint, load_run
-from ditune.training import train
 from helpers import ROOT, SMALL_FLOW, compose
 
 SHAPE = {"input_size": 8, "hidden_size": 384, "depth": 1, "num_heads": 6, "num_classes": 3}
@@ -591,8 +592,8 @@ def test_training_on_a_flow_of_others(saved, pictures, tmp_path):
 
     def built(*overrides: str):
         cfg = compose(tmp_path / "run", *general, *overrides)
-        objective = make(cfg.objective, "objective")
-        codec = make(cfg.autoencoder, "autoencoder")
+        objective = instantiate(cfg.objective, "objective")
+        codec = instantiate(cfg.autoencoder, "autoencoder")
         build_network(cfg, ["cat", "dog", "eel"], codec, objective)
         return objective.process
 

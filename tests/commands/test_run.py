@@ -16,16 +16,17 @@ from PIL import Image
 
 from ditune import cli
 from ditune.checkpoints import load_network, read_adapter
-from ditune.commands.evaluate import build_comparison, evaluate
+from ditune.commands.evaluate import evaluate
 from ditune.commands.sample import balanced_labels, sample
+from ditune.commands.train import train
 from ditune.config import hardware
-from ditune.config.components import build_drawer, build_evaluation, build_parts, make
+from ditune.config.components import build_comparison, build_components, build_drawer, build_evaluation
+from ditune.config.instantiate import instantiate
 from ditune.errors import UserError
 from ditune.evaluation.protocol import Record
 from ditune.files.atomic import sha256, write_json
 from ditune.networks import DiT
 from ditune.run import load_checkpoint, load_run
-from ditune.training import train
 from helpers import ROOT, SMALL, compose, task
 
 JUDGED = ["metrics.n=5", "+metrics.judge.batch_size=4", "sampler.batch_size=4"]
@@ -203,10 +204,10 @@ def test_record_of_a_base_is_found_by_the_trainings_judge(
     cfg = OmegaConf.load(adapted / "config.yaml")
     cfg.metrics.record = str(record)
     cfg.metrics.base_reference = {**cfg.metrics.reference, "limit": 9}
-    parts = build_parts(cfg)
+    parts = build_components(cfg)
     drawer = build_drawer(cfg, parts)
     keys = [
-        build_evaluation(cfg, drawer, make(reference, "metrics")).key
+        build_evaluation(cfg, drawer, instantiate(reference, "metrics")).key
         for reference in (cfg.metrics.reference, cfg.metrics.base_reference)
     ]
     assert set(keys) == set(content["metrics"][sha256(base)])
@@ -214,7 +215,7 @@ def test_record_of_a_base_is_found_by_the_trainings_judge(
     for key, value in zip(keys, (0.8, 0.2), strict=True):
         content["metrics"][sha256(base)][key]["values"]["kid_efflite0"] = value
     write_json(record, content)
-    metrics = build_comparison(cfg, drawer)(parts.network, parts.base, tmp_path / "sheets")
+    metrics = build_comparison(cfg, drawer)(parts.network, parts.base.path, tmp_path / "sheets")
     assert (metrics["before_is"], metrics["base_domain_is"]) == ("record", "record")
     assert metrics["gap_before"] == pytest.approx(0.6)
     assert metrics["gap_closed"] == pytest.approx((0.8 - metrics["after"]["kid_efflite0"]) / 0.6)
@@ -223,7 +224,7 @@ def test_record_of_a_base_is_found_by_the_trainings_judge(
 def test_every_setting_of_the_protocol_changes_its_key(scratch: Path, judging: list[str]) -> None:
     cfg = task("evaluate", *judging)
     trained = load_checkpoint(scratch / "network.safetensors", cfg.autoencoder, cfg.sampler, bf16=True)
-    reference = make(cfg.metrics.reference, "metrics")
+    reference = instantiate(cfg.metrics.reference, "metrics")
     evaluation = build_evaluation(cfg, trained.drawer, reference)
     others = [
         replace(evaluation, drawer=replace(trained.drawer, **change))
@@ -236,7 +237,7 @@ def test_every_setting_of_the_protocol_changes_its_key(scratch: Path, judging: l
 
 def test_images_are_judged_as_the_network_that_drew_them(scratch: Path, judging: list[str], tmp_path: Path) -> None:
     run = load_run(scratch)
-    evaluation = build_evaluation(run.cfg, run.drawer, make(run.cfg.metrics.reference, "metrics"))
+    evaluation = build_evaluation(run.cfg, run.drawer, instantiate(run.cfg.metrics.reference, "metrics"))
     folder = tmp_path / "pictures"
     folder.mkdir()
     for i, picture in enumerate(evaluation.draw(run.network)):

@@ -12,7 +12,8 @@ from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
 from ditune.checkpoints import save_network
-from ditune.config.components import build_parts, make
+from ditune.config.components import build_components
+from ditune.config.instantiate import instantiate
 from ditune.errors import UserError
 from ditune.peft import METHODS, build_peft
 from helpers import ROOT, SMALL, compose
@@ -48,19 +49,19 @@ def test_every_experiment_builds_with_any_method(tmp_path, experiment):
         overrides += [f"data.root={tmp_path}/data", "data.latents=false", "autoencoder=none"]
     if cfg.network.learn_sigma != ("learned" in cfg.objective.process.get("variance", "")):
         overrides.append(f"network.learn_sigma={not cfg.network.learn_sigma}")
-    parts = build_parts(compose(tmp_path, *overrides, "peft=full", "pretrained=null"))
+    parts = build_components(compose(tmp_path, *overrides, "peft=full", "pretrained=null"))
     parts.method.merge(parts.network)
     base = tmp_path / "base.safetensors"
-    names = {"class_names": parts.pictures.class_names, "autoencoder": parts.autoencoder.latent_fingerprint}
+    names = {"class_names": parts.images.class_names, "autoencoder": parts.autoencoder.latent_fingerprint}
     save_network(base, parts.network, parts.objective.process.config, **names)
-    assert build_parts(compose(tmp_path, *overrides, "peft=difffit", f"pretrained={base}")).base == base
+    assert build_components(compose(tmp_path, *overrides, "peft=difffit", f"pretrained={base}")).base.path == base
     for name in ("full", "bitfit", "lora"):
         cfg = compose(tmp_path, *overrides, f"peft={name}", f"pretrained={base}")
-        method = make(cfg.peft, "peft")
+        method = instantiate(cfg.peft, "peft")
         method.apply(copy.deepcopy(parts.network))
         assert method.title == name
-        assert make(cfg.optimizer, "optimizer").keywords["lr"] == cfg.optimizer.lr
-        make(cfg.scheduler, "scheduler")
+        assert instantiate(cfg.optimizer, "optimizer").keywords["lr"] == cfg.optimizer.lr
+        instantiate(cfg.scheduler, "scheduler")
 
 
 @pytest.mark.parametrize("path", [f for f in FILES if f.parent.name in ("experiment", "model")], ids=lambda p: p.stem)
@@ -77,7 +78,7 @@ def test_every_method_can_leave_the_label_table_alone(path):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_brings_its_own_keys_and_rate(tmp_path, method):
     cfg = compose(tmp_path, "~experiment", f"peft={method}")
-    assert make(cfg.peft, "peft").title == method
+    assert instantiate(cfg.peft, "peft").title == method
     assert ("gamma_depth" in cfg.peft) == (method == "difffit")
     assert cfg.optimizer.lr == cfg.peft.lr
     with pytest.raises(TypeError, match="unknown_key"):
@@ -116,7 +117,7 @@ def test_constructors_refuse_unknown_keys(tmp_path, pictures):
     for group in ("network", "objective", "autoencoder", "optimizer", "scheduler", "logger"):
         cfg = compose(tmp_path, *SMALL, f"data.root={pictures}", f"+{group}.unknown_key=1")
         with pytest.raises(UserError, match="unknown_key"):
-            make(cfg[group], group)
+            instantiate(cfg[group], group)
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
@@ -168,9 +169,9 @@ ALLOWED = {
     "checkpoints": {*GROUND, "networks", "peft"},
     "moe": {*GROUND, "networks", "checkpoints", "processes"},
     "generation": {*GROUND, "autoencoders", "data", "processes", "samplers", "metrics.features"},
-    "evaluation": {*GROUND, "autoencoders", "checkpoints", "data", "generation", "metrics", "objectives"},
-    "launch": {*GROUND, "config.grammar", "config.keys", "cli"},
-    "report": {*GROUND, "generation.grids", "metrics.names"},
+    "evaluation": {*GROUND, "config.roles", "autoencoders", "checkpoints", "data", "generation", "metrics", "objectives"},
+    "launch": {*GROUND, "config.grammar", "config.keys", "config.roles", "cli"},
+    "report": {*GROUND, "config.roles", "generation.grids", "metrics.names"},
     "training": {
         *GROUND,
         "autoencoders",

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from ditune.cli import reported
+from ditune.commands.train import train
 from ditune.errors import UserError
-from ditune.training import train
 from helpers import ROOT, SMALL
 
 # overrides of a small training, and a part of the message

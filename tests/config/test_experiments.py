@@ -10,12 +10,12 @@ from safetensors.torch import save_file
 
 from ditune.checkpoints import diffusers_dit
 from ditune.checkpoints.published import PUBLISHED, locate
-from ditune.config.components import make
+from ditune.commands.train import train
+from ditune.config.instantiate import instantiate
 from ditune.errors import UserError
 from ditune.networks import build_network
 from ditune.peft import METHODS
 from ditune.run import load_run
-from ditune.training import train
 from helpers import ROOT, compose
 from miniatures import MINIATURES
 from small_vae import small_vae
@@ -75,7 +75,7 @@ def test_a_dry_run_of_every_experiment(overrides, tmp_path, capsys, name):
     assert cfg.data.name == name
     assert train(cfg) == 0
     shown = capsys.readouterr().out
-    assert "parameters train" in shown
+    assert "difffit trains" in shown
     assert "4 x 4 x 4" in shown
     assert not (tmp_path / "data" / "prepared").exists()
 
@@ -88,10 +88,10 @@ def test_every_experiment_is_whole_at_its_own_size(tmp_path):
         assert (cfg.name, cfg.data.name, cfg.pretrained) == (f"difffit_{name}", name, "dit_xl_2_256")
         assert (cfg.batch_size, cfg.max_steps, cfg.metrics.n, cfg.sampler.guidance) == (64, 24000, 10000, 1.5)
         assert (cfg.optimizer.lr, cfg.ema.decay, cfg.scheduler.decay_to) == (1e-3, 0.9999, 1.0)
-        channels, side, _ = make(cfg.autoencoder, "autoencoder").latent_shape(cfg.data.resolution)
+        channels, side, _ = instantiate(cfg.autoencoder, "autoencoder").latent_shape(cfg.data.resolution)
         with torch.device("meta"):
-            network = make(cfg.network, "network", in_channels=channels, input_size=side, num_classes=101)
-        make(cfg.peft, "peft", _convert_="all").apply(network)
+            network = instantiate(cfg.network, "network", in_channels=channels, input_size=side, num_classes=101)
+        instantiate(cfg.peft, "peft", _convert_="all").apply(network)
         assert sum(p.numel() for p in network.parameters() if p.requires_grad) == 703_904  # of 101 classes
 
 
@@ -111,7 +111,7 @@ def test_every_method_fits_every_experiment(tmp_path, xl, method):
         assert cfg.optimizer.lr == cfg.peft.lr
         with torch.device("meta"):
             network = build_network("dit_moe_s_2_8e2a", num_classes=101) if method == "router" else copy.deepcopy(xl)
-            make(cfg.peft, "peft", _convert_="all").apply(network)
+            instantiate(cfg.peft, "peft", _convert_="all").apply(network)
 
 
 def test_a_published_network_is_found_by_name_and_remembered(tmp_path):

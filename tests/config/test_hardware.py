@@ -5,13 +5,13 @@ import logging
 import pytest
 import torch
 
+from ditune.commands.train import train
 from ditune.config import hardware
 from ditune.config.hardware import bare_precision, device_of, emulation_factor, multiplies_bf16, resolve_precision
+from ditune.config.roles import job_hash
 from ditune.errors import UserError
 from ditune.files.atomic import read_json
-from ditune.launch.jobs import config_hash
 from ditune.run import load_run
-from ditune.training import train
 from helpers import checkpoint, compose
 
 
@@ -78,7 +78,7 @@ def test_auto_is_resolved_in_the_records_and_requested_in_the_identity(small, mu
         "trainer=cpu",
         "callbacks.checkpoint.every_n_steps=1",
     )
-    asked = config_hash(small(*overrides))
+    asked = job_hash(small(*overrides))
     assert train(small(*overrides)) == 0
     result = read_json(tmp_path / "run" / "result.json")
     assert (result["precision"], result["config_hash"]) == ("bf16-mixed", asked)

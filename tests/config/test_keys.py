@@ -11,10 +11,10 @@ from omegaconf import OmegaConf
 
 from ditune import cli
 from ditune.commands.sample import sample
+from ditune.commands.train import train
 from ditune.config.keys import APART, KEYS, check, rows_of
 from ditune.config.overrides import nearest
 from ditune.errors import UserError
-from ditune.training import train
 from helpers import ROOT, SMALL, compose
 
 CONFIGS = ROOT / "configs"

@@ -7,7 +7,7 @@ import pytest
 from omegaconf import DictConfig
 from torchvision import datasets
 
-from ditune.config.components import make
+from ditune.config.instantiate import instantiate
 from ditune.data import Benchmark, StanfordCars
 from ditune.errors import UserError
 from helpers import compose
@@ -44,7 +44,7 @@ def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, DictConfig]:
 @pytest.fixture
 def read(roots: dict[str, Path], configs: dict[str, DictConfig]):
     def build(name: str, root: Path | None = None, split: str | None = None) -> Benchmark:
-        return make(configs[name].pictures, "data", split=split, root=str(root or roots[name]), manifest=None)
+        return instantiate(configs[name].pictures, "data", split=split, root=str(root or roots[name]), manifest=None)
 
     return build
 

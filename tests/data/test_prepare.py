@@ -24,7 +24,8 @@ from ditune import cli
 from ditune.autoencoders import PatchPCA
 from ditune.commands import prepare as preparing
 from ditune.commands.prepare import prepare
-from ditune.config.components import make
+from ditune.commands.train import train
+from ditune.config.instantiate import instantiate
 from ditune.data import CUB, Caltech101, Flowers102, ImageNet
 from ditune.data import archives as archives_module
 from ditune.data.archives import Archive, install, unpack
@@ -33,7 +34,6 @@ from ditune.data.stream import PictureStream
 from ditune.errors import UserError
 from ditune.files.download import fetch, record_first_use
 from ditune.files.locks import attempt, share
-from ditune.training import train
 from helpers import ROOT, SMALL, compose
 from miniatures import MINIATURES, SYNSETS, cub, picture, put
 
@@ -90,7 +90,7 @@ def test_everything_is_made_once_and_stages_repeat_alone(root):
 def test_latents_are_those_of_the_autoencoder(root):
     cfg = config(root)
     prepare(cfg)
-    pictures, autoencoder = make(cfg.data.pictures, "data"), make(cfg.autoencoder, "autoencoder")
+    pictures, autoencoder = instantiate(cfg.data.pictures, "data"), instantiate(cfg.autoencoder, "autoencoder")
     latents = preparing.training_source(with_latents(cfg), pictures, autoencoder)
     assert isinstance(latents, Latents)
     mirrored = torch.tensor([False, True, True, False])
@@ -110,7 +110,7 @@ def with_latents(cfg: DictConfig) -> DictConfig:
 def test_the_stream_gives_the_same_pictures_and_flips_from_the_cache(root):
     cfg = config(root)
     prepare(cfg)
-    pictures, autoencoder = make(cfg.data.pictures, "data"), make(cfg.autoencoder, "autoencoder")
+    pictures, autoencoder = instantiate(cfg.data.pictures, "data"), instantiate(cfg.autoencoder, "autoencoder")
     latents = preparing.training_source(cfg, pictures, autoencoder)
     positions = list(range(30))
     pixels, labels, _ = PictureStream(pictures, seed=3, flip=True).__getitems__(positions)

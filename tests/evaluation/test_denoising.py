@@ -2,7 +2,8 @@
 
 import torch
 
-from ditune.config.components import build_parts, make
+from ditune.config.components import build_components
+from ditune.config.instantiate import instantiate
 from ditune.data import from_uint8
 from ditune.evaluation.denoising_loss import REPEATS, denoising_loss
 from ditune.rng import Draws
@@ -11,8 +12,8 @@ from helpers import SMALL, compose, open_gates
 
 def test_loss_tells_networks_apart_and_repeats(tmp_path, pictures):
     cfg = compose(tmp_path, *SMALL, f"data.root={pictures}", "peft=full")
-    parts = build_parts(cfg)
-    unseen = make(cfg.data.pictures, "data", split="test")
+    parts = build_components(cfg)
+    unseen = instantiate(cfg.data.pictures, "data", split="test")
     assert len(unseen) == 2
 
     def loss(seed: int = 0) -> float:
@@ -30,9 +31,9 @@ def test_loss_tells_networks_apart_and_repeats(tmp_path, pictures):
 
 def test_every_image_is_encoded_once_and_the_value_stays(tmp_path, pictures, monkeypatch):
     cfg = compose(tmp_path, *SMALL, f"data.root={pictures}", "peft=full")
-    parts = build_parts(cfg)
+    parts = build_components(cfg)
     open_gates(parts.network)
-    images = make(cfg.data.pictures, "data", split="train")
+    images = instantiate(cfg.data.pictures, "data", split="train")
     monkeypatch.setattr("ditune.evaluation.denoising_loss.BATCH", 4)  # 4, 4 and 2 images
     encoded, encode = [], type(parts.autoencoder).encode
     monkeypatch.setattr(type(parts.autoencoder), "encode", lambda self, x: encoded.append(len(x)) or encode(self, x))

@@ -15,13 +15,13 @@ from PIL import Image
 from torch import nn
 
 from ditune.commands.evaluate import evaluate
+from ditune.commands.train import train
 from ditune.data import Pictures
 from ditune.errors import UserError
 from ditune.evaluation.image_files import ImageFiles
 from ditune.evaluation.image_shards import Blocks, NpzPictures, weights_hash
 from ditune.files.atomic import read_json, write_json
 from ditune.metrics import Judge
-from ditune.training import train
 from helpers import ROOT, SMALL, compose, task
 
 

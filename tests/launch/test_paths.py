@@ -12,14 +12,14 @@ from omegaconf import OmegaConf
 
 from ditune import cli
 from ditune.cli import message
-from ditune.config.components import make
+from ditune.commands.train import train
 from ditune.config.grammar import between_quotes, hydra_value, literal, resolved
+from ditune.config.instantiate import instantiate
 from ditune.errors import UserError
 from ditune.files.atomic import atomic, read_json, write_json
 from ditune.files.locks import alone, attempt, locked
 from ditune.launch.trees import last_error
 from ditune.run import load_run
-from ditune.training import train
 from helpers import ROOT, SMALL
 
 ODD = """Größe (Lab), a=b [x] {y} $z #1 ~ & ! "q" it's 日本 \\"""
@@ -84,7 +84,7 @@ def test_ordinary_paths_stay_readable():
 
 def test_a_dollar_in_a_path_is_no_reference(tmp_path):
     cfg = OmegaConf.create({"a": {"_target_": "builtins.dict", "path": "${b}/c"}, "b": literal("/x/${HOME}")})
-    assert make(cfg.a, "a") == {"path": "/x/${HOME}/c"}
+    assert instantiate(cfg.a, "a") == {"path": "/x/${HOME}/c"}
     OmegaConf.save(resolved(cfg), tmp_path / "config.yaml")
     assert OmegaConf.load(tmp_path / "config.yaml").a.path == "/x/${HOME}/c"
 

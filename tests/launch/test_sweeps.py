@@ -19,9 +19,10 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from ditune import cli
+from ditune.config.roles import job_hash
 from ditune.errors import UserError
 from ditune.files.locks import alone
-from ditune.launch.jobs import Job, config_hash, needs, of_the_job, place
+from ditune.launch.jobs import Job, needs, of_the_job, place
 from ditune.launch.sweep import Stopped, Sweep
 from ditune.launch.trees import Tree
 from helpers import ROOT, SMALL, compose
@@ -119,12 +120,12 @@ def test_hash_is_of_what_decides_the_result(tmp_path):
     def key(name: str, value: object) -> str:
         changed = cfg.copy()
         OmegaConf.update(changed, name, value)
-        return config_hash(changed)
+        return job_hash(changed)
 
     same = {"paths.output_dir": "x", "tags": ["a"], "resume": "auto", "launcher.slots": 3, "run_dir": "x"}
-    assert {key(*item) for item in same.items()} == {config_hash(cfg)}
+    assert {key(*item) for item in same.items()} == {job_hash(cfg)}
     other = {"seed": 1, "peft.name": "bitfit", "peft.lr": 1e-4, "max_steps": 401, "trainer.devices": 2}
-    assert len({config_hash(cfg), *(key(*item) for item in other.items())}) == 1 + len(other)
+    assert len({job_hash(cfg), *(key(*item) for item in other.items())}) == 1 + len(other)
     assert cfg.paths.output_dir == str(tmp_path)  # left as it was
 
 
@@ -265,7 +266,7 @@ def test_shipped_sweeps_compose_into_different_jobs(name):
         params = [f"{key}={value}" for key, value in master.hydra.sweeper.params.items()]
         parsed = OverridesParser.create().parse_overrides(params)
         (jobs,) = BasicSweeper.split_arguments(parsed, None)
-        keys = {config_hash(hydra.compose("train", [f"sweep={name}", *job])) for job in jobs[::5]}
+        keys = {job_hash(hydra.compose("train", [f"sweep={name}", *job])) for job in jobs[::5]}
     assert len(keys) == len(jobs[::5]) > 1
 
 

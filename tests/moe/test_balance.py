@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import skewed_ddp
+from ditune.commands.train import train
 from ditune.errors import UserError
 from ditune.moe.balance import Balance, Watched
 from ditune.networks import DiTMoE, build_network
 from ditune.networks.routing import Routing, balance_loss
-from ditune.training import train
 from helpers import ROOT, assert_same_bits, checkpoint
 
 MOE = ["network=tiny_moe", "peft=full", "optimizer.lr=1e-3", "max_steps=4", "objective.process.variance=fixed_small"]

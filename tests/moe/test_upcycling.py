@@ -15,6 +15,7 @@ from ditune.checkpoints import load_network, read_header, save_network
 from ditune.checkpoints.official_dit_moe import to_theirs
 from ditune.commands.analyze_routing import analyse
 from ditune.commands.evaluate import evaluate
+from ditune.commands.train import train
 from ditune.commands.upcycle import upcycle_file
 from ditune.errors import UserError
 from ditune.moe.statistics import RoutingStatistics, mutual_information
@@ -24,7 +25,6 @@ from ditune.peft import build_peft
 from ditune.processes import FlowProcess, GaussianProcess
 from ditune.run import load_checkpoint
 from ditune.samplers import DDPM, Euler
-from ditune.training import train
 from helpers import GOLDEN, SMALL, compose, golden
 
 

@@ -7,13 +7,13 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from ditune.commands.train import train
 from ditune.errors import UserError
 from ditune.objectives import FlowMatching, State
 from ditune.processes import FlowProcess, GaussianProcess, build_process, shifted
 from ditune.rng import Draws
 from ditune.run import load_run
 from ditune.samplers import DDIM, DDPM, Euler, sample
-from ditune.training import train
 from helpers import SMALL, SMALL_FLOW, compose, golden
 
 SHAPE = (3, 4, 4)

@@ -5,13 +5,13 @@ import torch
 from torch.testing import assert_close
 
 from ditune.checkpoints import save_network
-from ditune.config.components import build_parts
+from ditune.commands.train import train
+from ditune.config import rules
+from ditune.config.components import build_components
+from ditune.config.training import resume_key
 from ditune.errors import UserError
 from ditune.objectives import State
 from ditune.rng import Draws
-from ditune.training import train
-from ditune.training.fit import check_combination
-from ditune.training.setup import identity
 from helpers import ROOT, SMALL_FLOW, compose
 
 OBJECTIVES = sorted(path.stem for path in (ROOT / "configs" / "objective").glob("*.yaml"))
@@ -25,7 +25,7 @@ def test_every_objective_teaches_every_network(tmp_path, pictures, objective, ne
     """Finite gradients reach every parameter; the loss is the mean over samples and not of how they are cut."""
     overrides = [*SMALL_FLOW[:-1], f"objective={objective}", f"data.root={pictures}", f"network={network}", "peft=full"]
     learned = objective == "diffusion"
-    parts = build_parts(compose(tmp_path, *overrides, f"network.learn_sigma={str(learned).lower()}"))
+    parts = build_components(compose(tmp_path, *overrides, f"network.learn_sigma={str(learned).lower()}"))
     network = parts.network
     torch.manual_seed(0)
     for parameter in network.parameters():
@@ -69,16 +69,16 @@ def test_a_run_in_bf16_with_micro_steps(tmp_path, pictures, objective):
 def test_a_method_without_forward_derivatives_is_refused(tmp_path, pictures):
     """Before the training: alpha-Flow would come to its first derivative only after most of it."""
     flow = [*SMALL_FLOW[:-1], "objective=alpha_flow", f"data.root={pictures}"]
-    base, parts = tmp_path / "base.safetensors", build_parts(compose(tmp_path, *flow, "peft=full"))
-    facts = {"class_names": parts.pictures.class_names, "autoencoder": parts.autoencoder.latent_fingerprint}
+    base, parts = tmp_path / "base.safetensors", build_components(compose(tmp_path, *flow, "peft=full"))
+    facts = {"class_names": parts.images.class_names, "autoencoder": parts.autoencoder.latent_fingerprint}
     parts.method.merge(parts.network)
     save_network(base, parts.network, parts.objective.process.config, **facts)
     cfg = compose(tmp_path, *flow, "peft=loha", "peft.r=2", f"pretrained={base}")
     with pytest.raises(UserError, match="differentiates the network by its input"):
-        check_combination(cfg, build_parts(cfg))
+        rules.check(build_components(cfg), rules.OF_A_TRAINING)
     other = [*SMALL_FLOW, f"data.root={pictures}", "peft=full", f"pretrained={base}"]
     with pytest.raises(UserError, match=r"another process.*Set objective"):  # and not: choose another network
-        build_parts(compose(tmp_path, *other))
+        build_components(compose(tmp_path, *other))
 
 
 @pytest.mark.parametrize(
@@ -88,6 +88,6 @@ def test_a_schedule_over_the_training_is_not_stretched_by_resuming(tmp_path, pic
     def marks(steps):
         overrides = [*SMALL_FLOW[:-1], f"objective={objective}", f"data.root={pictures}", "peft=full"]
         cfg = compose(tmp_path, *overrides, f"max_steps={steps}")
-        return identity(cfg, build_parts(cfg))
+        return resume_key(cfg, build_components(cfg))
 
     assert (marks(5) != marks(6)) == scheduled

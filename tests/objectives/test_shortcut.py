@@ -7,7 +7,8 @@ import torch
 from torch.testing import assert_close
 
 from ditune.checkpoints import load_network, save_network
-from ditune.config.components import build_parts
+from ditune.commands.train import train
+from ditune.config.components import build_components
 from ditune.errors import UserError
 from ditune.networks import build_network
 from ditune.objectives import LiveReflow, MeanFlow, ProgressiveDistillation, Shortcut, State
@@ -15,7 +16,6 @@ from ditune.processes import FlowProcess, GaussianProcess, build_process
 from ditune.rng import Draws
 from ditune.run import load_run
 from ditune.samplers import Jumps, default_sampler, sample
-from ditune.training import train
 from helpers import SMALL_FLOW, assert_same_bits, checkpoint, compose
 
 TOLD = FlowProcess(step="log2", base_steps=128)
@@ -155,7 +155,7 @@ def test_an_official_diffusion_network_becomes_a_shortcut_network(tmp_path, pict
     official = build_network("dit_s_8", input_size=16, in_channels=3, num_classes=3)
     torch.save(official.state_dict(), tmp_path / "dit.pt")
     overrides = [*SMALL_SHORTCUT, f"data.root={pictures}", "network=dit_s_8", "peft=bitfit"]
-    parts = build_parts(compose(tmp_path, *overrides, f"pretrained={tmp_path}/dit.pt"))
+    parts = build_components(compose(tmp_path, *overrides, f"pretrained={tmp_path}/dit.pt"))
     process = parts.objective.process
     assert process.config["diffusion"] == GaussianProcess().config
     assert parts.network.step_embedder.mlp[2].weight.requires_grad

@@ -82,12 +82,12 @@ def test_a_dense_network_has_no_experts():
 
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_every_method_adapts_a_dit_moe(name):
-    from ditune.config.components import make
+    from ditune.config.instantiate import instantiate
     from helpers import compose
 
     adapted = network()
     before = adapted(*INPUTS)
-    method = make(compose("/tmp/unused", f"peft={name}").peft, "peft", _convert_="all")
+    method = instantiate(compose("/tmp/unused", f"peft={name}").peft, "peft", _convert_="all")
     method.apply(adapted)
     if not name.startswith("vpt"):  # prompts are tokens of their own from the start
         assert_close(adapted(*INPUTS), before, atol=1e-5, rtol=1e-4)

@@ -9,14 +9,15 @@ import torch
 from torch.testing import assert_close
 
 from ditune.checkpoints import read_adapter
-from ditune.config.components import build_parts, freeze_in_bf16, make
+from ditune.commands.train import train
+from ditune.config.components import build_components, freeze_in_bf16
+from ditune.config.instantiate import instantiate
 from ditune.errors import UserError
 from ditune.evaluation.denoising_loss import denoising_loss
 from ditune.objectives.base import State
 from ditune.peft import Adapters
 from ditune.rng import Draws
 from ditune.run import load_run
-from ditune.training import train
 from helpers import ROOT, SMALL, assert_same_bits, checkpoint, compose, movement
 from peft_helpers import CASES, adapt, build_base, inputs
 
@@ -75,7 +76,7 @@ def test_any_objective(tmp_path, pictures, objective, name):
     settings += [f"data.root={pictures}", f"objective={objective}", f"peft={name}"]
     if objective == "diffusion":
         settings.append("network.learn_sigma=true")
-    parts = build_parts(compose(tmp_path, *settings))
+    parts = build_components(compose(tmp_path, *settings))
     network, method = parts.network, parts.method
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -170,7 +171,7 @@ def test_a_run_in_bf16_is_loaded_as_it_ended(small, base, tmp_path, name):
     assert result["method"] == name
     assert result["adapter_bytes"] == (tmp_path / "run" / "adapter" / "adapter_model.safetensors").stat().st_size
     assert result["seconds_per_step"] == pytest.approx(cfg.batch_size / result["images_per_second"])
-    parts, unseen = build_parts(cfg), make(cfg.data.pictures, "data", split="test")
+    parts, unseen = build_components(cfg), instantiate(cfg.data.pictures, "data", split="test")
     loss = denoising_loss(run.network, parts.objective, parts.autoencoder, unseen, cfg.metrics.seed, bf16=True)
     # where a weight is changed and not only added to, what was rounded in training is not rounded here
     assert loss == pytest.approx(result["denoising"]["after"], rel=0 if name in ("lora", "vpt_deep") else 1e-3)

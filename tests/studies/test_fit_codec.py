@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from ditune import cli
 from ditune.autoencoders import PatchPCA
-from ditune.config.components import build_parts
+from ditune.config.components import build_components
 from ditune.data import Pictures
 from ditune.errors import UserError
 from ditune.files.atomic import sha256
@@ -86,8 +86,8 @@ def test_shipped_codecs_on_an_unseen_vendor(channels: int, least: float) -> None
 @pytest.mark.parametrize("channels", [8, 16])
 def test_training_builds_with_a_shipped_codec(tmp_path: Path, channels: int) -> None:
     codec = ["autoencoder=patch_pca", f"autoencoder.channels={channels}", "data.resolution=64", "network=tiny"]
-    parts = build_parts(compose(tmp_path, "experiment=base_emoji", "pretrained=null", *codec))
+    parts = build_components(compose(tmp_path, "experiment=base_emoji", "pretrained=null", *codec))
     assert parts.autoencoder.fingerprint == PatchPCA.load(SHIPPED / f"patch_pca_{channels}.safetensors").fingerprint
-    assert parts.autoencoder.provenance["data"] == parts.pictures.fingerprint
+    assert parts.autoencoder.provenance["data"] == parts.images.fingerprint
     assert parts.network.config["in_channels"] == channels
     assert parts.network.config["input_size"] == 16

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from ditune import cli
 from ditune.autoencoders import KL
-from ditune.config.components import make
+from ditune.config.instantiate import instantiate
 from ditune.data import Pictures
 from ditune.errors import UserError
 from helpers import ROOT, compose
@@ -32,7 +32,7 @@ def test_it_learns_and_is_loaded_with_its_own_scale(tmp_path):
     assert set(after) == {"noto", "twemoji", "fluent3d"}
     assert all(after[vendor] > before[vendor] + 1 for vendor in after)
     cfg = compose(tmp_path, "autoencoder=kl_emoji", f"autoencoder.folder={long}", "data=emoji_base").autoencoder
-    codec = make(cfg, "autoencoder")
+    codec = instantiate(cfg, "autoencoder")
     assert codec.latent_shape(64) == (4, 16, 16)
     scale = json.loads((long / "config.json").read_text())["scaling_factor"]
     assert codec.scale.tolist() == pytest.approx([scale] * 4)
@@ -69,7 +69,7 @@ def test_noise_without_finished_latents_is_refused(tmp_path):
 def test_without_it_the_error_names_the_command(tmp_path):
     cfg = compose(tmp_path, "autoencoder=kl_emoji", f"autoencoder.folder={tmp_path}/none").autoencoder
     with pytest.raises(UserError, match=r"python src/fit_kl\.py"):
-        make(cfg, "autoencoder")
+        instantiate(cfg, "autoencoder")
 
 
 def test_the_shipped_one_on_an_unseen_vendor():

@@ -4,9 +4,9 @@ import hydra
 import pytest
 
 from ditune import cli
+from ditune.commands.train import train
 from ditune.errors import UserError
 from ditune.files.atomic import read_json, write_json
-from ditune.training import train
 from helpers import SMALL_FLOW, compose
 from studies.few_steps import study
 

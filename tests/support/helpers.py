@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ditune import cli
-from ditune.config.components import build_parts
+from ditune.config.components import build_components
 from ditune.config.grammar import hydra_value
 from ditune.training.checkpoint_io import newest_checkpoint
 
@@ -71,7 +71,7 @@ def checkpoint(folder: Path) -> dict:
 
 def movement(cfg: DictConfig, folder: Path) -> float:
     """How far a run's method has moved from its start, relative to its norm; the label table is not counted."""
-    parts = build_parts(cfg)
+    parts = build_components(cfg)
     trained = checkpoint(folder)["state_dict"]
     before = {k: v for k, v in parts.method.trainable(parts.network).items() if not k.startswith("y_embedder.")}
     start, end = (

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from ditune.config.components import build_drawer, build_parts
+from ditune.commands.train import train
+from ditune.config.components import build_components, build_drawer
 from ditune.networks.moe import Experts, back_end, by_grouped_mm, by_slices
-from ditune.training import train
 from helpers import SMALL, checkpoint, compose
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -66,7 +66,7 @@ def test_compiled_bf16_learns_what_fp32_learns(peft, small, base, tmp_path):
 
 def test_pictures_are_those_of_the_cpu(small, base):
     cfg = small("peft=difffit", f"pretrained={base}", "sampler=ddpm", "sampler.steps=4")
-    parts = build_parts(cfg)
+    parts = build_components(cfg)
     drawer, labels = build_drawer(cfg, parts), torch.tensor([0, 1, 2])
     network = parts.network.eval()
     here = drawer.draw(network, labels, seed=0)

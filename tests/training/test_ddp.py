@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from ditune.training import train
+from ditune.commands.train import train
 from helpers import ROOT, SMALL, SMALL_FLOW, assert_same_bits, checkpoint, compose
 
 
@@ -46,7 +46,7 @@ WORKER = """
 import sys
 sys.path[:0] = {paths!r}
 from helpers import compose
-from ditune.training import train
+from ditune.commands.train import train
 for folder, overrides in {runs!r}:
     assert train(compose(folder, *overrides)) == 0
 """

@@ -13,11 +13,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.testing import assert_close
 from wandb.proto.wandb_internal_pb2 import Record
 
-from ditune.config.components import build_parts, plain
+from ditune.commands.train import train
+from ditune.config.components import build_components
+from ditune.config.instantiate import plain
 from ditune.errors import UserError
 from ditune.networks import build_network
 from ditune.rng import Draws
-from ditune.training import train
 from ditune.training.loggers.wandb import ID_FILE, NAME, run_id, shortened, tags_of
 from helpers import SMALL, compose
 
@@ -215,7 +216,7 @@ def test_dry_run_shows_the_plan_and_stops(small, base, tmp_path, capsys):
 def test_bf16_freezes_in_bf16_and_trains_in_fp32(tmp_path, pictures, base):
     for precision, frozen in (("bf16-mixed", torch.bfloat16), ("32-true", torch.float32)):
         method = ["peft=difffit", f"pretrained={base}", f"trainer.precision={precision}"]
-        parts = build_parts(compose(tmp_path, *SMALL, f"data.root={pictures}", *method))
+        parts = build_components(compose(tmp_path, *SMALL, f"data.root={pictures}", *method))
         for parameter in parts.network.parameters():
             assert parameter.dtype == (torch.float32 if parameter.requires_grad else frozen)
 
@@ -250,7 +251,7 @@ def gradients(parts, prepare) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def parts(tmp_path, pictures):
-    return build_parts(compose(tmp_path, *SMALL, f"data.root={pictures}", "peft=full"))
+    return build_components(compose(tmp_path, *SMALL, f"data.root={pictures}", "peft=full"))
 
 
 def test_gradient_checkpointing_changes_no_gradient(parts):

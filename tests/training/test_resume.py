@@ -13,9 +13,10 @@ import torch
 from omegaconf import OmegaConf
 
 from ditune.checkpoints import read_header
+from ditune.commands.train import train
 from ditune.errors import UserError
 from ditune.files.atomic import read_json
-from ditune.training import GenerativeModule, train
+from ditune.training import GenerativeModule
 from ditune.training.checkpoint_io import AtomicCheckpointIO, newest_checkpoint
 from helpers import assert_same_bits, checkpoint, movement
 
@@ -149,7 +150,7 @@ def test_a_finished_run_without_checkpoints_is_not_run_over(run, resume):
 
 def test_stopped_by_a_signal_while_it_is_judged(run, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("ditune.training.fit.denoising", lambda *_: terminate())
+        patch.setattr("ditune.commands.train.denoising", lambda *_: terminate())
         folder, code = run("run", "peft=full")
     assert code == STOPPED
     assert read_json(folder / "result.json")["status"] == "stopped"

@@ -5,7 +5,6 @@ import os
 import shutil
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,11 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
-from ditune.checkpoints import load_network, locate
-from ditune.config.components import build_evaluation, make
+from ditune.checkpoints import locate
+from ditune.config.components import build_comparison, build_evaluation
 from ditune.config.hardware import bare_precision, settle_numbers
+from ditune.config.instantiate import instantiate
 from ditune.config.keys import check
 from ditune.data import Pictures
 from ditune.distributed import best_device, rank, world_size
@@ -25,71 +24,13 @@ from ditune.errors import UserError
 from ditune.evaluation.image_arrays import NpzPictures
 from ditune.evaluation.image_files import ImageFiles
 from ditune.evaluation.image_shards import Blocks
-from ditune.evaluation.protocol import Evaluation, Record, gap, judge_pictures
+from ditune.evaluation.protocol import Record, judge_pictures
 from ditune.files.atomic import read_json, sha256, write_json
-from ditune.generation.generator import Drawer
 from ditune.launch.run_folder import owned
 from ditune.metrics import PictureSet, check_counts
 from ditune.run import Trained, exactly_one, load_checkpoint, load_run
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A trained network against its base, by one protocol.
-
-    Args:
-        evaluation: distance to the domain that was trained on.
-        own: distance to the base's own domain; None = the gap between the domains is not asked for.
-        record: values of the base that are known.
-    """
-
-    evaluation: Evaluation
-    own: Evaluation | None
-    record: Record
-
-    def unknown(self, base: Path | None) -> int:
-        """How many networks' images have to be generated: the trained one's, and the base's that no record holds."""
-        if base is None:
-            return 1
-        asked = [self.evaluation] if self.own is None else [self.evaluation, self.own]
-        return 1 + sum(self.record.get(base, evaluation) is None for evaluation in asked)
-
-    def __call__(self, network: nn.Module, base: Path | None, folder: Path) -> dict[str, Any]:
-        """Metrics after the training; and where there is a base, of the base before it, and how far the gap closed.
-
-        Args:
-            network: with what was trained.
-            base: file of the network that the training began with.
-            folder: gets grid.png and nearest.png.
-        """
-        metrics: dict[str, Any] = {"protocol": self.evaluation.protocol, "after": self.evaluation(network, folder)}
-        if base is None:
-            return metrics
-
-        def load() -> nn.Module:
-            before = load_network(base, network.config, **self.evaluation.drawer.process.network)
-            return before.to(next(network.parameters()).device)
-
-        metrics["before"], metrics["before_is"] = self.record.or_measure(base, self.evaluation, load)
-        if self.own is not None:
-            metrics["base_domain"], metrics["base_domain_is"] = self.record.or_measure(base, self.own, load)
-            if rank() != 0:
-                return metrics  # the first process judges
-            key = f"kid_{self.evaluation.judge.extractor.name}"
-            metrics |= gap(metrics["before"][key], metrics["after"][key], metrics["base_domain"][key])
-        return metrics
-
-
-def build_comparison(cfg: DictConfig, drawer: Drawer, store: Path | None = None) -> Comparison:
-    """The protocol of a run's `metrics`; built before a training, so that what is missing shows before it."""
-    evaluation = build_evaluation(cfg, drawer, make(cfg.metrics.reference, "metrics"), store=store)
-    own = None
-    if cfg.metrics.base_reference is not None:
-        reference = make(cfg.metrics.base_reference, "metrics")
-        own = build_evaluation(cfg, drawer, reference, judge=evaluation.judge, store=store)
-    return Comparison(evaluation, own, Record(cfg.metrics.record))
 
 
 def evaluate(cfg: DictConfig) -> Path:
@@ -157,7 +98,7 @@ def of_checkpoint(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
     bf16 = bare_precision(cfg.precision, cfg.bf16)
     given = (cfg.process, cfg.network_overrides)
     trained = load_checkpoint(checkpoint, cfg.autoencoder, cfg.sampler, bf16, *given)
-    reference = make(cfg.metrics.reference, "metrics")
+    reference = instantiate(cfg.metrics.reference, "metrics")
     check_reference(trained, reference)
     record, folder, start = Record(cfg.record), Path(cfg.out).expanduser(), time.perf_counter()
     evaluation = build_evaluation(cfg, trained.drawer, reference, store=folder / "evaluation")
@@ -199,7 +140,7 @@ def of_npz(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
 
 
 def of_pictures(cfg: DictConfig, pictures: PictureSet, facts: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
-    judge, reference = make(cfg.metrics.judge, "metrics"), make(cfg.metrics.reference, "metrics")
+    judge, reference = instantiate(cfg.metrics.judge, "metrics"), instantiate(cfg.metrics.reference, "metrics")
     check_counts(len(pictures), len(reference))
     judge.extractor.to(best_device())
     folder = Path(cfg.out).expanduser()

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from ditune.autoencoders import Autoencoder
-from ditune.config.components import make, missing_keys
+from ditune.config.instantiate import instantiate, missing_keys
 from ditune.data import Benchmark, Pictures, from_uint8
 from ditune.data.latents import HEADER, Latents, Writer, check, expected_header
 from ditune.data.verify import is_valid, verify
@@ -48,8 +48,8 @@ def prepare(cfg: DictConfig) -> None:
     if "verify" in cfg.stages:
         verify_pictures(cfg, cfg.policy, cfg.again)
     if "encode" in cfg.stages:
-        autoencoder = make(cfg.autoencoder, "autoencoder")
-        pictures = make(cfg.data.pictures, "data")
+        autoencoder = instantiate(cfg.autoencoder, "autoencoder")
+        pictures = instantiate(cfg.data.pictures, "data")
         encode(cfg, pictures, autoencoder, best_device(), cfg.again)
     if "statistics" in cfg.stages:
         statistics(cfg)
@@ -93,7 +93,7 @@ def _complete(cls: type[Benchmark], root: Path) -> bool:
 
 def verify_pictures(cfg: DictConfig, policy: str, again: bool = False) -> None:
     """The manifest of all splits."""
-    pictures = make(cfg.data.pictures, "data", split=None, manifest=None)
+    pictures = instantiate(cfg.data.pictures, "data", split=None, manifest=None)
     path = manifest_path(cfg)
     if not again and is_valid(pictures.everything, path):
         log.info("%s is valid", path)
@@ -206,10 +206,10 @@ def _encoded(pictures: Pictures, rows: range, autoencoder: Autoencoder, device: 
 
 def statistics(cfg: DictConfig) -> None:
     """Features of the reference that the metrics compare with, kept where the metrics look for them."""
-    judge = make(cfg.metrics.judge, "metrics")
+    judge = instantiate(cfg.metrics.judge, "metrics")
     judge.extractor.to(best_device())
     with writing(Path(cfg.paths.cache_dir), "paths.cache_dir"), locked(Path(cfg.paths.cache_dir) / ".statistics.lock"):
-        judge.reference(make(cfg.metrics.reference, "metrics"))
+        judge.reference(instantiate(cfg.metrics.reference, "metrics"))
 
 
 @contextmanager

@@ -14,8 +14,8 @@ from torch import Tensor
 from ditune.checkpoints import locate
 from ditune.cli import CONFIGS
 from ditune.config import hardware
-from ditune.config.components import make
 from ditune.config.hardware import AUTO, BF16, FP32, bare_precision
+from ditune.config.instantiate import instantiate
 from ditune.config.keys import check
 from ditune.distributed import best_device
 from ditune.errors import UserError
@@ -89,7 +89,7 @@ def in_precision(drawer: Drawer, cfg: DictConfig) -> Drawer:
 def with_settings(drawer: Drawer, cfg: DictConfig) -> Drawer:
     """The drawer with what the config sets of sampler, steps and guidance."""
     if cfg.sampler is not None:
-        drawer = replace(drawer, **make(cfg.sampler, "sampler"))
+        drawer = replace(drawer, **instantiate(cfg.sampler, "sampler"))
     return replace(drawer, **{key: cfg[key] for key in ("steps", "guidance") if cfg[key] is not None})
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ditune.config.roles import NEUTRAL_IN_PROTOCOLS, significant
 from ditune.data import Pictures
 from ditune.distributed import rank
 from ditune.evaluation.image_shards import Blocks, weights_hash
@@ -56,7 +57,7 @@ class Evaluation:
     def protocol(self) -> dict[str, Any]:
         """All that decides the value, but the weights."""
         drawer = self.drawer
-        return {
+        values = {
             "n": self.n,
             "seed": self.seed,
             "sampler": f"{drawer.sampler.kind} {drawer.sampler.settings()}",
@@ -64,7 +65,7 @@ class Evaluation:
             "guidance": float(drawer.guidance),  # guidance=3 on the command line is no other protocol than 3.0
             "guidance_interval": [float(end) for end in drawer.guidance_interval],
             "guidance_channels": drawer.guidance_channels,
-            **({"guidance_rescale": drawer.guidance_rescale} if drawer.guidance_rescale else {}),  # newer than records
+            "guidance_rescale": drawer.guidance_rescale,
             "batch_size": drawer.batch_size,
             "bf16": drawer.bf16,
             "resolution": drawer.resolution,
@@ -72,6 +73,7 @@ class Evaluation:
             "reference": self.reference.fingerprint,
             "features": self.judge.identity,  # has a resolution of its own
         }
+        return significant(values, NEUTRAL_IN_PROTOCOLS)
 
     @property
     def key(self) -> str:

@@ -1,19 +1,14 @@
 """The jobs of a sweep: what each one is (by a hash of its config), where it goes and what it needs."""
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from ditune.errors import UserError
 from ditune.files.atomic import read_json
 
-# keys that say where a run's files go, how it is shown or started, and nothing about what it computes
-NOT_OF_THE_RESULT = ("hydra", "launcher", "logger", "run_dir", "sweep_dir", "tags", "resume", "dry_run", "traceback")
-NOT_OF_THE_RESULT += ("verbose",)
 OF_THE_SWEEP = ("hydra/launcher", "hydra.launcher", "hydra/sweeper", "hydra.sweep", "hydra.mode", "hydra.run")
 
 
@@ -44,24 +39,6 @@ class Job:
     @property
     def succeeded(self) -> bool:
         return self.status in ("finished", "planned", "skipped")
-
-
-def config_hash(cfg: DictConfig) -> str:
-    """Hash of all that decides the result of a training, wherever its files go.
-
-    Raises:
-        OmegaConfBaseException: a reference in the config leads nowhere.
-    """
-    cfg = cfg.copy()
-    OmegaConf.set_struct(cfg, False)
-    for key in NOT_OF_THE_RESULT:
-        cfg.pop(key, None)
-    cfg.paths.output_dir = ""  # Hydra knows it only in the run itself
-    values = OmegaConf.to_container(cfg, resolve=True)
-    values.pop("paths")  # what refers to them is resolved
-    if values.get("pretrained_process") is None:
-        values.pop("pretrained_process", None)  # newer than many finished jobs
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def needs(trainer: DictConfig, gpus: int, gpus_per_job: int | None) -> tuple[int, bool]:

@@ -6,17 +6,15 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from ditune.config.components import Parts, uses_bf16
-from ditune.config.grammar import resolved
 from ditune.data.stream import micro_batch_size
 from ditune.objectives import Objective, State
 from ditune.peft import PeftMethod
 from ditune.rng import Draws
+from ditune.training.components import Components
 
 log = logging.getLogger(__name__)
 
@@ -88,48 +86,54 @@ def expected_memory(
     }
 
 
-def announce(cfg: DictConfig, parts: Parts, trainer: pl.Trainer, folder: Path) -> None:
-    """Save the resolved config and show what is going to happen, on one screen."""
-    folder.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(resolved(cfg), folder / "config.yaml")
-    for note in parts.pictures.notes:
+def announce(c: Components, trainer: pl.Trainer, folder: Path, config: str | None) -> None:
+    """Show what is going to happen, on one screen.
+
+    Args:
+        c: what the run is made of.
+        trainer: that will train it.
+        folder: of the run.
+        config: the full config as text, to be shown too; None = not.
+    """
+    for note in c.images.notes:
         log.warning("%s", note)
     console = Console(soft_wrap=True, markup=False, highlight=False)
-    if cfg.verbose:
-        console.print(OmegaConf.to_yaml(cfg, resolve=True))
-        console.print(parameter_table(parts.network, parts.method))
-    trained, total = counts(parts.network)
-    console.print(f"{parts.method.title} trains {trained:,} of {total:,} parameters ({trained / total:.2%})")
-    for kind, count in trained_kinds(parts.network).items():
+    if config is not None:
+        console.print(config)
+        console.print(parameter_table(c.network, c.method))
+    trained, total = counts(c.network)
+    console.print(f"{c.method.title} trains {trained:,} of {total:,} parameters ({trained / total:.2%})")
+    for kind, count in trained_kinds(c.network).items():
         console.print(f"  {kind:<22}{count:>13,}")
-    for key, value in facts(cfg, parts, trainer, folder).items():
+    for key, value in facts(c, trainer, folder).items():
         console.print(f"{key:<12}{value}")
 
 
-def facts(cfg: DictConfig, parts: Parts, trainer: pl.Trainer, folder: Path) -> dict[str, str]:
+def facts(c: Components, trainer: pl.Trainer, folder: Path) -> dict[str, str]:
     """What a run is made of, a line each."""
-    micro = micro_batch_size(cfg.batch_size, trainer.accumulate_grad_batches, trainer.world_size)
-    shape = parts.autoencoder.latent_shape(cfg.data.resolution)
-    memory = expected_memory(parts.network, parts.objective, shape, micro, uses_bf16(cfg))
-    passes = cfg.max_steps * cfg.batch_size / len(parts.pictures)
+    settings, spread = c.settings, c.processes
+    micro = micro_batch_size(settings.batch_size, spread.accumulate, spread.world_size)
+    shape = c.autoencoder.latent_shape(settings.resolution)
+    memory = expected_memory(c.network, c.objective, shape, micro, settings.bf16)
+    passes = settings.max_steps * settings.batch_size / len(c.images)
     return {
-        "base": "none, from scratch" if parts.base is None else f"{parts.base} ({parts.base_sha256[:12]})",
-        "data": f"{cfg.data.name}, {len(parts.pictures):,} images, {parts.pictures.describe_classes()}",
-        "latents": f"{' x '.join(map(str, shape))}, autoencoder {parts.autoencoder.name}",
-        "steps": f"{cfg.max_steps:,} of {cfg.batch_size} images ({passes:.1f} passes over the data)",
-        "batch": f"{micro} x {trainer.accumulate_grad_batches} micro-steps x {trainer.world_size} processes",
+        "base": "none, from scratch" if c.base is None else f"{c.base.path} ({c.base.sha256[:12]})",
+        "data": f"{settings.data_name}, {len(c.images):,} images, {c.images.describe_classes()}",
+        "latents": f"{' x '.join(map(str, shape))}, autoencoder {c.autoencoder.name}",
+        "steps": f"{settings.max_steps:,} of {settings.batch_size} images ({passes:.1f} passes over the data)",
+        "batch": f"{micro} x {spread.accumulate} micro-steps x {spread.world_size} processes",
         "memory": ", ".join(f"{k} {v:,.0f} MiB" for k, v in memory.items()) + " (expected)",
-        "device": device(cfg, trainer),
+        "device": device(settings.precision, trainer),
         "folder": f"{folder} (config.yaml there has every setting; verbose=true shows them)",
     }
 
 
-def device(cfg: DictConfig, trainer: pl.Trainer) -> str:
+def device(precision: str, trainer: pl.Trainer) -> str:
     """Which device and precision were chosen, and how to choose others."""
     kind = trainer.strategy.root_device.type
     name = torch.cuda.get_device_name() if kind == "cuda" else f"{torch.get_num_threads()} threads"
     others = "trainer=cpu" if kind == "cuda" else "trainer=gpu"
-    return f"{kind} ({name}), {cfg.trainer.precision}; others: {others}, trainer=ddp, trainer.precision=..."
+    return f"{kind} ({name}), {precision}; others: {others}, trainer=ddp, trainer.precision=..."
 
 
 KINDS = {  # the first that is found in a parameter's name

@@ -59,14 +59,15 @@ class ProcessTreeLauncher(Launcher):
 
     def _job(self, overrides: list[str], gpus: int) -> "Job":
         from ditune.config.keys import check
+        from ditune.config.roles import job_hash
         from ditune.errors import UserError
-        from ditune.launch.jobs import Job, config_hash, needs
+        from ditune.launch.jobs import Job, needs
 
         job = Job([*overrides, "hydra.mode=RUN"])
         try:
             cfg = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
             check(cfg)
-            job.key = config_hash(cfg)
+            job.key = job_hash(cfg)
             job.dry_run = cfg.dry_run
             job.processes, job.on_gpu = needs(cfg.trainer, gpus, self.gpus_per_job)
         except (UserError, OmegaConfBaseException) as error:

@@ -1,0 +1,66 @@
+"""Objects from groups of the config; mistakes in them become one sentence that names the group."""
+
+import inspect
+from functools import partial
+from typing import Any
+
+import hydra.utils
+from hydra.errors import InstantiationException
+from omegaconf import DictConfig, OmegaConf
+
+from ditune.config.grammar import literal, resolved
+from ditune.errors import UserError
+
+
+def instantiate(config: DictConfig | None, what: str, **kwargs: object) -> Any:
+    """Build the object of one group.
+
+    Args:
+        config: the group, with a `_target_`; None gives None.
+        what: name of the group, for the message.
+        kwargs: further arguments of the target.
+
+    Raises:
+        UserError: the target refuses its keys or their values.
+    """
+    try:
+        built = hydra.utils.instantiate(_as_hydra_reads(config), **kwargs)
+        if isinstance(built, partial):
+            inspect.signature(built.func).bind_partial(**built.keywords)  # its unknown keys would show only when called
+        return built
+    except (InstantiationException, TypeError) as error:
+        cause = error.__cause__
+        if isinstance(cause, UserError):
+            raise cause from None
+        reason = str(cause or error).splitlines()[0]
+        raise UserError(
+            f"The config group '{what}' cannot be built: {reason}. See the comments in configs/{what}/ for its keys."
+        ) from error
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """The config as plain values with everything resolved."""
+    return OmegaConf.to_container(cfg, resolve=True)
+
+
+def refuse_missing(cfg: DictConfig) -> None:
+    """Raises UserError if a key without a default has no value."""
+    missing = missing_keys(OmegaConf.to_container(cfg))
+    if missing:
+        raise UserError(
+            f"The config has no value for {', '.join(missing)}. Set it on the command line: {missing[0]}=..."
+        )
+
+
+def missing_keys(values: object, path: str = "") -> list[str]:
+    """Dotted names of the keys that are still ???; OmegaConf's own search fails at references to them."""
+    if isinstance(values, dict):
+        return [name for key, value in values.items() for name in missing_keys(value, f"{path}.{key}".lstrip("."))]
+    return [path] if values == "???" else []
+
+
+def _as_hydra_reads(config: DictConfig | None) -> DictConfig | None:
+    """Hydra resolves the config and then reads it again: paths with `${` must be escaped twice."""
+    if not isinstance(config, DictConfig):
+        return config
+    return OmegaConf.create(literal(OmegaConf.to_container(resolved(config))))

@@ -1,0 +1,216 @@
+"""Combinations that can be composed and cannot work: one function each, which says why and how to mend it.
+
+A rule takes the built components and returns its sentences, or None. No rule changes anything.
+"""
+
+from collections.abc import Callable, Sequence
+
+from ditune.config.base_network import differences, other_latents
+from ditune.data.stream import micro_batch_size
+from ditune.errors import UserError
+from ditune.networks import DiTMoE
+from ditune.peft import Full
+from ditune.training.components import Components
+
+Rule = Callable[[Components], str | None]
+
+
+def check(components: Components, rules: Sequence[Rule]) -> None:
+    """Raises UserError with the sentences of the first rule that is broken."""
+    for rule in rules:
+        text = rule(components)
+        if text is not None:
+            raise UserError(text)
+
+
+def refusal(attempt: Callable[[], object]) -> str | None:
+    """The sentences with which an object itself refuses, or None."""
+    try:
+        attempt()
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def classes_are_as_many(c: Components) -> str | None:
+    """The label table has a row for each class of the data."""
+    count = len(c.images.class_names)
+    if c.base is None or c.network.num_classes == count:
+        return None
+    return (
+        f"The base network {c.base.path.name} knows {c.network.num_classes} classes, the data has {count}. "
+        "Give data with the base's classes (data.classes), adapt its label table (classes=reinit, reuse, mean or "
+        "map), or train without a base (pretrained=null peft=full)."
+    )
+
+
+def flows_need_an_objective_of_flows(c: Components) -> str | None:
+    """A diffusion's objective cannot go on from a flow."""
+    if c.base is None or c.base.process.get("kind") != "flow" or c.objective.process.config.get("kind") == "flow":
+        return None
+    return (
+        f"The base network {c.base.path.name} was trained on a flow, the objective is for a diffusion. "
+        "Choose an objective= of flows."
+    )
+
+
+def processes_are_equal(c: Components) -> str | None:
+    """The objective goes on with the process that the base was trained on; it may add the step size."""
+    ours = c.objective.process.config
+    if c.base is None or c.base.process.get("kind") != ours.get("kind"):
+        return None  # a diffusion that is read as a flow
+    theirs = c.base.process
+    if theirs.get("step") == "none":
+        theirs = {key: value for key, value in theirs.items() if key not in ("step", "base_steps")}
+    different = differences(theirs, ours)
+    if not different:
+        return None
+    values = " ".join(f"objective.process.{k}={v}" for k, v in theirs.items() if v != ours.get(k) and k != "kind")
+    return (
+        f"The base network {c.base.path.name} was trained on another process: {different}. "
+        f"Set objective.* as there: {values}."
+    )
+
+
+def latents_are_the_bases(c: Components) -> str | None:
+    """The autoencoder encodes into the latents that the base was trained on."""
+    if c.base is None or c.base.header is None:
+        return None
+    return other_latents(f"base network {c.base.path.name}", c.base.header["provenance"], c.autoencoder)
+
+
+def class_names_are_the_bases(c: Components) -> str | None:
+    """Where the label table stays, its rows mean the same classes."""
+    if c.base is None or c.base.header is None or c.settings.classes is not None:
+        return None
+    if c.images.class_names == c.base.header["provenance"]["class_names"]:
+        return None
+    return (
+        f"The classes of the data have other names than those of the base network {c.base.path.name}. "
+        "Name the same classes in the same order (data.classes), or set classes=map."
+    )
+
+
+def shapes_are_the_bases(c: Components) -> str | None:
+    """`network=` names the network that the file holds."""
+    if c.base is None or not c.base.differences:
+        return None
+    return (
+        f"The base network {c.base.path.name} is another than network=: {c.base.differences}. Choose its network=, "
+        "or new_resolution=true where only input_size and pos_embed_scale differ."
+    )
+
+
+def new_classes_are_trained(c: Components) -> str | None:
+    """A new label table begins with values that only training makes right."""
+    if c.settings.classes is None or (c.method.train_labels and c.base is not None):
+        return None
+    return "classes= makes a new label table of a pretrained one. Set pretrained= and peft.train_labels=true."
+
+
+def adapters_need_a_base(c: Components) -> str | None:
+    """Only full training starts from scratch."""
+    if c.base is not None or isinstance(c.method, Full):
+        return None
+    return (
+        f"peft={c.method.title} adapts a pretrained network, and there is none. "
+        "Set pretrained=<file>, or peft=full to train from scratch."
+    )
+
+
+def labels_from_scratch_are_trained(c: Components) -> str | None:
+    """Random label embeddings must learn."""
+    if c.base is not None or c.method.train_labels:
+        return None
+    return "The label table of a network from scratch must train. Set peft.train_labels=true."
+
+
+def objective_takes_the_batch(c: Components) -> str | None:
+    """Some objectives divide the batch."""
+    return refusal(lambda: c.objective.check(c.settings.batch_size))
+
+
+def balance_needs_experts(c: Components) -> str | None:
+    """Only a mixture of experts has a load to balance."""
+    if c.balance is None or isinstance(c.network, DiTMoE):
+        return None
+    return "The network has no experts whose load could be balanced. Leave balance= out, or set network=."
+
+
+def adapters_have_no_router_biases(c: Components) -> str | None:
+    """Loss-free balance moves biases that an adapter's file does not hold."""
+    if c.base is None or c.balance is None or not c.balance.bias_rate:
+        return None
+    return (
+        "Biases of the routers move with balance.bias_rate, and an adapter has no place for them. "
+        "Set balance.bias_rate=0."
+    )
+
+
+def forward_mode_suits_the_method(c: Components) -> str | None:
+    """Some adapters have no derivative by torch.func.jvp."""
+    if not c.objective.forward_mode or c.method.forward_mode:
+        return None
+    return (
+        f"{type(c.objective).__name__} differentiates the network by its input, which peft={c.method.title} cannot. "
+        "Choose another method, or objective=shortcut."
+    )
+
+
+def null_class_is_there(c: Components) -> str | None:
+    """Dropped labels, guidance in the objective and augmented images need the null class."""
+    guided = getattr(c.objective, "guidance", 1) != 1
+    needed = guided or c.objective.label_drop > 0 or c.settings.augmented
+    if c.network.config["class_dropout_prob"] > 0 or not needed:
+        return None
+    return (
+        "The network has no null class for dropped labels, guidance or augmented images. "
+        "Set objective.label_drop=0, guidance=1 and no augment=, or network.class_dropout_prob above 0."
+    )
+
+
+def latents_are_not_augmented(c: Components) -> str | None:
+    """Augmentation changes pixels."""
+    if not c.settings.augmented or not c.settings.latents:
+        return None
+    return "Latents that are encoded once cannot be augmented. Set data.latents=false, or no augment=."
+
+
+def batch_is_shared_evenly(c: Components) -> str | None:
+    """Every process and micro-step sees equally many images."""
+    if c.processes is None:
+        return None
+    return refusal(lambda: micro_batch_size(c.settings.batch_size, c.processes.accumulate, c.processes.world_size))
+
+
+def sweep_starts_every_process(c: Components) -> str | None:
+    """A job that runs inside of the launcher's process would start the whole sweep again."""
+    if c.processes is None or not c.processes.starts_others:
+        return None
+    return (
+        "This hydra/launcher runs jobs in its own process, which cannot start others for them. "
+        "Leave hydra/launcher out, or give every process a task (docs/guide/sweeps.md)."
+    )
+
+
+OF_THE_BASE: tuple[Rule, ...] = (
+    classes_are_as_many,
+    flows_need_an_objective_of_flows,
+    processes_are_equal,
+    latents_are_the_bases,
+    class_names_are_the_bases,
+    shapes_are_the_bases,
+)
+OF_THE_LABELS: tuple[Rule, ...] = (new_classes_are_trained,)
+OF_A_TRAINING: tuple[Rule, ...] = (
+    adapters_need_a_base,
+    labels_from_scratch_are_trained,
+    objective_takes_the_batch,
+    balance_needs_experts,
+    adapters_have_no_router_biases,
+    forward_mode_suits_the_method,
+    null_class_is_there,
+    latents_are_not_augmented,
+)
+OF_THE_PROCESSES: tuple[Rule, ...] = (batch_is_shared_evenly, sweep_starts_every_process)
+RULES = (*OF_THE_BASE, *OF_THE_LABELS, *OF_A_TRAINING, *OF_THE_PROCESSES)

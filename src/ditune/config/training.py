@@ -1,0 +1,151 @@
+"""The trainer, the module and the loggers of a training's config, and what must stay when it goes on."""
+
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, read_write
+from pytorch_lightning.callbacks import ModelCheckpoint
+
+from ditune.config.base_network import given_process
+from ditune.config.grammar import between_quotes
+from ditune.config.instantiate import instantiate, plain
+from ditune.config.roles import Decides, role_of
+from ditune.data import Pictures
+from ditune.evaluation.denoising_loss import REPEATS
+from ditune.generation.generator import Drawer
+from ditune.training.callbacks import DrawSamples, DrawStrips, RoutingMonitor, StepClock, StopOnSignal, TrainingProgress
+from ditune.training.checkpoint_io import AtomicCheckpointIO
+from ditune.training.components import Components, Processes
+from ditune.training.loggers.metrics_csv import MetricsCsv
+from ditune.training.loggers.wandb import WandbRun
+from ditune.training.module import GenerativeModule
+from ditune.training.outlook import Outlook, forward_passes
+from ditune.training.plan import parameter_kinds
+
+
+def resume_key(cfg: DictConfig, c: Components) -> dict[str, Any]:
+    """What must be the same when a run goes on, by the roles of the keys.
+
+    Devices, workers and what is logged may change, and max_steps if only the learning rate depends on it. A key
+    stands as plain values, unless what it names is known by something better, such as a fingerprint.
+    """
+    known_by = {
+        "network": {"network": c.network.config},
+        "objective": {
+            "objective": plain(cfg.objective),
+            "max_steps": cfg.max_steps if c.objective.scheduled else None,
+        },
+        "autoencoder": {"autoencoder": c.autoencoder.latent_fingerprint},
+        "scheduler": {"scheduler": {k: v for k, v in plain(cfg.scheduler).items() if k != "max_steps"}},
+        "pretrained": {"base_sha256": None if c.base is None else c.base.sha256},
+        "pretrained_process": {
+            "pretrained_process": given_process(cfg.get("pretrained_process"), "pretrained_process")
+        },
+        "new_resolution": {},  # the network's config says it
+        "data": {"data": c.images.fingerprint, "flip": cfg.data.flip},
+        "trainer": {"precision": cfg.trainer.precision, "gradient_clip_val": cfg.trainer.gradient_clip_val},
+    }
+    key: dict[str, Any] = {}
+    for name in cfg:
+        role = role_of(str(name))
+        if role.decides is Decides.TRAINING and cfg[name] != role.neutral:
+            value = cfg[name]
+            key |= known_by.get(name, {name: plain(value) if isinstance(value, DictConfig) else value})
+    return key
+
+
+def build_module(cfg: DictConfig, c: Components, key: dict[str, Any]) -> GenerativeModule:
+    """The LightningModule; `key` is the resume key that its checkpoints hold."""
+    return GenerativeModule(
+        c.network,
+        c.objective,
+        c.method,
+        c.autoencoder,
+        instantiate(cfg.optimizer, "optimizer"),
+        instantiate(cfg.scheduler, "scheduler"),
+        ema_decay=cfg.ema.decay,
+        seed=cfg.seed,
+        batch_size=cfg.batch_size,
+        identity=key,
+        balance=c.balance,
+        log_every=cfg.trainer.log_every_n_steps,
+    )
+
+
+def build_outlook(cfg: DictConfig, c: Components, drawer: Drawer, held_out: Pictures | None) -> Outlook:
+    """What the run does besides its steps; the evaluation's images are added once it is known what a record holds."""
+    networks = 1 if c.base_to_compare is None else 2  # the base's loss is measured beside the run's
+    return Outlook(
+        max_steps=cfg.max_steps,
+        batch_size=cfg.batch_size,
+        calls=forward_passes(drawer),
+        sheet_images=cfg.callbacks.samples.n,
+        every_n_steps=cfg.callbacks.samples.every_n_steps,
+        held_out_calls=0 if held_out is None else len(held_out) * REPEATS * networks,
+    )
+
+
+def build_trainer(
+    cfg: DictConfig, c: Components, drawer: Drawer, folder: Path, outlook: Outlook
+) -> tuple[pl.Trainer, StepClock, StopOnSignal]:
+    """The trainer without its loggers, which `open_loggers` adds once nothing can be wrong any more."""
+    samples, checkpoint = cfg.callbacks.samples, cfg.callbacks.checkpoint
+    clock, stop = StepClock(), StopOnSignal(folder / "checkpoints")
+    # the clock stands first, so that no other callback's time counts as training
+    callbacks = [
+        clock,
+        TrainingProgress(outlook),
+        DrawSamples(drawer, c.images, samples.n, cfg.seed, folder / "samples", samples.every_n_steps, outlook),
+        RoutingMonitor(folder / "routing", cfg.callbacks.routing.every_n_steps),
+        stop,
+        ModelCheckpoint(
+            folder / "checkpoints",
+            filename="step_{step:08d}",
+            auto_insert_metric_name=False,
+            enable_version_counter=False,
+            every_n_train_steps=checkpoint.every_n_steps,
+            save_top_k=checkpoint.keep,
+            monitor="step",
+            mode="max",
+            save_on_train_epoch_end=False,
+        ),
+    ]
+    if drawer.process.network.get("step"):
+        grids = cfg.callbacks.strips
+        arguments = (grids.n, list(grids.steps), cfg.seed, folder / "samples", samples.every_n_steps)
+        callbacks.append(DrawStrips(drawer, c.images, *arguments))
+    trainer = instantiate(cfg.trainer, "trainer", callbacks=callbacks, logger=False, plugins=[AtomicCheckpointIO()])
+    tell_ranks(folder)
+    return trainer, clock, stop
+
+
+def processes_of(trainer: pl.Trainer, in_sweep: bool) -> Processes:
+    """How the trainer spreads a training."""
+    strategy = trainer.strategy
+    alone = trainer.world_size == 1 or strategy.cluster_environment.creates_processes_externally
+    return Processes(trainer.world_size, trainer.accumulate_grad_batches, in_sweep and not alone)
+
+
+def tell_ranks(folder: Path) -> None:
+    """Lightning starts further ranks with hydra.run.dir="<folder>", whatever is in the folder's name."""
+    if not HydraConfig.initialized():
+        return
+    run = HydraConfig.get().run
+    with read_write(run):
+        run.dir = between_quotes(str(folder))
+
+
+def open_loggers(cfg: DictConfig, trainer: pl.Trainer, folder: Path, first_step: int, c: Components) -> None:
+    """metrics.csv and the logger of the config."""
+    chosen = instantiate(cfg.logger, "logger")
+    table = chosen if isinstance(chosen, MetricsCsv) else MetricsCsv(folder)
+    table.keep_until(first_step)
+    trainer.loggers = [table] if chosen is table else [table, chosen]
+    if trainer.is_global_zero:
+        if isinstance(chosen, WandbRun):
+            chosen.keep_id()
+        chosen.log_hyperparams(plain(cfg))
+        if isinstance(chosen, WandbRun):
+            chosen.describe([(kind, *sizes) for kind, sizes in parameter_kinds(c.network).items()])

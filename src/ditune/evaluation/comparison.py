@@ -1,0 +1,58 @@
+"""A trained network against its base, by one protocol."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ditune.checkpoints import load_network
+from ditune.distributed import rank
+from ditune.evaluation.protocol import Evaluation, Record, gap
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A trained network against its base, by one protocol.
+
+    Args:
+        evaluation: distance to the domain that was trained on.
+        own: distance to the base's own domain; None = the gap between the domains is not asked for.
+        record: values of the base that are known.
+    """
+
+    evaluation: Evaluation
+    own: Evaluation | None
+    record: Record
+
+    def unknown(self, base: Path | None) -> int:
+        """How many networks' images have to be generated: the trained one's, and the base's that no record holds."""
+        if base is None:
+            return 1
+        asked = [self.evaluation] if self.own is None else [self.evaluation, self.own]
+        return 1 + sum(self.record.get(base, evaluation) is None for evaluation in asked)
+
+    def __call__(self, network: nn.Module, base: Path | None, folder: Path) -> dict[str, Any]:
+        """Metrics after the training; and where there is a base, of the base before it, and how far the gap closed.
+
+        Args:
+            network: with what was trained.
+            base: file of the network that the training began with.
+            folder: gets grid.png and nearest.png.
+        """
+        metrics: dict[str, Any] = {"protocol": self.evaluation.protocol, "after": self.evaluation(network, folder)}
+        if base is None:
+            return metrics
+
+        def load() -> nn.Module:
+            before = load_network(base, network.config, **self.evaluation.drawer.process.network)
+            return before.to(next(network.parameters()).device)
+
+        metrics["before"], metrics["before_is"] = self.record.or_measure(base, self.evaluation, load)
+        if self.own is not None:
+            metrics["base_domain"], metrics["base_domain_is"] = self.record.or_measure(base, self.own, load)
+            if rank() != 0:
+                return metrics  # the first process judges
+            key = f"kid_{self.evaluation.judge.extractor.name}"
+            metrics |= gap(metrics["before"][key], metrics["after"][key], metrics["base_domain"][key])
+        return metrics

@@ -1,0 +1,192 @@
+"""What a training leaves behind: result.json, which is right at every moment, and the trained weights."""
+
+import logging
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+import ditune
+from ditune.checkpoints import save_adapter, save_network
+from ditune.files.atomic import read_json, write_json
+from ditune.training.callbacks import StopOnSignal
+from ditune.training.components import Components
+from ditune.training.plan import counts
+
+log = logging.getLogger(__name__)
+
+
+class RunRecord:
+    """result.json of a run: its status is running, then trained, and at last finished, stopped or failed.
+
+    Args:
+        folder: of the run.
+        facts: what is known before the first step.
+        seconds: of training that earlier starts of the run took.
+        stop: tells whether a signal has ended the training.
+        writes: whether this process speaks for all.
+        at_end: called with whether the run has failed, when the block ends.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        facts: dict[str, Any],
+        seconds: float,
+        stop: StopOnSignal,
+        writes: bool,
+        at_end: Callable[[bool], None],
+    ) -> None:
+        self.path, self.stop, self.writes, self.at_end = folder / "result.json", stop, writes, at_end
+        self.values: dict[str, Any] = {"status": "running", **facts, "seconds": {"fit": seconds}}
+        self._earlier = seconds
+
+    def __enter__(self) -> "RunRecord":
+        self._start = time.perf_counter()
+        self._write()
+        return self
+
+    @property
+    def status(self) -> str:
+        return self.values["status"]
+
+    @property
+    def fit_seconds(self) -> float:
+        """Of training, over all starts of the run."""
+        return self._earlier + time.perf_counter() - self._start
+
+    def trained(self, trainer: pl.Trainer, first_step: int, batch_size: int, step_seconds: float) -> None:
+        """The steps have ended: all of them, or up to a signal.
+
+        Args:
+            trainer: after its fit.
+            first_step: that this start began with.
+            batch_size: global.
+            step_seconds: that this start spent in steps.
+        """
+        steps = trainer.global_step - first_step
+        self.values |= {
+            "status": "stopped" if trainer.global_step < trainer.max_steps else "trained",
+            "steps": trainer.global_step,
+            "seconds": {"fit": self.fit_seconds},
+            "seconds_per_step": step_seconds / steps if steps else None,
+            "images_per_second": steps * batch_size / step_seconds if steps else None,
+        }
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        """Note how the run ended; a signal during the evaluation is no error."""
+        handled = isinstance(error, KeyboardInterrupt) and self.status == "trained" and self.stop.stopped_by is not None
+        if handled:
+            log.warning("stopped during the evaluation; the trained weights are saved, resume=auto evaluates them")
+            self.values["status"] = "stopped"
+        elif error is not None:
+            if self.status == "running":
+                self.values["seconds"] = {"fit": self.fit_seconds}
+            text = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
+            self.values |= {"status": "failed", "error": text}
+        self._write()
+        self.at_end(self.status == "failed")
+        return handled
+
+    @property
+    def exit_code(self) -> int:
+        """128 + the signal's number for a run that a signal has stopped, else 0.
+
+        Only the first process speaks for all: Lightning kills it when another one exits with a code of its own.
+        """
+        stopped = self.status == "stopped" and self.writes and self.stop.stopped_by is not None
+        return 128 + self.stop.stopped_by if stopped else 0
+
+    def _write(self) -> None:
+        if self.writes:
+            write_json(self.path, self.values)
+
+
+def has_finished(folder: Path, key: str) -> bool:
+    """Whether the folder holds the result of a finished run of the config with this hash."""
+    path = folder / "result.json"
+    if not path.is_file():
+        return False
+    result = read_json(path)
+    return (result.get("status"), result.get("config_hash")) == ("finished", key)
+
+
+def describe(components: Components, key: str) -> dict[str, Any]:
+    """What is known of a run before its first step; `key` is the hash of its config."""
+    trainable, total = counts(components.network)
+    settings, base, images = components.settings, components.base, components.images
+    return {
+        "name": settings.name,
+        "config_hash": key,
+        "method": components.method.title,
+        "peft": components.method.arguments,
+        "parameters": {"trainable": trainable, "total": total, "share": trainable / total},
+        "batch_size": settings.batch_size,
+        "max_steps": settings.max_steps,
+        "lr": settings.lr,
+        "precision": settings.precision,
+        "seed": settings.seed,
+        "data": {"name": settings.data_name, "fingerprint": images.fingerprint, "n": len(images)},
+        "base": None if base is None else {"file": base.path.name, "sha256": base.sha256},
+        "versions": {
+            "ditune": ditune.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "pytorch_lightning": pl.__version__,
+        },
+        "threads": torch.get_num_threads(),
+    }
+
+
+def save_trained(components: Components, folder: Path, steps: int) -> None:
+    """Write adapter/ of an adapted network, or network.safetensors of one from scratch.
+
+    Args:
+        components: of the run; its network has the weights to save.
+        folder: of the run.
+        steps: that were trained.
+    """
+    autoencoder, base = components.autoencoder, components.base
+    common = {
+        "class_names": components.images.class_names,
+        "autoencoder": autoencoder.latent_fingerprint,
+        "autoencoder_name": autoencoder.name,
+        "data": components.images.fingerprint,
+        "resolution": components.settings.resolution,
+        "steps": steps,
+    }
+    process = components.objective.process.config
+    if base is None:
+        save_network(folder / "network.safetensors", components.network, process, **common)
+        return
+    origin = {
+        "file": base.path.name,
+        "sha256": base.sha256,
+        "network": base.config,
+        "classes": components.settings.classes,
+    }
+    save_adapter(components.network, folder / "adapter", base=origin, process=process, **common)
+
+
+def summarise(result: dict[str, Any], folder: Path) -> None:
+    """The outcome in the log's last lines."""
+    before, after = (result["metrics"].get(which, {}) for which in ("before", "after"))
+    for name, values in (
+        ("loss on held-out images", result["denoising"]),
+        *(
+            (key, {"before": before.get(key), "after": value})
+            for key, value in after.items()
+            if key.startswith(("kid", "fid", "fd")) and not key.endswith("_std")
+        ),
+    ):
+        known = [f"{values[which]:.4f} {which}" for which in ("before", "after") if values.get(which) is not None]
+        if known:
+            log.info("%s: %s", name, ", ".join(known))
+    log.info("everything of this run is in %s", folder)
