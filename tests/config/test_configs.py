@@ -169,7 +169,16 @@ ALLOWED = {
     "checkpoints": {*GROUND, "networks", "peft"},
     "moe": {*GROUND, "networks", "checkpoints", "processes"},
     "generation": {*GROUND, "autoencoders", "data", "processes", "samplers", "metrics.features"},
-    "evaluation": {*GROUND, "config.roles", "autoencoders", "checkpoints", "data", "generation", "metrics", "objectives"},
+    "evaluation": {
+        *GROUND,
+        "config.roles",
+        "autoencoders",
+        "checkpoints",
+        "data",
+        "generation",
+        "metrics",
+        "objectives",
+    },
     "launch": {*GROUND, "config.grammar", "config.keys", "config.roles", "cli"},
     "report": {*GROUND, "config.roles", "generation.grids", "metrics.names"},
     "training": {

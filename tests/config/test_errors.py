@@ -44,7 +44,7 @@ MISTAKES = {
     "more steps than timesteps": (["sampler.steps=2000"], "steps"),
     "no GPU": (["trainer=gpu"], "Set trainer=cpu"),
     "nothing to adapt": (["peft=bitfit"], "Set pretrained="),
-    "trainables in bf16": (["trainer.precision=bf16-true"], "Set one of auto, bf16-mixed, 32-true"),
+    "trainables in bf16": (["trainer.precision=bf16-true"], "Set one of bf16-mixed, 32-true, auto"),
     "changed latents": (["augment=drawings", "data.latents=true"], "data.latents=false"),
     "no null class": (["network.class_dropout_prob=0"], "label_drop=0"),
     "guidance without a null class": (

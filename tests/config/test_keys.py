@@ -383,7 +383,7 @@ def test_what_a_mistake_needs_imports_no_torch():
 @pytest.mark.parametrize(
     ("module", "without"),
     [
-        ("ditune.training", HEAVY),
+        ("ditune.commands.train", HEAVY),
         (
             "ditune.commands.sample",
             HEAVY[:-1] + ", 'torchvision', 'pytorch_lightning', 'scipy', 'matplotlib', 'torch._dynamo')",

@@ -261,7 +261,7 @@ def test_a_run_from_training_to_pictures(tmp_path, pictures):
     [
         (["sampler=ddim"], "sampler=auto"),
         (["sampler=jumps"], "sampler=euler"),
-        (["sampler.steps=0"], "1 or more"),
+        (["sampler.steps=0"], "at least 1"),
     ],
 )
 def test_what_does_not_suit_a_flow_is_refused_before_training(tmp_path, pictures, overrides, message):

@@ -1,7 +1,15 @@
 """From the objects of a run to its weights: the LightningModule, its callbacks, EMA, checkpoints and resuming."""
 
-from ditune.moe.balance import Balance
-from ditune.training.ema import Ema
-from ditune.training.module import GenerativeModule
+from importlib import import_module
+from typing import Any
 
-__all__ = ["Balance", "Ema", "GenerativeModule"]  # Balance: configs of runs name it here
+# Lightning takes seconds to import, and a command that only generates images needs the objects of a run alone.
+PLACES = {"Balance": "ditune.moe.balance", "Ema": "ditune.training.ema", "GenerativeModule": "ditune.training.module"}
+
+__all__ = ["Balance", "Ema", "GenerativeModule"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(PLACES[name]), name)
