@@ -195,10 +195,6 @@ ALLOWED = {
         "peft",
         "processes",
         "samplers",
-        "cli",
-        "config",
-        "launch",
-        "commands",
     },
 }
 

@@ -1,0 +1,82 @@
+"""Which keys decide what, and that a new key with a neutral value invalidates nothing."""
+
+import pytest
+from omegaconf import OmegaConf
+
+from ditune.config import roles
+from ditune.config.components import build_components
+from ditune.config.roles import ROLES, Decides, Role, job_hash, significant
+from ditune.config.training import resume_key
+from helpers import ROOT, SMALL, compose
+
+# Hashes by which sweeps know finished jobs.
+HASHES = {
+    "experiment=difffit_cub": "34c1b41a3c76f6e1",
+    "experiment=dit_moe_b_imagenet256": "b54c358da337f82d",
+    "~experiment peft=full": "91e97588563fe214",
+}
+
+
+def hash_of(tmp_path, overrides, **added):
+    cfg = compose(tmp_path, *overrides.split(), "paths.root_dir=/ditune")  # resolved paths are part of the hash
+    OmegaConf.set_struct(cfg, False)
+    for key, value in added.items():
+        cfg[key] = value
+    return job_hash(cfg)
+
+
+def test_every_key_has_one_role():
+    keys = set(OmegaConf.load(ROOT / "configs" / "train.yaml")) - {"defaults"}
+    for folder in ("experiment", "sweep", "preset", "model", "debug"):
+        for path in (ROOT / "configs" / folder).glob("*.yaml"):
+            keys |= set(OmegaConf.load(path)) - {"defaults"}
+    groups = {"network", "objective", "peft", "optimizer", "scheduler", "ema", "data", "augment", "autoencoder"}
+    groups |= {"balance", "trainer", "sampler", "metrics", "callbacks", "logger", "paths", "hydra"}
+    assert keys | groups == set(ROLES)
+
+
+@pytest.mark.parametrize("overrides", HASHES)
+def test_finished_jobs_are_known_by_these_hashes(tmp_path, overrides):
+    assert hash_of(tmp_path, overrides) == HASHES[overrides]
+
+
+def test_a_new_key_at_its_neutral_value_changes_no_hash(tmp_path, monkeypatch):
+    monkeypatch.setitem(ROLES, "critic", Role(Decides.TRAINING, neutral=None))
+    known = HASHES["~experiment peft=full"]
+    assert hash_of(tmp_path, "~experiment peft=full", critic=None) == known
+    assert hash_of(tmp_path, "~experiment peft=full", critic=0.5) != known
+
+
+def test_what_decides_nothing_changes_no_hash(tmp_path):
+    known = HASHES["~experiment peft=full"]
+    for override in ("run_dir=elsewhere", "tags=[a]", "logger=wandb", "dry_run=true", "verbose=true", "resume=auto"):
+        assert hash_of(tmp_path, f"~experiment peft=full {override}") == known, override
+    for override in ("seed=1", "max_steps=7", "metrics.n=3", "sampler.steps=2", "trainer.precision=32-true"):
+        assert hash_of(tmp_path, f"~experiment peft=full {override}") != known, override
+
+
+def test_a_run_goes_on_under_the_same_key(tmp_path, pictures, monkeypatch):
+    def key(*overrides, **added):
+        cfg = compose(tmp_path, *SMALL, f"data.root={pictures}", "peft=full", *overrides)
+        OmegaConf.set_struct(cfg, False)
+        for name, value in added.items():
+            cfg[name] = value
+        return resume_key(cfg, build_components(cfg))
+
+    known = key()
+    assert set(known) == {
+        *("network", "objective", "max_steps", "peft", "autoencoder", "optimizer", "scheduler", "ema", "base_sha256"),
+        *("classes", "data", "flip", "augment", "batch_size", "precision", "gradient_clip_val", "seed", "balance"),
+    }
+    assert key("max_steps=9", "metrics.n=4", "callbacks.samples.n=1", "data.num_workers=1") == known
+    for override in ("seed=1", "batch_size=8", "optimizer.lr=1", "ema.decay=0.5", "trainer.gradient_clip_val=2"):
+        assert key(override) != known, override
+    monkeypatch.setitem(ROLES, "critic", Role(Decides.TRAINING, neutral=None))
+    assert key(critic=None) == known
+    assert key(critic=0.5) == known | {"critic": 0.5}
+
+
+def test_protocols_leave_neutral_values_out():
+    values = {"n": 8, "guidance_rescale": 0.0}
+    assert significant(values, roles.NEUTRAL_IN_PROTOCOLS) == {"n": 8}
+    assert significant(values | {"guidance_rescale": 0.5}, roles.NEUTRAL_IN_PROTOCOLS)["guidance_rescale"] == 0.5
