@@ -113,7 +113,7 @@ def main() -> None:
         "bitfit, bf16, frozen weights in bf16": build("bitfit", bf16=True, frozen_bf16=True),
     }
     if arguments.methods:
-        names = sorted(path.stem for path in PEFT.glob("*.yaml"))
+        names = sorted(path.stem for path in PEFT.glob("[!_]*.yaml"))
         variants = {"full, fp32": variants["full, fp32"], "full, bf16": variants["full, bf16"]}
         variants |= {name: build(name, bf16=True, frozen_bf16=True) for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in [*variants, "full, bf16, fused attention kernel"]}

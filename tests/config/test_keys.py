@@ -43,8 +43,8 @@ def leaves(values: dict, path: str = "") -> list[str]:
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS)))
 def test_every_key_of_the_configs_has_a_row(path):
-    group = path.relative_to(CONFIGS).parts[0]
-    if group == "hydra":
+    group = ".".join(path.relative_to(CONFIGS).parts[:-1])
+    if group.startswith("hydra"):
         return  # Hydra has its own
     command = path.stem if path.parent == COMMANDS.get(path.stem) else "train"
     at_the_top = command == path.stem or group in GLOBAL
@@ -56,7 +56,7 @@ def test_every_row_is_of_a_key():
     """A row that no config needs would hide a typo."""
     names = {"train": set()}
     for path in CONFIGS.rglob("*.yaml"):
-        group = path.relative_to(CONFIGS).parts[0]
+        group = ".".join(path.relative_to(CONFIGS).parts[:-1])
         command = path.stem if path.parent == COMMANDS.get(path.stem) else "train"
         at_the_top = command == path.stem or group in GLOBAL
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
@@ -69,7 +69,7 @@ def test_every_row_is_of_a_key():
     assert set(unused) <= {"others.*.scale", "sampler.sampler", "trainer.strategy"}
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("experiment/*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("experiment/[!_]*.yaml")), ids=lambda path: path.stem)
 def test_every_experiment_passes(tmp_path, path):
     cfg = compose(tmp_path, f"experiment={path.stem}")
     before = OmegaConf.to_container(cfg)
@@ -86,7 +86,7 @@ def test_every_entry_point_passes(command):
     "group", ["peft", "objective", "sampler", "metrics", "logger", "balance", "augment", "trainer"]
 )
 def test_every_option_passes(tmp_path, group):
-    for path in sorted((CONFIGS / group).glob("*.yaml"))[::3]:  # every third: each costs a composition
+    for path in sorted((CONFIGS / group).glob("[!_]*.yaml"))[::3]:  # every third: each costs a composition
         check(compose(tmp_path, f"{group}={path.stem}"))
 
 

@@ -20,7 +20,7 @@ from ditune.training import train
 from helpers import ROOT, SMALL, assert_same_bits, checkpoint, compose, movement
 from peft_helpers import CASES, adapt, build_base, inputs
 
-OBJECTIVES = sorted(path.stem for path in (ROOT / "configs" / "objective").glob("*.yaml"))
+OBJECTIVES = sorted(path.stem for path in (ROOT / "configs" / "objective").glob("[!_]*.yaml"))
 THREE = ("bitfit", "difffit", "lora")
 FAMILIES = ("difffit", "adaptformer", "vpt_shallow", "lora")  # new parameters, modules, tokens; peft's layers
 
