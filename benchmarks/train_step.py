@@ -18,8 +18,6 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
-
 from ditune.commands.parameters import build_method
 from ditune.config.components import freeze_in_bf16
 from ditune.networks import DiT, build_network, dit

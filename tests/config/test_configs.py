@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -76,7 +77,8 @@ def test_every_method_can_leave_the_label_table_alone(name):
     assert "train_labels" in load_option(CONFIGS / "peft" / f"{name}.yaml")
 
 
-@pytest.mark.parametrize("group", ["peft", "sampler", "scheduler"])
+@pytest.mark.slow
+@pytest.mark.parametrize("group", ["peft", "sampler"])
 def test_an_option_read_without_hydra_is_what_hydra_composes(tmp_path, group):
     for name in options(group):
         composed = compose(tmp_path, "~experiment", f"{group}={name}")[group]
@@ -86,15 +88,14 @@ def test_an_option_read_without_hydra_is_what_hydra_composes(tmp_path, group):
 
 @pytest.mark.parametrize("path", [f for f in FILES if f.name.startswith("_")], ids=lambda p: f"{p.parent.name}{p.stem}")
 def test_every_base_file_is_a_base(path):
-    heirs = (yaml.safe_load(other.read_text(encoding="utf-8")) for other in FILES)
-    entries = [entry for heir in heirs for entry in (heir or {}).get("defaults", [])]
-    assert path.stem in [str(entry).rpartition("/")[2] for entry in entries]
+    lines = [line for file in FILES for line in file.read_text(encoding="utf-8").splitlines()]
+    assert any(re.fullmatch(rf"  - (process/)?{path.stem}", line) for line in lines)
 
 
 @pytest.mark.parametrize("key", ["balance", "augment"])
 def test_none_is_null(tmp_path, key):
-    for choice in ("none", "null"):
-        assert compose(tmp_path, f"{key}={choice}")[key] is None
+    for choice in (f"{key}=none", f"~{key}"):
+        assert compose(tmp_path, choice)[key] is None
 
 
 @pytest.mark.parametrize("method", METHODS)

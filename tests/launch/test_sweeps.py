@@ -95,7 +95,6 @@ def test_nothing_outlives_a_sweep_that_is_killed(tmp_path):
     mark = f"mark-{tmp_path.name}-{os.getpid()}"
     script = f"""
 import sys, time
-sys.path.insert(0, {str(ROOT / "src")!r})
 from pathlib import Path
 from ditune.launch.trees import Tree
 from ditune.files.locks import alone
