@@ -15,13 +15,10 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from ditune.networks import moe
 from ditune.networks.moe import MoE, SwiGLU, by_grouped_mm, by_slices

@@ -18,8 +18,6 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
-
 from ditune.commands.parameters import build_method
 from ditune.config.components import freeze_in_bf16
 from ditune.networks import DiT, build_network, dit
@@ -113,7 +111,7 @@ def main() -> None:
         "bitfit, bf16, frozen weights in bf16": build("bitfit", bf16=True, frozen_bf16=True),
     }
     if arguments.methods:
-        names = sorted(path.stem for path in PEFT.glob("*.yaml"))
+        names = sorted(path.stem for path in PEFT.glob("[!_]*.yaml"))
         variants = {"full, fp32": variants["full, fp32"], "full, bf16": variants["full, bf16"]}
         variants |= {name: build(name, bf16=True, frozen_bf16=True) for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in [*variants, "full, bf16, fused attention kernel"]}

@@ -1,4 +1,7 @@
-"""How quality depends on the number of steps: runs judged at several of them, as a table, a curve and strips."""
+"""Quality of finished runs over the number of sampling steps: `python studies/few_steps.py runs=[<folder>]`.
+
+The result is a table, a curve and step grids.
+"""
 
 import logging
 import statistics
@@ -10,8 +13,11 @@ import torch
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
+from ditune.cli import entry_point
 from ditune.commands.evaluate import check_reference
 from ditune.config.instantiate import instantiate
+from ditune.config.keys import APART
+from ditune.config.kinds import Key
 from ditune.distributed import best_device
 from ditune.errors import UserError
 from ditune.evaluation.protocol import Evaluation
@@ -22,9 +28,16 @@ from ditune.samplers import check
 
 log = logging.getLogger(__name__)
 
+CONFIGS = str(Path(__file__).resolve().parent / "configs")
+APART["few_steps"] = (
+    Key("runs", str, many=True),
+    Key("steps", int, at_least=1, many=True),
+    Key("shown", int, at_least=1),
+)
+
 
 def study(cfg: DictConfig) -> Path:
-    """Judge every run at every number of steps; values that stand in `out` already are not measured again.
+    """Evaluate every run at every number of steps; values that are in `out` already are not measured again.
 
     Raises:
         UserError: a run is missing or has not finished, or does not fit the reference.
@@ -50,7 +63,7 @@ def study(cfg: DictConfig) -> Path:
                 log.info("%s in %d steps: %s", name, steps, values)
                 entry["values"][str(steps)] = {"protocol": evaluation.key, **values}
                 write_json(path, content)
-        strips(run, [s for s in cfg.steps if fits(run, s)], cfg, out / f"{name}.png")
+        step_grid(run, [s for s in cfg.steps if fits(run, s)], cfg, out / f"{name}.png")
     key = f"kid_{judge.extractor.name}"
     (out / "table.md").write_text(table(content["runs"], list(cfg.steps), key), encoding="utf-8")
     curve(content["runs"], key, out / "curve.png")
@@ -75,7 +88,7 @@ def facts(run: Run) -> dict:
 
 
 def fits(run: Run, steps: int) -> bool:
-    """Whether the run's network knows this number of steps."""
+    """Whether the run's network was trained for this number of steps."""
     try:
         check(run.drawer.sampler, run.drawer.process, steps)
     except UserError as error:
@@ -84,8 +97,8 @@ def fits(run: Run, steps: int) -> bool:
     return True
 
 
-def strips(run: Run, steps: list[int], cfg: DictConfig, path: Path) -> None:
-    """One row of pictures for each number of steps, all from the same noise and classes."""
+def step_grid(run: Run, steps: list[int], cfg: DictConfig, path: Path) -> None:
+    """One row of images for each number of steps, all from the same noise and classes."""
     labels = [i * run.network.num_classes // cfg.shown for i in range(cfg.shown)]
     rows = {}
     for count in steps:
@@ -136,3 +149,12 @@ def curve(runs: dict, key: str, path: Path) -> None:
     axes.set_ylabel(key)
     axes.legend()
     figure.savefig(path, dpi=120)
+
+
+@entry_point("few_steps", CONFIGS)
+def main(cfg: DictConfig) -> None:
+    study(cfg)
+
+
+if __name__ == "__main__":
+    main()

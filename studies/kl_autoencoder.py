@@ -1,4 +1,7 @@
-"""A small AutoencoderKL for the emoji: squared error, a weak pull of the posterior to N(0, I); its decoder further."""
+"""Trains the small AutoencoderKL of the emoji, or only its decoder further: `python studies/kl_autoencoder.py`.
+
+The loss is the squared error and a weak KL divergence of the posterior from N(0, I).
+"""
 
 import logging
 import time
@@ -11,23 +14,40 @@ from torch import Tensor
 
 from ditune.autoencoders import KL
 from ditune.autoencoders.kl import load
+from ditune.autoencoders.quality import psnr, reconstruct
+from ditune.cli import entry_point
 from ditune.config.hardware import bare_precision
 from ditune.config.instantiate import instantiate
-from ditune.data import Pictures, from_uint8
+from ditune.config.keys import APART
+from ditune.config.kinds import Key
+from ditune.data import Pictures, from_uint8, to_uint8
 from ditune.data.stream import PictureStream
 from ditune.distributed import best_device
 from ditune.errors import UserError
 from ditune.files.atomic import read_json, write_json
 from ditune.rng import Draws
-from studies.linear_codecs import psnr, reconstruct
 
 log = logging.getLogger(__name__)
 
-SCALED_ON = 256  # pictures that the latents' scale is measured on
+SCALED_ON = 256  # images for the latents' scale
+CONFIGS = str(Path(__file__).resolve().parent / "configs")
+APART["kl_autoencoder"] = (
+    Key("lr", float, above=0),
+    Key("widths", int, at_least=1, many=True),
+    Key("layers", int, at_least=1),
+    Key("channels", int, at_least=1),
+    Key("kl_weight", float, at_least=0),
+    Key("latent_noise", float, at_least=0),
+    Key("decoder_of", str, null=True),
+    Key("warmup_steps", int, at_least=0),
+    Key("log_every", int, at_least=1),
+    Key("limit", int, at_least=1, null=True),
+    Key("vendors.*", str),
+)
 
 
 def fit(cfg: DictConfig) -> Path:
-    """Train, save as the hub lays it out, and measure PSNR on unseen pictures; returns the folder.
+    """Train, save in the hub's layout, measure PSNR on unseen images, and return the folder.
 
     Raises:
         UserError: the settings or a file are wrong.
@@ -101,11 +121,11 @@ def only_decoder(folder: Path) -> tuple[Any, dict[str, Any] | None]:
 
 
 def losses(vae: Any, x: Tensor, draws: Draws, bf16: bool, latent_noise: float) -> tuple[Tensor, Tensor]:
-    """Mean squared error of pixels in [-1, 1], and KL(posterior || N(0, I)) of a picture, in nats; both of ().
+    """Mean squared error of pixels in [-1, 1], and KL(posterior || N(0, I)) of an image, in nats; both of ().
 
     Args:
         latent_noise: tau. The decoder sees latents with noise of deviation tau |n|, n ~ N(0, 1), in units of what a
-            network learns, because what networks draw is never quite what an encoder gives (noise-augmented decoding
+            network learns, because latents from a network differ a little from an encoder's (noise-augmented decoding
             of arXiv 2510.11690).
     """
     with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
@@ -120,7 +140,7 @@ def losses(vae: Any, x: Tensor, draws: Draws, bf16: bool, latent_noise: float) -
 
 @torch.no_grad()
 def set_scale(vae: Any, pictures: Pictures) -> None:
-    """Put into the config the scale that brings the latents' means to unit variance."""
+    """Set the scale in the config that brings the latents' means to unit variance."""
     vae = vae.eval()
     device = next(vae.parameters()).device
     rows = list(range(0, len(pictures), max(1, len(pictures) // SCALED_ON)))
@@ -131,9 +151,18 @@ def set_scale(vae: Any, pictures: Pictures) -> None:
 
 
 def measure(codec: KL, cfg: DictConfig) -> dict[str, float]:
-    """PSNR on pictures that were in no training, by vendor."""
+    """PSNR on unseen images, by source."""
     found = {}
     for vendor, source in cfg.vendors.items():
         unseen = Pictures(source, cfg.data.resolution, "test", limit=cfg.limit).load()
-        found[vendor] = psnr(reconstruct(codec, unseen), unseen)
+        found[vendor] = psnr(to_uint8(reconstruct(codec, from_uint8(unseen))), unseen)
     return found
+
+
+@entry_point("kl_autoencoder", CONFIGS)
+def main(cfg: DictConfig) -> None:
+    fit(cfg)
+
+
+if __name__ == "__main__":
+    main()

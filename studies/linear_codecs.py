@@ -1,12 +1,15 @@
-"""Linear codecs fitted on one domain, and what they and others lose on pictures that they have not seen.
+"""Linear autoencoders fitted on one domain, and their error on unseen images: `python studies/linear_codecs.py`.
 
-Three numbers for each codec and vendor. PSNR says how near a decoded picture is to its original. The floor is the KID
-of decoded pictures of one half of the vendor's train split against the real pictures of the other half: what a
-perfect network would get in this codec's latents. It is to be read beside the same of the real ones. The third is the
-floor of a network that is a little wrong everywhere: the same with noise on the latents before they are decoded.
+Three numbers for each autoencoder and source of images ("vendor"):
+
+- PSNR on the source's test split.
+- The floor: KID of reconstructed images of one half of the train split against the real images of the other half. A
+  perfect network reaches it in these latents. The column "real against real" is the same without an autoencoder.
+- The floor with noise on the latents before they are decoded: a network with small errors everywhere.
 """
 
 import logging
+import sys
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
@@ -17,7 +20,11 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from ditune.autoencoders import Autoencoder, PatchPCA, Pixels
+from ditune.autoencoders.quality import psnr, reconstruct
+from ditune.cli import entry_point
 from ditune.config.instantiate import instantiate
+from ditune.config.keys import APART
+from ditune.config.kinds import Key
 from ditune.data import Pictures, from_uint8, to_uint8
 from ditune.files.atomic import atomic, sha256, write_json
 from ditune.generation.grids import before_after_sheet
@@ -26,12 +33,22 @@ from ditune.rng import generator
 
 log = logging.getLogger(__name__)
 
-CHUNK = 256  # pictures decoded at once
+CONFIGS = str(Path(__file__).resolve().parent / "configs")
+APART["linear_codecs"] = (
+    Key("channels", int, at_least=1, many=True),
+    Key("patch", int, at_least=1),
+    Key("pixels_resolution", int, at_least=1),
+    Key("limit", int, at_least=1, null=True),
+    Key("shown", int, at_least=1),
+    Key("results", str),
+    Key("vendors.*", str),
+    Key("others.*.scale", float, above=0, null=True),
+)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A codec at the resolution at which it would be used."""
+    """An autoencoder at the resolution at which it would be used."""
 
     name: str
     codec: Autoencoder
@@ -40,21 +57,21 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Row:
-    """What a codec loses on a vendor's pictures. A pair is (KID, its standard error)."""
+    """Reconstruction error of an autoencoder on one source of images. A pair is (KID, its standard error)."""
 
     codec: str
     resolution: int
-    numbers: int  # that a network learns for each picture
+    numbers: int  # latent numbers of an image
     vendor: str
-    psnr: float | None  # dB, on the test split; None = nothing is lost
-    floor: tuple[float, float]  # decoded against real pictures of the codec's resolution
+    psnr: float | None  # dB, on the test split; None = no loss
+    floor: tuple[float, float]  # reconstructed against real images of the same resolution
     noised: tuple[float, float]  # the same with noise on the latents
-    real: tuple[float, float]  # real against real pictures of the codec's resolution
-    full: tuple[float, float]  # decoded against real pictures of data.resolution
+    real: tuple[float, float]  # real against real images of the same resolution
+    full: tuple[float, float]  # reconstructed against real images of data.resolution
 
 
 def study(cfg: DictConfig) -> str:
-    """Fit, save and measure; writes the files of configs/fit_codec.yaml and returns the table in Markdown.
+    """Fit, save and measure; write the files that the config names, and return the table in Markdown.
 
     Raises:
         UserError: the settings or a file are wrong.
@@ -80,14 +97,14 @@ def study(cfg: DictConfig) -> str:
 
 
 def fit(pictures: Pictures, channels: list[int], patch: int, out: Path) -> list[Candidate]:
-    """A linear codec for each number of channels, written into the folder `out`."""
+    """A linear autoencoder for each number of channels, written to the folder `out`."""
     found = []
     provenance = {"data": pictures.fingerprint, "resolution": str(pictures.resolution)}
     for number in channels:
-        PatchPCA(number, patch).latent_shape(pictures.resolution)  # refuses what does not fit before it is fitted
+        PatchPCA(number, patch).latent_shape(pictures.resolution)  # refuses a wrong patch size before the fit
         codec = PatchPCA.fit(pictures.load(), number, patch, provenance=provenance)
         path = path_of(out, number)
-        # safetensors orders metadata at random, so the same codec written again would have another hash
+        # safetensors orders metadata at random: the same weights written again would have another hash
         if not path.is_file() or PatchPCA.load(path).fingerprint != codec.fingerprint:
             codec.save(path)
         log.info("fitted %s", path)
@@ -99,34 +116,19 @@ def path_of(out: Path, channels: int) -> Path:
     return out / f"patch_pca_{channels}.safetensors"
 
 
-@torch.no_grad()
-def reconstruct(codec: Autoencoder, pictures: Tensor, noise: float = 0.0, seed: int = 0) -> Tensor:
-    """Encoded, decoded and rounded: (N, 3, R, R) uint8 -> the same; `noise` is a deviation, added to the latents."""
-    decoded, random = [], generator(seed)
-    for x in pictures.split(CHUNK):
-        z = codec.to_latent(from_uint8(x.to(codec.scale.device)))
-        z = z + noise * torch.randn(z.shape, generator=random).to(z.device)
-        decoded.append(to_uint8(codec.to_pixels(z)).cpu())
-    return torch.cat(decoded)
-
-
-def psnr(decoded: Tensor, original: Tensor) -> float | None:
-    """Peak signal-to-noise ratio in dB, -10 log10 of the mean squared error of all pixels in [0, 1].
-
-    None where the two are equal. The mean over pictures of each one's PSNR would be higher.
-    """
-    error = ((decoded.double() - original.double()) / 255).square().mean()
-    return None if error == 0 else -10 * error.log10().item()
+def reconstructed(codec: Autoencoder, images: Tensor, noise: float = 0.0, seed: int = 0) -> Tensor:
+    """Encoded, decoded and rounded: uint8 (N, 3, R, R) -> the same; `noise` and `seed` as in `reconstruct`."""
+    return to_uint8(reconstruct(codec, from_uint8(images), noise, seed))
 
 
 def halves(rows: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Two random halves of pictures (N, 3, R, R) or features (N, D); the same rows whenever N and the seed are."""
+    """Two random halves of images (N, 3, R, R) or features (N, D); the same rows for the same N and seed."""
     order = torch.randperm(len(rows), generator=generator(seed))
     return rows[order[: len(order) // 2]], rows[order[len(order) // 2 :]]
 
 
 def measure(vendor: str, source: str, candidates: list[Candidate], judge: Judge, cfg: DictConfig) -> list[Row]:
-    """PSNR on the vendor's test split and the floor on its train split, of every candidate."""
+    """PSNR on the source's test split and the floor on its train split, for every candidate."""
     sides = {candidate.resolution for candidate in candidates} | {cfg.data.resolution}
     train = {side: Pictures(source, side, "train", limit=cfg.limit) for side in sides}
     features = {side: halves(judge.reference(pictures), cfg.seed) for side, pictures in train.items()}
@@ -136,8 +138,8 @@ def measure(vendor: str, source: str, candidates: list[Candidate], judge: Judge,
         codec, side = candidate.codec, candidate.resolution
         unseen = Pictures(source, side, "test", limit=cfg.limit).load()
         half, _ = halves(train[side].load(), cfg.seed)
-        decoded = judge.features(reconstruct(codec, half))
-        noised = judge.features(reconstruct(codec, half, cfg.noise, cfg.seed))
+        decoded = judge.features(reconstructed(codec, half))
+        noised = judge.features(reconstructed(codec, half, cfg.noise, cfg.seed))
         real, other = features[side]
         rows.append(
             Row(
@@ -145,7 +147,7 @@ def measure(vendor: str, source: str, candidates: list[Candidate], judge: Judge,
                 resolution=side,
                 numbers=prod(codec.latent_shape(side)),
                 vendor=vendor,
-                psnr=psnr(reconstruct(codec, unseen), unseen),
+                psnr=psnr(reconstructed(codec, unseen), unseen),
                 floor=kid_with_deviation(decoded, other),
                 noised=kid_with_deviation(noised, other),
                 real=kid_with_deviation(real, other),
@@ -156,17 +158,17 @@ def measure(vendor: str, source: str, candidates: list[Candidate], judge: Judge,
 
 
 def examples(vendor: str, source: str, candidates: list[Candidate], cfg: DictConfig) -> dict[str, Tensor]:
-    """A row of originals of the test split, and below it one of each candidate's."""
+    """A row of originals of the test split, and below it one row for each candidate."""
     full = cfg.data.resolution
     rows = {f"{vendor}, {full} px": Pictures(source, full, "test", limit=cfg.shown).load()}
     for candidate in candidates:
         pictures = Pictures(source, candidate.resolution, "test", limit=cfg.shown).load()
-        rows[f"{vendor}, {candidate.name}"] = reconstruct(candidate.codec, pictures)
+        rows[f"{vendor}, {candidate.name}"] = reconstructed(candidate.codec, pictures)
     return rows
 
 
 def facts(cfg: DictConfig, pictures: Pictures, linear: list[Candidate], judge: Judge) -> dict[str, Any]:
-    """What the numbers depend on."""
+    """Everything that the numbers depend on."""
     codecs = {}
     for candidate in linear:
         path = path_of(Path(cfg.out), candidate.codec.channels)
@@ -177,7 +179,7 @@ def facts(cfg: DictConfig, pictures: Pictures, linear: list[Candidate], judge: J
 
 
 def markdown_table(rows: list[Row], extractor: str, full: int, noise: float) -> str:
-    """One line for each codec and vendor."""
+    """One line for each autoencoder and source."""
     floor = f"floor (kid_{extractor})"
     distances = [floor, f"with noise of {noise:g}", "real against real", f"against real {full} px"]
     titles = ["codec", "vendor", "numbers", "PSNR, dB", *distances]
@@ -188,3 +190,12 @@ def markdown_table(rows: list[Row], extractor: str, full: int, noise: float) -> 
         distances = [f"{value:.4f} ± {deviation:.4f}" for value, deviation in pairs]
         lines.append("| " + " | ".join([row.codec, row.vendor, f"{row.numbers:,}", quality, *distances]) + " |")
     return "\n".join(lines) + "\n"
+
+
+@entry_point("linear_codecs", CONFIGS)
+def main(cfg: DictConfig) -> None:
+    sys.stdout.write(study(cfg))
+
+
+if __name__ == "__main__":
+    main()

@@ -12,13 +12,18 @@ from PIL import Image
 
 from ditune.checkpoints import save_network
 from ditune.config.components import build_components
-from helpers import SMALL, compose, open_gates
+from helpers import ROOT, SMALL, compose, open_gates
 
 CLASSES = ("cat", "dog", "eel")
 
 
 def pytest_configure() -> None:
-    """Of several workers (make test) each computes in one thread, and so do the processes that it starts."""
+    """Processes and notebooks that tests start import the package as the tests do.
+
+    Of several workers (make test) each computes in one thread, and so do the processes that it starts.
+    """
+    paths = (str(ROOT / "src"), str(ROOT / "tests" / "support"), os.environ.get("PYTHONPATH"))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     if "PYTEST_XDIST_WORKER" in os.environ:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         torch.set_num_threads(1)

@@ -24,6 +24,7 @@ from ditune.checkpoints.networks import PROCESSES
 from ditune.commands.train import train
 from ditune.config.base_network import build_network
 from ditune.config.instantiate import instantiate
+from ditune.config.options import load_option
 from ditune.errors import UserError
 from ditune.files import atomic as checkpoint_files
 from ditune.files.atomic import sha256
@@ -572,7 +573,7 @@ def test_sit_and_repa_are_asked_as_their_codes_do(saved):
 
 def test_a_checkpoint_is_drawn_from_by_its_process(saved):
     path = saved(network(in_channels=3, learn_sigma=False).state_dict())
-    sampler = OmegaConf.load(ROOT / "configs" / "sampler" / "published.yaml")
+    sampler = load_option(ROOT / "configs" / "sampler" / "published.yaml")
     trained = load_checkpoint(path, NONE, sampler, False, "repa", {"num_heads": None})
     assert isinstance(trained.drawer.process, FlowProcess)
     assert type(trained.drawer.sampler).__name__ == "Euler"

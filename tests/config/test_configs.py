@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from omegaconf import OmegaConf
 from ditune.checkpoints import save_network
 from ditune.config.components import build_components
 from ditune.config.instantiate import instantiate
+from ditune.config.options import load_option
 from ditune.errors import UserError
 from ditune.peft import METHODS, build_peft
 from helpers import ROOT, SMALL, compose
@@ -22,15 +24,16 @@ from miniatures import MINIATURES
 CONFIGS = ROOT / "configs"
 PACKAGE = ROOT / "src" / "ditune"
 GROUPS = ("network", "model", "peft", "optimizer", "scheduler", "ema", "data", "autoencoder", "sampler", "metrics")
-GROUPS += ("trainer", "callbacks", "logger", "paths", "objective", "debug")
+GROUPS += ("trainer", "callbacks", "logger", "paths", "objective", "debug", "balance", "augment")
 # those on public data, which is not here, are in test_experiments.py
-PUBLIC = {f"difffit_{path.stem}" for path in (CONFIGS / "data").glob("*.yaml")}
-EXPERIMENTS = sorted({path.stem for path in (CONFIGS / "experiment").glob("*.yaml")} - PUBLIC)
+PUBLIC = {f"difffit_{path.stem}" for path in (CONFIGS / "data").glob("[!_]*.yaml")}
+EXPERIMENTS = sorted({path.stem for path in (CONFIGS / "experiment").glob("[!_]*.yaml")} - PUBLIC)
 FILES = sorted(CONFIGS.rglob("*.yaml"))
 
 
 def options(group: str) -> list[str]:
-    return sorted(p.stem for p in (CONFIGS / group).glob("*.yaml"))
+    """Without the base files, whose names start with an underscore."""
+    return sorted(p.stem for p in (CONFIGS / group).glob("[!_]*.yaml"))
 
 
 @pytest.mark.parametrize(("group", "option"), [(g, o) for g in GROUPS for o in options(g)])
@@ -70,9 +73,30 @@ def test_experiments_leave_methods_to_their_own_configs(path):
     assert set(OmegaConf.load(path).get("peft", {})) <= {"train_labels"}
 
 
-@pytest.mark.parametrize("path", [f for f in FILES if f.parent.name == "peft"], ids=lambda p: p.stem)
-def test_every_method_can_leave_the_label_table_alone(path):
-    assert "train_labels" in OmegaConf.load(path)
+@pytest.mark.parametrize("name", options("peft"))
+def test_every_method_can_leave_the_label_table_alone(name):
+    assert "train_labels" in load_option(CONFIGS / "peft" / f"{name}.yaml")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", ["peft", "sampler"])
+def test_an_option_read_without_hydra_is_what_hydra_composes(tmp_path, group):
+    for name in options(group):
+        composed = compose(tmp_path, "~experiment", f"{group}={name}")[group]
+        read = load_option(CONFIGS / group / f"{name}.yaml")
+        assert OmegaConf.to_container(composed) == OmegaConf.to_container(read)
+
+
+@pytest.mark.parametrize("path", [f for f in FILES if f.name.startswith("_")], ids=lambda p: f"{p.parent.name}{p.stem}")
+def test_every_base_file_is_a_base(path):
+    lines = [line for file in FILES for line in file.read_text(encoding="utf-8").splitlines()]
+    assert any(re.fullmatch(rf"  - (process/)?{path.stem}", line) for line in lines)
+
+
+@pytest.mark.parametrize("key", ["balance", "augment"])
+def test_none_is_null(tmp_path, key):
+    for choice in (f"{key}=none", f"~{key}"):
+        assert compose(tmp_path, choice)[key] is None
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -43,8 +43,8 @@ def leaves(values: dict, path: str = "") -> list[str]:
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS)))
 def test_every_key_of_the_configs_has_a_row(path):
-    group = path.relative_to(CONFIGS).parts[0]
-    if group == "hydra":
+    group = ".".join(path.relative_to(CONFIGS).parts[:-1])
+    if group.startswith("hydra"):
         return  # Hydra has its own
     command = path.stem if path.parent == COMMANDS.get(path.stem) else "train"
     at_the_top = command == path.stem or group in GLOBAL
@@ -56,7 +56,7 @@ def test_every_row_is_of_a_key():
     """A row that no config needs would hide a typo."""
     names = {"train": set()}
     for path in CONFIGS.rglob("*.yaml"):
-        group = path.relative_to(CONFIGS).parts[0]
+        group = ".".join(path.relative_to(CONFIGS).parts[:-1])
         command = path.stem if path.parent == COMMANDS.get(path.stem) else "train"
         at_the_top = command == path.stem or group in GLOBAL
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
@@ -66,10 +66,10 @@ def test_every_row_is_of_a_key():
     for command, rows in APART.items():
         unused += [row.pattern for row in rows if not any(row.matches(name) for name in names[command])]
     # groups that are chosen, not written
-    assert set(unused) <= {"others.*.scale", "sampler.sampler", "trainer.strategy"}
+    assert set(unused) <= {"sampler.sampler", "trainer.strategy"}
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("experiment/*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("experiment/[!_]*.yaml")), ids=lambda path: path.stem)
 def test_every_experiment_passes(tmp_path, path):
     cfg = compose(tmp_path, f"experiment={path.stem}")
     before = OmegaConf.to_container(cfg)
@@ -86,7 +86,7 @@ def test_every_entry_point_passes(command):
     "group", ["peft", "objective", "sampler", "metrics", "logger", "balance", "augment", "trainer"]
 )
 def test_every_option_passes(tmp_path, group):
-    for path in sorted((CONFIGS / group).glob("*.yaml"))[::3]:  # every third: each costs a composition
+    for path in sorted((CONFIGS / group).glob("[!_]*.yaml"))[::3]:  # every third: each costs a composition
         check(compose(tmp_path, f"{group}={path.stem}"))
 
 
@@ -176,10 +176,6 @@ WRONG_ELSEWHERE = {
     "prepare data.resolution=big": f"data.resolution is big, but {WHOLE} 1.",
     "upcycle num_experts=0": f"num_experts is 0, but {WHOLE} 1.",
     "upcycle options.moe_from=2": "options.moe_from is 2, but must be a number between 0 and 1.",
-    "steps steps=4": "steps is 4, but must be a list of whole numbers of at least 1.",
-    "fit_kl lr=0": "lr is 0, but must be a number above 0.",
-    "fit_kl log_every=0": f"log_every is 0, but {WHOLE} 1.",
-    "fit_codec patch=-4": f"patch is -4, but {WHOLE} 1.",
     "analyze_routing n=-1": f"n is -1, but {WHOLE} 1.",
     "parameters num_classes=ten": f"num_classes is ten, but {WHOLE} 1.",
     "dashboard project=true": "project is true, but must be text.",

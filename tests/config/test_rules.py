@@ -22,7 +22,7 @@ BROKEN = {
     "new_classes_are_trained": ["pretrained=@base", "classes=reinit", "peft.train_labels=false"],
     "adapters_need_a_base": ["peft=bitfit"],
     "labels_from_scratch_are_trained": ["peft.train_labels=false"],
-    "objective_takes_the_batch": ["objective=shortcut", "objective.bootstrap_every=3"],
+    "objective_takes_the_batch": ["objective=shortcut_code"],
     "balance_needs_experts": ["balance=batch"],
     "adapters_have_no_router_biases": ["pretrained=@experts", "network=tiny_moe", "balance=loss_free"],
     "forward_mode_suits_the_method": ["pretrained=@flow", "objective=mean_flow", "peft=loha", "peft.r=2"],

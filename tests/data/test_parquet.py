@@ -13,7 +13,7 @@ from test_prepare import config
 from torch.utils.data import DataLoader
 
 from ditune.commands.prepare import prepare
-from ditune.config.instantiate import instantiate as instantiate
+from ditune.config.instantiate import instantiate
 from ditune.data import Pictures
 from ditune.data import parquet_reader as reader_module
 from ditune.data.sources import open_source

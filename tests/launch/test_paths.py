@@ -181,10 +181,9 @@ def test_ranks_that_others_start_share_one(monkeypatch, env):
 
 HOLDER = """
 import sys, time
-sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from ditune.files.locks import alone
-with alone(Path(sys.argv[2]) / ".lock", "x", "y"):
+with alone(Path(sys.argv[1]) / ".lock", "x", "y"):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -192,7 +191,7 @@ with alone(Path(sys.argv[2]) / ".lock", "x", "y"):
 
 def test_a_second_run_in_a_folder_is_refused_until_the_first_dies(small, tmp_path):
     folder = tmp_path / "run"
-    first = subprocess.Popen([sys.executable, "-c", HOLDER, str(ROOT / "src"), str(folder)], stdout=subprocess.PIPE)
+    first = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE)
     assert first.stdout.readline() == b"held\n"
     for overrides in ([], ["resume=auto"], ["dry_run=true"]):
         with pytest.raises(UserError, match=rf"{folder} \(process {first.pid} on .*run_dir="):
@@ -282,7 +281,6 @@ def test_a_failed_write_names_the_file(tmp_path):
 
 FULL = """
 import resource, sys
-sys.path.insert(0, sys.argv[1])
 import numpy as np, torch
 from safetensors.torch import save_file
 from ditune.checkpoints import atomic
@@ -297,7 +295,7 @@ writers = {
 }
 for name, write in writers.items():
     try:
-        with atomic(f"{sys.argv[2]}/{name}") as temporary:
+        with atomic(f"{sys.argv[1]}/{name}") as temporary:
             write(temporary)
     except OSError as error:
         print(message(error))
@@ -306,7 +304,7 @@ for name, write in writers.items():
 
 def test_whichever_library_fails_in_writing(tmp_path):
     """A limit of the system stops the files, as a full disk would."""
-    command = [sys.executable, "-c", FULL, str(ROOT / "src"), str(tmp_path)]
+    command = [sys.executable, "-c", FULL, str(tmp_path)]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     for name, line in zip(("torch", "text", "safetensors", "numpy"), lines, strict=True):
         assert line.startswith(f"{tmp_path}/{name} cannot be used: the ")

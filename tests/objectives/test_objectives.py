@@ -14,7 +14,7 @@ from ditune.objectives import State
 from ditune.rng import Draws
 from helpers import ROOT, SMALL_FLOW, compose
 
-OBJECTIVES = sorted(path.stem for path in (ROOT / "configs" / "objective").glob("*.yaml"))
+OBJECTIVES = sorted(path.stem for path in (ROOT / "configs" / "objective").glob("[!_]*.yaml"))
 NETWORKS = ("tiny", "tiny_moe")
 SIZE = 64
 

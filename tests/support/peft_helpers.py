@@ -7,6 +7,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from ditune.config.options import load_option
 from ditune.networks import build_network
 from ditune.peft import METHODS, MOE_METHODS, PeftMethod, build_peft
 from helpers import ROOT
@@ -37,7 +38,7 @@ def build_base(network: str) -> nn.Module:
 
 def build_method(name: str, **overrides: object) -> PeftMethod:
     """By configs/peft/<name>.yaml."""
-    peft = OmegaConf.load(ROOT / "configs" / "peft" / f"{name}.yaml")
+    peft = load_option(ROOT / "configs" / "peft" / f"{name}.yaml")
     cfg = OmegaConf.create({"max_steps": STEPS, "peft": peft})
     arguments = OmegaConf.to_container(cfg.peft, resolve=True)
     del arguments["_target_"]

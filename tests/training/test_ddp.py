@@ -43,8 +43,6 @@ def test_two_processes_learn_as_one(tmp_path, pictures):
 FEW_STEPS = ("shortcut", "mean_flow", "alpha_flow", "so_flow", "live_reflow", "consistency_training")
 TAUGHT = ("progressive_distillation", "consistency_distillation")
 WORKER = """
-import sys
-sys.path[:0] = {paths!r}
 from helpers import compose
 from ditune.commands.train import train
 for folder, overrides in {runs!r}:
@@ -72,7 +70,7 @@ def test_two_processes_learn_as_one_by_every_objective_and_with_experts(tmp_path
     ddp = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true"]
     runs = [(str(tmp_path / f"{name}_2"), [*common, *case, *ddp]) for name, case in cases.items()]
     worker = tmp_path / "worker.py"
-    worker.write_text(WORKER.format(paths=[str(ROOT / "src"), str(ROOT / "tests" / "support")], runs=runs))
+    worker.write_text(WORKER.format(runs=runs))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(worker)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -80,7 +80,7 @@ def load(folder: Path, hub: str | None) -> torch.nn.Module:
     if not local and hub is None:
         raise UserError(
             f"There is no autoencoder in {folder}: {' and '.join(FILES)} are expected there. "
-            "The emoji's own is made by `python src/fit_kl.py`."
+            "The emoji's own is made by `python studies/kl_autoencoder.py`."
         )
     weights = find_weights(folder, STEM) if local else None
     if local and weights is None:

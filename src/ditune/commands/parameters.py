@@ -7,6 +7,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from ditune.config.options import load_option
 from ditune.errors import UserError
 from ditune.networks import build_network
 from ditune.peft import PeftMethod
@@ -21,7 +22,7 @@ def build_method(row: str, peft: Path) -> PeftMethod:
     name, *settings = row.split()
     if not (peft / f"{name}.yaml").is_file():
         raise UserError(f"There is no method {name!r} in configs/peft/. Name one of its files in rows=.")
-    own = OmegaConf.merge(OmegaConf.load(peft / f"{name}.yaml"), OmegaConf.from_dotlist(settings))
+    own = OmegaConf.merge(load_option(peft / f"{name}.yaml"), OmegaConf.from_dotlist(settings))
     cfg = OmegaConf.create({"max_steps": 1000, "peft": own})  # the length of a training changes no count
     return instantiate(cfg.peft, _convert_="all")
 

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from PIL import Image
 from torch import Tensor
 
@@ -17,6 +17,7 @@ from ditune.config import hardware
 from ditune.config.hardware import AUTO, BF16, FP32, bare_precision
 from ditune.config.instantiate import instantiate
 from ditune.config.keys import check
+from ditune.config.options import load_option
 from ditune.distributed import best_device
 from ditune.errors import UserError
 from ditune.files.atomic import write_json
@@ -70,7 +71,7 @@ def load(cfg: DictConfig, source: str) -> Trained:
         run = load_run(cfg.run)
         return replace(run, drawer=in_precision(run.drawer, cfg))
     # a bare network has no sampler of its own, as a run has; this is the one that all configs begin with
-    sampler = OmegaConf.load(Path(CONFIGS) / "sampler" / "auto.yaml")
+    sampler = load_option(Path(CONFIGS) / "sampler" / "auto.yaml")
     checkpoint = locate(cfg.checkpoint, f"{cfg.paths.cache_dir}/networks")
     bf16 = bare_precision(cfg.precision, cfg.bf16)
     return load_checkpoint(checkpoint, cfg.autoencoder, sampler, bf16, cfg.process, cfg.network_overrides)

@@ -198,7 +198,6 @@ KEYS = (
     Key("*.folder", str),
     Key("*.hub", str, null=True),
     Key("autoencoder.scale", float, above=0, null=True),
-    Key("others.*.scale", float, above=0, null=True),
     # metrics
     Key("metrics.n", int, at_least=0),
     Key("metrics.loss_split", str, null=True),
@@ -235,13 +234,10 @@ KEYS = (
     Key("network_overrides.pos_embed_scale", float, above=0, null=True),
     Key("network_overrides.num_classes", int, at_least=1, null=True),
     Key("network_overrides.top_k", int, at_least=1, null=True),
-    Key("shown", int, at_least=1),
     Key("noise", float, at_least=0),
-    Key("limit", int, at_least=1, null=True),
-    Key("vendors.*", str),
 )
 
-# of one entry point alone; they come before those above
+# of one entry point alone; they come before those above; the scripts of studies/ add their own
 APART = {
     "sample": (
         Key("first", int, at_least=0),
@@ -271,7 +267,6 @@ APART = {
         Key("options.moe_every", int, at_least=1),
         Key("options.moe_from", float, at_least=0, at_most=1),
     ),
-    "steps": (Key("runs", str, many=True), Key("steps", int, at_least=1, many=True)),
     "parameters": (
         Key("networks", str, many=True),
         Key("num_classes", int, at_least=1),
@@ -283,23 +278,6 @@ APART = {
         Key("group", str, null=True),
         Key("metric", str),
         Key("spec", str, null=True),
-    ),
-    "fit_codec": (
-        Key("channels", int, at_least=1, many=True),
-        Key("patch", int, at_least=1),
-        Key("pixels_resolution", int, at_least=1),
-        Key("results", str),
-    ),
-    "fit_kl": (
-        Key("lr", float, above=0),
-        Key("widths", int, at_least=1, many=True),
-        Key("layers", int, at_least=1),
-        Key("channels", int, at_least=1),
-        Key("kl_weight", float, at_least=0),
-        Key("latent_noise", float, at_least=0),
-        Key("decoder_of", str, null=True),
-        Key("warmup_steps", int, at_least=0),
-        Key("log_every", int, at_least=1),
     ),
 }
 

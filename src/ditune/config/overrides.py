@@ -22,8 +22,9 @@ def explain(error: Exception, folder: str, name: str, overrides: Sequence[str]) 
     text = str(error)
     if isinstance(error, MissingConfigException) and error.options:
         group, _, option = (error.missing_cfg_file or "").rpartition("/")
-        near = _did_you_mean(get_close_matches(option, error.options, n=1))
-        return f"There is no {group}={option}.{near} Choose one of {', '.join(error.options)}."
+        options = [name for name in error.options if not name.startswith("_")]  # without base files
+        near = _did_you_mean(get_close_matches(option, options, n=1))
+        return f"There is no {group}={option}.{near} Choose one of {', '.join(options)}."
     if isinstance(error, OverrideParseException):
         return _syntax(error.override, text)
     if text.startswith("Ambiguous value"):
@@ -38,7 +39,7 @@ def explain(error: Exception, folder: str, name: str, overrides: Sequence[str]) 
     for override in overrides:
         group, _, option = override.partition("=")
         if option in ("", "null") and (Path(folder) / group).is_dir():
-            options = sorted(path.stem for path in (Path(folder) / group).glob("*.yaml"))
+            options = sorted(path.stem for path in (Path(folder) / group).glob("[!_]*.yaml"))
             return f"The group '{group}' cannot be empty. Choose one of {', '.join(options)}."
     return text.strip().splitlines()[0].rstrip(".") + "."
 

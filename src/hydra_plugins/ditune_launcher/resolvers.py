@@ -37,5 +37,11 @@ def expanded(path: str) -> str:
     return str(Path(path).expanduser())
 
 
+def or_else(value: object, default: object) -> object:
+    """`value`, or `default` if it is null; OmegaConf's own `oc.select` takes its default only for missing keys."""
+    return default if value is None else value
+
+
 OmegaConf.register_new_resolver("started", started, use_cache=True, replace=True)
 OmegaConf.register_new_resolver("expanded", expanded, replace=True)
+OmegaConf.register_new_resolver("or_else", or_else, replace=True)

@@ -10,20 +10,21 @@ from safetensors.torch import load_file
 
 from ditune import cli
 from ditune.autoencoders import KL
+from ditune.autoencoders.quality import psnr
 from ditune.config.instantiate import instantiate
 from ditune.data import Pictures
 from ditune.errors import UserError
 from helpers import ROOT, compose
-from studies.kl_autoencoder import fit
-from studies.linear_codecs import psnr, reconstruct
+from studies.kl_autoencoder import CONFIGS, fit
+from studies.linear_codecs import reconstructed
 
 
 def small(out: Path, *overrides: str):
     cli.prepare()
-    with hydra.initialize_config_dir(cli.CONFIGS, version_base="1.3"):
+    with hydra.initialize_config_dir(CONFIGS, version_base="1.3"):
         options = ["data.resolution=16", "+data.pictures.limit=8", "widths=[8,8,16]", "channels=4", "batch_size=4"]
         options += ["max_steps=30", "warmup_steps=2", "lr=5e-3", "bf16=false", "limit=3", f"out={out}"]
-        return hydra.compose("fit_kl", [*options, *overrides])
+        return hydra.compose("kl_autoencoder", [*options, *overrides])
 
 
 def test_it_learns_and_is_loaded_with_its_own_scale(tmp_path):
@@ -68,7 +69,7 @@ def test_noise_without_finished_latents_is_refused(tmp_path):
 
 def test_without_it_the_error_names_the_command(tmp_path):
     cfg = compose(tmp_path, "autoencoder=kl_emoji", f"autoencoder.folder={tmp_path}/none").autoencoder
-    with pytest.raises(UserError, match=r"python src/fit_kl\.py"):
+    with pytest.raises(UserError, match=r"python studies/kl_autoencoder\.py"):
         instantiate(cfg, "autoencoder")
 
 
@@ -76,5 +77,5 @@ def test_the_shipped_one_on_an_unseen_vendor():
     codec = KL("kl_emoji", ROOT / "assets" / "autoencoders" / "kl_emoji").eval()
     unseen = Pictures(ROOT / "assets" / "emoji" / "fluent3d.zip", 64, "test", limit=50).load()
     assert codec.latent_shape(64) == (8, 16, 16)
-    assert psnr(reconstruct(codec, unseen), unseen) > 28.5  # 30.0 on all 210, docs/autoencoders.md
-    assert psnr(reconstruct(codec, unseen, noise=0.2), unseen) > 28.2  # 27.8 by one that was not taught it
+    assert psnr(reconstructed(codec, unseen), unseen) > 28.5  # 30.0 on all 210, docs/autoencoders.md
+    assert psnr(reconstructed(codec, unseen, noise=0.2), unseen) > 28.2  # 27.8 by one that was not taught it

@@ -8,7 +8,7 @@ from ditune.commands.train import train
 from ditune.errors import UserError
 from ditune.files.atomic import read_json, write_json
 from helpers import SMALL_FLOW, compose
-from studies.few_steps import study
+from studies.few_steps import CONFIGS, study
 
 
 def test_table_curve_and_strips(tmp_path, pictures, caplog):
@@ -17,9 +17,9 @@ def test_table_curve_and_strips(tmp_path, pictures, caplog):
     for name in ("flow_matching", "shortcut"):
         assert train(compose(tmp_path / name, *general, f"objective={name}")) == 0
     cli.prepare()
-    with hydra.initialize_config_dir(cli.CONFIGS, version_base="1.3"):
+    with hydra.initialize_config_dir(CONFIGS, version_base="1.3"):
         cfg = hydra.compose(
-            "steps",
+            "few_steps",
             [
                 f"runs=[{tmp_path}/flow_matching,{tmp_path}/shortcut]",
                 "data=folder",

@@ -10,12 +10,13 @@ from omegaconf import DictConfig
 
 from ditune import cli
 from ditune.autoencoders import PatchPCA
+from ditune.autoencoders.quality import psnr
 from ditune.config.components import build_components
 from ditune.data import Pictures
 from ditune.errors import UserError
 from ditune.files.atomic import sha256
 from helpers import ROOT, compose
-from studies.linear_codecs import halves, psnr, reconstruct, study
+from studies.linear_codecs import CONFIGS, halves, reconstructed, study
 
 SHIPPED = ROOT / "assets" / "autoencoders"
 BASE = [ROOT / "assets" / "emoji" / f"{name}.zip" for name in ("noto", "twemoji")]
@@ -23,11 +24,11 @@ FLUENT3D = ROOT / "assets" / "emoji" / "fluent3d.zip"
 
 
 def task(tmp_path: Path, *overrides: str) -> DictConfig:
-    """The config of `fit_codec.py <overrides>`, with its folders in `tmp_path`."""
+    """The config of `linear_codecs.py <overrides>`, with its folders in `tmp_path`."""
     cli.prepare()
-    with hydra.initialize_config_dir(cli.CONFIGS, version_base="1.3"):
+    with hydra.initialize_config_dir(CONFIGS, version_base="1.3"):
         folders = [f"out={tmp_path}/codecs", f"results={tmp_path}/report", f"paths.cache_dir={tmp_path}/cache"]
-        return hydra.compose("fit_codec", [*folders, *overrides])
+        return hydra.compose("linear_codecs", [*folders, *overrides])
 
 
 def test_a_small_study_writes_codecs_numbers_and_pictures(tmp_path: Path) -> None:
@@ -80,7 +81,7 @@ def test_blocks_that_do_not_fill_the_pictures_are_refused(tmp_path: Path) -> Non
 def test_shipped_codecs_on_an_unseen_vendor(channels: int, least: float) -> None:
     codec = PatchPCA.load(SHIPPED / f"patch_pca_{channels}.safetensors")
     unseen = Pictures(FLUENT3D, 64, "test", limit=50).load()
-    assert psnr(reconstruct(codec, unseen), unseen) > least
+    assert psnr(reconstructed(codec, unseen), unseen) > least
 
 
 @pytest.mark.parametrize("channels", [8, 16])
