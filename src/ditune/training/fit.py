@@ -174,7 +174,7 @@ def check_processes(cfg: DictConfig, trainer: pl.Trainer) -> None:
     if in_sweep() and not alone:
         raise UserError(
             "This hydra/launcher runs jobs in its own process, which cannot start others for them. "
-            "Leave hydra/launcher out, or give every process a task (docs/sweeps.md)."
+            "Leave hydra/launcher out, or give every process a task (docs/guide/sweeps.md)."
         )
 
 
