@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from helpers import ROOT
+from helpers import ROOT, compose_command
 
 PAGES = [ROOT / "README.md", ROOT / "assets" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SOURCES = ("configs", "src", "benchmarks", "tests", "studies")
 BLOCK = re.compile(r"^```.*?^```", flags=re.DOTALL | re.MULTILINE)
-PLACEHOLDER = re.compile(r"<[^>]+>|\.\.\.")
 
 
 def name_of(path: Path) -> str:
@@ -53,9 +52,28 @@ def test_links_lead_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_commands_name_entry_points(page: Path) -> None:
     """`python <folder>/<name>.py` of a page is a file of the repository."""
-    scripts = re.findall(r"(?:python|torchrun[^\n`]*?) ((?:src|studies|benchmarks)/\w+\.py)", page.read_text(encoding="utf-8"))
+    scripts = re.findall(
+        r"(?:python|torchrun[^\n`]*?) ((?:src|studies|benchmarks)/\w+\.py)", page.read_text(encoding="utf-8")
+    )
     missing = sorted({script for script in scripts if not (ROOT / script).is_file()})
     assert not missing
+
+
+def commands() -> Iterator[str]:
+    """Commands of the guide that start an entry point, without comments; continued lines are joined."""
+    for page in sorted((ROOT / "docs" / "guide").glob("*.md")):
+        for block in re.findall(
+            r"^```bash\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE
+        ):
+            for line in block.replace("\\\n", "").splitlines():
+                command = line.split("#")[0].strip()
+                if command.startswith("python src/") and " ... " not in f"{command} ":
+                    yield command
+
+
+@pytest.mark.parametrize("command", sorted(set(commands())))
+def test_commands_of_the_guide_compose(command: str, tmp_path: Path) -> None:
+    compose_command(command, tmp_path)
 
 
 @pytest.mark.parametrize("folder", SOURCES)

@@ -105,6 +105,7 @@ def test_every_kind_has_its_snippets(kind: str) -> None:
         assert any(pattern.fullmatch(snippet.where) for pattern in known), snippet.where
 
 
+@pytest.mark.slow
 def test_the_copy_uses_all_of_them(extended: Path, tmp_path: Path) -> None:
     """One process trains, generates, evaluates and reads a file with the new classes."""
     environment = {key: value for key, value in os.environ.items() if key != "DITUNE_ROOT"}
@@ -120,10 +121,10 @@ def test_the_copy_uses_all_of_them(extended: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["base"]["data"] == "shapes"
+    assert found["base"]["data"]["name"] == "shapes"
     assert found["base"]["metrics"]["protocol"]["sampler"].startswith("Ralston")
     assert found["base"]["metrics"]["after"]["n"] == 4
-    for method in ("attention", "olora"):
+    for method in ("attention", "delora"):
         assert found[method]["method"] == method
         assert 0 < found[method]["parameters"]["trainable"] < found["base"]["parameters"]["trainable"]
     assert found["tensors"] > 10

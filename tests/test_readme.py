@@ -1,14 +1,11 @@
 """The README's commands, files and figures are real."""
 
 import re
-import shlex
 from pathlib import Path
 
-import hydra
 import pytest
 
-from ditune import cli
-from helpers import ROOT
+from helpers import ROOT, compose_command
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = "\n".join(re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL))
@@ -17,16 +14,7 @@ COMMANDS = [line.split("#")[0].strip() for line in BLOCKS.splitlines() if line.s
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command_composes(command: str, tmp_path: Path) -> None:
-    for placeholder in ("<folder>", "<run>", "<sweep>", "<team>", "<out of sample.py>"):
-        command = command.replace(placeholder, str(tmp_path))
-    _, script, *arguments = shlex.split(command)
-    assert (ROOT / script).is_file()
-    # of a sweep, the first job
-    overrides = [re.sub(r"(=[^\[,]*),.*", r"\1", argument) for argument in arguments if argument != "-m"]
-    cli.prepare()
-    configs = cli.REPORT_CONFIGS if "report" in script else cli.CONFIGS
-    with hydra.initialize_config_dir(configs, version_base="1.3"):
-        assert hydra.compose(Path(script).stem, overrides)
+    assert compose_command(command, tmp_path)
 
 
 def test_every_entry_point_is_shown() -> None:

@@ -2,16 +2,16 @@
 
     python tests/support/extended.py <folder>
 
-Prints one JSON object of what came out.
+Writes one JSON object of what came out.
 """
 
 import json
 import sys
 from pathlib import Path
 
-import miniatures
 from safetensors.torch import save_file
 
+import miniatures
 from ditune.checkpoints import load_network
 from ditune.networks import NETWORKS
 from ditune.training import train
@@ -42,11 +42,11 @@ def main(folder: Path) -> None:
     miniatures.shapes(folder / "data")
     base = folder / "base" / "network.safetensors"
     found = {"base": run(base.parent, "peft=full", "metrics.n=4")}
-    for method in ("attention", "olora"):
+    for method in ("attention", "delora"):
         found[method] = run(folder / method, f"peft={method}", f"pretrained={base}", "metrics.n=0")
     found["tensors"] = slashed(base, folder)
     found["networks"] = list(NETWORKS)
-    print(json.dumps(found))
+    sys.stdout.write(f"{json.dumps(found)}\n")
 
 
 if __name__ == "__main__":
