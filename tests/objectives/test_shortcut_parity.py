@@ -59,7 +59,7 @@ INITIAL = {
 
 
 def test_initial_values_are_the_originals_but_where_the_docs_say():
-    """docs/shortcut.md names the two kinds of layers that begin as DiT's."""
+    """docs/guide/few_steps.md names the two kinds of layers that begin as DiT's."""
     theirs = json.loads((GOLDEN / "shortcut_init_stats.json").read_text())
     torch.manual_seed(0)
     own = DiT(hidden_size=768, depth=1, num_heads=12, learn_sigma=False, step=True).state_dict()

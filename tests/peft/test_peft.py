@@ -56,7 +56,7 @@ def test_table_of_the_docs():
     """Its first network is counted again; the last one has the counts above."""
     cfg = OmegaConf.load(ROOT / "configs" / "parameters.yaml")
     fresh = parameter_table(cfg.rows, ["dit_s_2"], cfg.num_classes, ROOT / "configs" / "peft").splitlines()
-    docs = (ROOT / "docs" / "peft.md").read_text().splitlines()
+    docs = (ROOT / "docs" / "guide" / "peft.md").read_text().splitlines()
     shown = docs[docs.index("| method | " + " | ".join(cfg.networks) + " |") :][: len(fresh)]
     assert [line.split("|")[1:3] for line in shown] == [line.split("|")[1:3] for line in fresh]
     assert {row.split()[0] for row in cfg.rows} == set(METHODS)

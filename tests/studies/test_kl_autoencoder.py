@@ -77,5 +77,5 @@ def test_the_shipped_one_on_an_unseen_vendor():
     codec = KL("kl_emoji", ROOT / "assets" / "autoencoders" / "kl_emoji").eval()
     unseen = Pictures(ROOT / "assets" / "emoji" / "fluent3d.zip", 64, "test", limit=50).load()
     assert codec.latent_shape(64) == (8, 16, 16)
-    assert psnr(reconstructed(codec, unseen), unseen) > 28.5  # 30.0 on all 210, docs/autoencoders.md
+    assert psnr(reconstructed(codec, unseen), unseen) > 28.5  # 30.0 on all 210, docs/results/autoencoders.md
     assert psnr(reconstructed(codec, unseen, noise=0.2), unseen) > 28.2  # 27.8 by one that was not taught it

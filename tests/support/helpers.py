@@ -1,5 +1,7 @@
 """What several tests share: golden numbers, composed configs, runs and what they leave."""
 
+import re
+import shlex
 from pathlib import Path
 
 import hydra
@@ -52,6 +54,22 @@ def task(name: str, *overrides: str) -> DictConfig:
     cli.prepare()
     with hydra.initialize_config_dir(cli.CONFIGS, version_base="1.3"):
         return hydra.compose(name, list(overrides))
+
+
+def compose_command(command: str, folder: Path) -> DictConfig:
+    """The config of a documented command; of a sweep, that of its first job.
+
+    Args:
+        command: `python src/<name>.py <overrides>`.
+        folder: replaces what the documentation writes as <run> or <folder>.
+    """
+    _, script, *arguments = shlex.split(re.sub(r"<[^<>]+>", str(folder), command))
+    assert (ROOT / script).is_file(), script
+    overrides = [re.sub(r"(=[^\[,]*),.*", r"\1", argument) for argument in arguments if argument != "-m"]
+    cli.prepare()
+    configs = cli.REPORT_CONFIGS if "report" in script else cli.CONFIGS
+    with hydra.initialize_config_dir(configs, version_base="1.3"):
+        return hydra.compose(Path(script).stem, overrides)
 
 
 def open_gates(network: nn.Module, std: float = 0.1) -> None:

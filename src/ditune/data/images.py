@@ -1,6 +1,6 @@
 """Labelled pictures from folders, zip and Parquet files, as one map-style data set that hands out whole batches.
 
-`layouts` says how class and split are found; docs/data.md shows every layout.
+`layouts` says how class and split are found; docs/guide/data.md shows every layout.
 """
 
 import hashlib

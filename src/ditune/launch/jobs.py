@@ -55,7 +55,7 @@ def needs(trainer: DictConfig, gpus: int, gpus_per_job: int | None) -> tuple[int
     if trainer.get("num_nodes", 1) > 1:
         raise UserError(
             "A job of several machines cannot be started from one of them. Use hydra/launcher=submitit_slurm, "
-            "or torchrun on every machine (docs/sweeps.md)."
+            "or torchrun on every machine (docs/guide/sweeps.md)."
         )
     on_gpu = trainer.accelerator in ("gpu", "cuda") or (trainer.accelerator == "auto" and gpus > 0)
     devices = trainer.devices

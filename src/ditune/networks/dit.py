@@ -26,7 +26,7 @@ def scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # 3 x (N, H, T, D/H) -> (N, H, T, D/H)
     """Softmax attention by the back end that is fastest for the device, dtype and length.
 
-    On CPUs in bf16 the product written out beats the fused kernel up to some 256 tokens (docs/performance.md).
+    On CPUs in bf16 the product written out beats the fused kernel up to some 256 tokens (docs/results/speed.md).
     """
     reduced = torch.is_autocast_enabled(q.device.type) or q.dtype != torch.float32
     if q.device.type == "cpu" and reduced and q.shape[-2] <= 256 and torch.is_grad_enabled():

@@ -50,7 +50,7 @@ def by_grouped_mm(form: Callable[..., Tensor], x_SD: Tensor, counts_E: Tensor, w
 
 
 def back_end(x_SD: Tensor, weights: Sequence[Tensor]) -> Callable[..., Tensor]:
-    """What is fastest for device and dtype (docs/moe.md); grouped_mm wants rows that are multiples of 16 bytes."""
+    """The fastest for device and dtype (docs/results/moe.md); grouped_mm needs rows that are multiples of 16 bytes."""
     aligned = all(size * x_SD.element_size() % 16 == 0 for w in weights if w.ndim == 3 for size in w.shape[1:])
     return by_grouped_mm if x_SD.is_cuda and x_SD.dtype == torch.bfloat16 and aligned else by_slices
 

@@ -105,7 +105,7 @@ class GaussianProcess:
         """The same process, to be drawn in `steps` steps from end to end.
 
         A stride ("ddim25") would begin at t = 960, where the noise that is put in does not look like x_960 yet; KID was
-        0.27 instead of 0.21 (docs/base_network.md).
+        0.27 instead of 0.21 (docs/results/base_network.md).
 
         Raises:
             UserError: `steps` lies outside the process.
