@@ -14,7 +14,7 @@ from ditune.commands.prepare import ensure, training_source
 from ditune.config.components import build_parts, check_latents, make
 from ditune.data.latents import Latents
 from ditune.errors import UserError
-from ditune.rng import Draws
+from ditune.rng import StepRandom
 from ditune.training.setup import build_module
 from helpers import compose
 from miniatures import cub
@@ -152,8 +152,8 @@ def test_the_posterior_is_sampled_anew_in_every_step(tmp_path, folder):
     parts = build_parts(cfg)
     module = build_module(cfg, parts, {})
     moments, _ = latents.take([0, 1])
-    first, second = (module.latents(moments, Draws(0, step, [0, 1])) for step in (0, 1))
+    first, second = (module.latents(moments, StepRandom(0, step, [0, 1])) for step in (0, 1))
     mean, logvar = moments.float().unbind(1)
     assert not torch.equal(first, second)
-    noise = Draws(0, 1, [0, 1]).normal("posterior", (4, 4, 4))
+    noise = StepRandom(0, 1, [0, 1]).normal("posterior", (4, 4, 4))
     torch.testing.assert_close(second, 0.18215 * (mean + torch.exp(logvar / 2) * noise))

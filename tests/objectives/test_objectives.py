@@ -8,7 +8,7 @@ from ditune.checkpoints import save_network
 from ditune.config.components import build_parts
 from ditune.errors import UserError
 from ditune.objectives import State
-from ditune.rng import Draws
+from ditune.rng import StepRandom
 from ditune.training import train
 from ditune.training.fit import check_combination
 from ditune.training.setup import identity
@@ -36,7 +36,7 @@ def test_every_objective_teaches_every_network(tmp_path, pictures, objective, ne
     state = State(30, 100, SIZE, network, network)
 
     def loss(rows):
-        return parts.objective.loss(network, (x0[rows], y[rows]), Draws(0, 30, rows), state)
+        return parts.objective.loss(network, (x0[rows], y[rows]), StepRandom(0, 30, rows), state)
 
     whole = loss(range(SIZE))
     whole.total.backward()
@@ -52,7 +52,7 @@ def test_every_objective_teaches_every_network(tmp_path, pictures, objective, ne
     parts_of_it = [loss(rows) for rows in (range(20), range(20, SIZE))]
     for name in whole.parts:
         assert_close(torch.cat([part.parts[name] for part in parts_of_it]), whole.parts[name], atol=1e-4, rtol=1e-4)
-    assert parts.objective.denoising(network, (x0, y), Draws(0, 0, range(SIZE))).shape == (SIZE,)
+    assert parts.objective.denoising(network, (x0, y), StepRandom(0, 0, range(SIZE))).shape == (SIZE,)
 
 
 @pytest.mark.parametrize("objective", ["mean_flow", "so_flow"])

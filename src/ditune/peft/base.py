@@ -55,7 +55,9 @@ class PeftMethod(ABC):
         with all_or_nothing(network):
             self.inject(network)
             names = [name for name, _ in network.named_parameters()]
-            chosen = {n for n in names if self.selects(n) or self._is_label(n) or n.startswith(network.fresh)}
+            chosen = {
+                n for n in names if self.selects(n) or self._is_label(n) or n.startswith(network.new_parameter_prefixes)
+            }
             if not chosen:
                 raise UserError(f"{self.title} trains no parameter of this network. Choose another method.")
         for name, parameter in network.named_parameters():

@@ -86,7 +86,9 @@ class HuggingFace(PeftMethod):
         """
         from peft import get_peft_model
 
-        self.saved += [name for name in (prefix.rstrip(".") for prefix in network.fresh) if name not in self.saved]
+        self.saved += [
+            name for name in (prefix.rstrip(".") for prefix in network.new_parameter_prefixes) if name not in self.saved
+        ]
         meta, config = next(network.parameters()).is_meta, self.config
         if meta:
             network.to_empty(device="cpu")
