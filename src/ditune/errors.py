@@ -38,7 +38,8 @@ def require(valid: bool, key: str, value: object, remedy: str) -> None:
         UserError: the value cannot be used; names key, value and remedy.
     """
     if not valid:
-        raise UserError(f"{key} is {value!r}. {remedy}")
+        written = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+        raise UserError(f"{key} is {written}. {remedy}")
 
 
 def refusal(error: OSError, places: str = PLACES) -> str | None:

@@ -132,5 +132,5 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path, unseen: Tensor) -> No
 def test_sizes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(UserError, match="48 principal components, not 49"):
         PatchPCA(channels=49, patch=4)
-    with pytest.raises(UserError, match="data.resolution is 30"):
+    with pytest.raises(UserError, match="30 pixels do not divide into blocks of 4"):
         PatchPCA(channels=8, patch=4).latent_shape(30)

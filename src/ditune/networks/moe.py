@@ -132,11 +132,13 @@ class ToRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_MD: Tensor, token_S: Tensor, rows_Mk: Tensor) -> Tensor:
+        """The rows; see `to_rows`."""
         ctx.save_for_backward(token_S, rows_Mk)
         return x_MD.index_select(0, token_S)
 
     @staticmethod
     def backward(ctx: Any, grad_SD: Tensor) -> tuple[Tensor, None, None]:
+        """Gradient of the tokens: the sum of their rows' gradients."""
         return ToTokens.apply(grad_SD, *ctx.saved_tensors), None, None
 
 
@@ -145,11 +147,13 @@ class ToTokens(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y_SD: Tensor, token_S: Tensor, rows_Mk: Tensor) -> Tensor:
+        """The tokens; see `to_tokens`."""
         ctx.save_for_backward(token_S, rows_Mk)
         return gathered(y_SD, rows_Mk)
 
     @staticmethod
     def backward(ctx: Any, grad_MD: Tensor) -> tuple[Tensor, None, None]:
+        """Gradient of the rows: the gradients of their tokens."""
         return ToRows.apply(grad_MD, *ctx.saved_tensors), None, None
 
 

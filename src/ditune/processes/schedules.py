@@ -76,7 +76,7 @@ def _sectioned(counts: list[int], timesteps: int) -> np.ndarray:
         if not 1 <= count <= size:
             raise ValueError("more steps than timesteps")
         stride = (size - 1) / max(count - 1, 1)
-        # A running sum, as the original adds the stride up: k * stride rounds differently where it meets a half.
+        # A running sum, like the original: k * stride would round differently at halves.
         kept.append(start + np.rint(np.cumsum([0.0] + [stride] * (count - 1))).astype(np.int64))
         start += size
     return np.concatenate(kept)

@@ -65,6 +65,6 @@ class ConsistencySampler(Sampler):
             yield t, x, x0
 
 
-# earlier names, which stand in configs and stored results
+# earlier names, used in configs and stored results
 Jumps = ShortcutSampler
 Renoise = ConsistencySampler
