@@ -7,7 +7,8 @@ from torch.testing import assert_close
 from ditune.checkpoints import save_network
 from ditune.config.components import build_parts
 from ditune.errors import UserError
-from ditune.objectives import State
+from ditune.objectives import FlowMatching, GaussianDiffusion, MeanFlow, State
+from ditune.processes import FlowProcess, GaussianProcess
 from ditune.rng import StepRandom
 from ditune.training import train
 from ditune.training.fit import check_combination
@@ -91,3 +92,18 @@ def test_a_schedule_over_the_training_is_not_stretched_by_resuming(tmp_path, pic
         return identity(cfg, build_parts(cfg))
 
     assert (marks(5) != marks(6)) == scheduled
+
+
+@pytest.mark.parametrize(
+    ("objective", "needed"),
+    [
+        (lambda: FlowMatching(FlowProcess(), label_drop=0), False),
+        (lambda: FlowMatching(FlowProcess()), True),
+        (lambda: MeanFlow(FlowProcess(step="size"), label_drop=0), False),
+        (lambda: MeanFlow(FlowProcess(step="size"), label_drop=0, guidance=2.0), True),
+        (lambda: GaussianDiffusion(GaussianProcess(), label_drop=0), False),
+        (lambda: GaussianDiffusion(GaussianProcess()), True),
+    ],
+)
+def test_dropped_labels_and_guidance_need_a_null_class(objective, needed):
+    assert objective().needs_null_class is needed
