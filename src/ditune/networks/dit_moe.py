@@ -4,7 +4,8 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from ditune.networks.dit import DiT, Mlp, TransformerBlock
+from ditune.networks.block import Mlp, TransformerBlock
+from ditune.networks.dit import DiT
 from ditune.networks.moe import MoE
 from ditune.networks.routing import Routing
 from ditune.networks.sizes import DIT_MOE as SIZES

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, silu
 
-from ditune.networks.dit import apply_gamma
+from ditune.networks.block import apply_gamma
 from ditune.networks.routing import Dispatch, Router, Routing
 
 Product = Callable[[Tensor, Tensor], Tensor]  # rows (R, D), weights (D, F) -> (R, F); or of all experts at once
