@@ -25,6 +25,23 @@ class UserError(Exception):
     """Says in one sentence what is wrong and in the next how to mend it; shown without a traceback."""
 
 
+def require(valid: bool, key: str, value: object, remedy: str) -> None:
+    """Refuse a value of a config key.
+
+    Args:
+        valid: whether the value can be used.
+        key: the key as it is written on the command line, such as "objective.share".
+        value: what it is set to.
+        remedy: what to set instead, as a sentence.
+
+    Raises:
+        UserError: the value cannot be used; names key, value and remedy.
+    """
+    if not valid:
+        written = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+        raise UserError(f"{key} is {written}. {remedy}")
+
+
 def refusal(error: OSError, places: str = PLACES) -> str | None:
     """A refusal of the file system as sentences; None where it says nothing that a user could mend.
 

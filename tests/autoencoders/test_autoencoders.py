@@ -119,7 +119,7 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path, unseen: Tensor) -> No
     PatchPCA.fit(unseen[:8], channels=8).save(path)
     with pytest.raises(UserError, match="has 8 channels and blocks of 4 pixels, not 12 and 4"):
         PatchPCA(channels=12, weights=path)
-    with pytest.raises(UserError, match="no codec at"):
+    with pytest.raises(UserError, match="no linear autoencoder at"):
         PatchPCA.load(tmp_path / "missing.safetensors")
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(UserError, match="not a whole safetensors file"):
@@ -132,5 +132,5 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path, unseen: Tensor) -> No
 def test_sizes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(UserError, match="48 principal components, not 49"):
         PatchPCA(channels=49, patch=4)
-    with pytest.raises(UserError, match="Pictures of 30 pixels do not divide into blocks of 4"):
+    with pytest.raises(UserError, match="30 pixels do not divide into blocks of 4"):
         PatchPCA(channels=8, patch=4).latent_shape(30)

@@ -17,7 +17,7 @@ from ditune.config.instantiate import instantiate
 from ditune.config.training import build_module
 from ditune.data.latents import Latents
 from ditune.errors import UserError
-from ditune.rng import Draws
+from ditune.rng import StepRandom
 from helpers import compose
 from miniatures import cub
 from small_vae import small_vae
@@ -155,8 +155,8 @@ def test_the_posterior_is_sampled_anew_in_every_step(tmp_path, folder):
     parts = build_components(cfg)
     module = build_module(cfg, parts, {})
     moments, _ = latents.take([0, 1])
-    first, second = (module.latents(moments, Draws(0, step, [0, 1])) for step in (0, 1))
+    first, second = (module.latents(moments, StepRandom(0, step, [0, 1])) for step in (0, 1))
     mean, logvar = moments.float().unbind(1)
     assert not torch.equal(first, second)
-    noise = Draws(0, 1, [0, 1]).normal("posterior", (4, 4, 4))
+    noise = StepRandom(0, 1, [0, 1]).normal("posterior", (4, 4, 4))
     torch.testing.assert_close(second, 0.18215 * (mean + torch.exp(logvar / 2) * noise))

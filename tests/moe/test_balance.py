@@ -172,7 +172,7 @@ def test_metrics_checkpoints_and_resume(small, tmp_path):
     [
         (["balance=batch", "network=tiny"], "no experts"),
         (["balance=batch", "balance.scope=planet"], "planet"),
-        (["balance=batch", "balance.alpha=-1"], "negative"),
+        (["balance=batch", "balance.alpha=-1"], "balance.alpha is -1"),
     ],
 )
 def test_wrong_settings_are_refused(small, wrong, message):

@@ -140,7 +140,7 @@ def test_the_published_flow_is_drawn_by_euler_and_refuses_ddpm(tmp_path):
     assert drawer.process.config == FlowProcess(time_scale=1.0).config
     assert (type(drawer.sampler), drawer.steps, drawer.guidance) == (Euler, 50, 1.5)
     assert load(path, "sampler.guidance=4.0").drawer.guidance == 4.0
-    with pytest.raises(UserError, match="trained on a flow, and DDPM draws from a diffusion"):
+    with pytest.raises(UserError, match="trained on a flow, and DDPM samples from a diffusion"):
         load(path, "sampler=ddpm")
 
 
@@ -159,7 +159,7 @@ def test_the_published_diffusion_is_drawn_by_ddpm(tmp_path):
     drawer = load(path).drawer
     assert drawer.process.config == GaussianProcess().config
     assert (type(drawer.sampler), drawer.steps, drawer.guidance_channels) == (DDPM, 250, 3)
-    with pytest.raises(UserError, match="trained on a diffusion, and Euler draws from a flow"):
+    with pytest.raises(UserError, match="trained on a diffusion, and Euler samples from a flow"):
         load(path, "sampler=euler")
 
 

@@ -10,8 +10,8 @@ from ditune.checkpoints import load_network, read_header, save_network
 from ditune.checkpoints.official_dit_moe import to_ours, to_theirs
 from ditune.errors import UserError
 from ditune.networks import NETWORKS, DiTMoE, activated, build_network
-from ditune.networks.dit_moe import SIZES
 from ditune.networks.routing import balance_loss
+from ditune.networks.sizes import DIT_MOE as SIZES
 from ditune.objectives import GaussianDiffusion
 from ditune.processes import FlowProcess, GaussianProcess
 from ditune.samplers import Euler, guided, sample

@@ -11,7 +11,7 @@ from ditune.commands.train import train
 from ditune.errors import UserError
 from ditune.objectives import FlowMatching, State
 from ditune.processes import FlowProcess, GaussianProcess, build_process, shifted
-from ditune.rng import Draws
+from ditune.rng import StepRandom
 from ditune.run import load_run
 from ditune.samplers import DDIM, DDPM, Euler, sample
 from helpers import SMALL, SMALL_FLOW, compose, golden
@@ -88,7 +88,7 @@ def test_logit_normal_times_of_rectified_flow():
         def uniform(self, purpose):
             return torch.special.ndtr(z)
 
-    times = FlowMatching(FlowProcess(), times="logit_normal").draw_times(Quantiles(), len(z))
+    times = FlowMatching(FlowProcess(), times="logit_normal").sample_times(Quantiles(), len(z))
     assert_close(times.float(), golden("tiny_dit_moe_io")["rf_forward_t_seed99"], atol=1e-6, rtol=0)
 
 
@@ -190,10 +190,10 @@ def test_stratified_times_have_one_in_each_part():
     process, n = FlowProcess(), 64
     for times in ("uniform", "logit_normal"):
         objective = FlowMatching(process, times=times, stratified=True)
-        drawn = torch.cat([objective.draw_times(Draws(0, 3, rows), n) for rows in (range(40), range(40, n))])
+        drawn = torch.cat([objective.sample_times(StepRandom(0, 3, rows), n) for rows in (range(40), range(40, n))])
         plain = drawn if times == "uniform" else torch.special.ndtr(torch.logit(drawn))
         assert (plain * n).floor().long().tolist() == list(range(n))
-    drawn = FlowMatching(process, times="logit_normal", mean=-0.4).draw_times(Draws(0, 0, range(4000)), 4000)
+    drawn = FlowMatching(process, times="logit_normal", mean=-0.4).sample_times(StepRandom(0, 0, range(4000)), 4000)
     assert torch.logit(drawn).mean().item() == pytest.approx(-0.4, abs=0.05)
     assert torch.logit(drawn).std().item() == pytest.approx(1.0, abs=0.05)
 
@@ -204,7 +204,7 @@ def test_loss_is_the_error_of_the_velocity_and_does_not_depend_on_how_the_batch_
 
     def loss(rows):
         network = Recorded(torch.zeros(len(rows), *SHAPE))
-        return objective.loss(network, (x0[rows], y[rows]), Draws(0, 0, rows), state(network, batch_size=6))
+        return objective.loss(network, (x0[rows], y[rows]), StepRandom(0, 0, rows), state(network, batch_size=6))
 
     whole, parts = loss(range(6)), [loss(rows) for rows in ([0, 1, 2, 3], [4, 5])]
     for name in ("loss", "velocity_rms", "target_rms"):

@@ -10,8 +10,9 @@ from ditune.config import rules
 from ditune.config.components import build_components
 from ditune.config.training import resume_key
 from ditune.errors import UserError
-from ditune.objectives import State
-from ditune.rng import Draws
+from ditune.objectives import FlowMatching, GaussianDiffusion, MeanFlow, State
+from ditune.processes import FlowProcess, GaussianProcess
+from ditune.rng import StepRandom
 from helpers import ROOT, SMALL_FLOW, compose
 
 OBJECTIVES = sorted(path.stem for path in (ROOT / "configs" / "objective").glob("[!_]*.yaml"))
@@ -36,7 +37,7 @@ def test_every_objective_teaches_every_network(tmp_path, pictures, objective, ne
     state = State(30, 100, SIZE, network, network)
 
     def loss(rows):
-        return parts.objective.loss(network, (x0[rows], y[rows]), Draws(0, 30, rows), state)
+        return parts.objective.loss(network, (x0[rows], y[rows]), StepRandom(0, 30, rows), state)
 
     whole = loss(range(SIZE))
     whole.total.backward()
@@ -52,7 +53,7 @@ def test_every_objective_teaches_every_network(tmp_path, pictures, objective, ne
     parts_of_it = [loss(rows) for rows in (range(20), range(20, SIZE))]
     for name in whole.parts:
         assert_close(torch.cat([part.parts[name] for part in parts_of_it]), whole.parts[name], atol=1e-4, rtol=1e-4)
-    assert parts.objective.denoising(network, (x0, y), Draws(0, 0, range(SIZE))).shape == (SIZE,)
+    assert parts.objective.denoising(network, (x0, y), StepRandom(0, 0, range(SIZE))).shape == (SIZE,)
 
 
 @pytest.mark.parametrize("objective", ["mean_flow", "so_flow"])
@@ -91,3 +92,18 @@ def test_a_schedule_over_the_training_is_not_stretched_by_resuming(tmp_path, pic
         return resume_key(cfg, build_components(cfg))
 
     assert (marks(5) != marks(6)) == scheduled
+
+
+@pytest.mark.parametrize(
+    ("objective", "needed"),
+    [
+        (lambda: FlowMatching(FlowProcess(), label_drop=0), False),
+        (lambda: FlowMatching(FlowProcess()), True),
+        (lambda: MeanFlow(FlowProcess(step="size"), label_drop=0), False),
+        (lambda: MeanFlow(FlowProcess(step="size"), label_drop=0, guidance=2.0), True),
+        (lambda: GaussianDiffusion(GaussianProcess(), label_drop=0), False),
+        (lambda: GaussianDiffusion(GaussianProcess()), True),
+    ],
+)
+def test_dropped_labels_and_guidance_need_a_null_class(objective, needed):
+    assert objective().needs_null_class is needed

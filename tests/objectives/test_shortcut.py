@@ -13,9 +13,9 @@ from ditune.errors import UserError
 from ditune.networks import build_network
 from ditune.objectives import LiveReflow, MeanFlow, ProgressiveDistillation, Shortcut, State
 from ditune.processes import FlowProcess, GaussianProcess, build_process
-from ditune.rng import Draws
+from ditune.rng import StepRandom
 from ditune.run import load_run
-from ditune.samplers import Jumps, default_sampler, sample
+from ditune.samplers import ShortcutSampler, default_sampler, sample
 from helpers import SMALL_FLOW, assert_same_bits, checkpoint, compose
 
 TOLD = FlowProcess(step="log2", base_steps=128)
@@ -40,7 +40,9 @@ def test_every_level_is_trained_equally_often_at_every_batch_size(batch_size, ev
     objective, counts = Shortcut(TOLD, bootstrap_every=every), Counter()
     steps = 7 * every * 8  # of a batch of one: every level eight times
     for step in range(steps):
-        counts.update(objective.draw_levels(Draws(0, step, range(batch_size)), state(None, step, batch_size)).tolist())
+        counts.update(
+            objective.sample_levels(StepRandom(0, step, range(batch_size)), state(None, step, batch_size)).tolist()
+        )
     bootstrapped = steps * batch_size // every
     assert counts == dict.fromkeys(range(7), bootstrapped // 7) | (
         {7: steps * batch_size - bootstrapped} if every > 1 else {}
@@ -50,8 +52,10 @@ def test_every_level_is_trained_equally_often_at_every_batch_size(batch_size, ev
 def test_levels_do_not_depend_on_how_the_batch_is_cut():
     for levels in ("spread", "uniform", "code"):
         objective = Shortcut(TOLD, levels=levels)
-        whole = objective.draw_levels(Draws(0, 3, range(64)), state(None, 3, 64))
-        parts = [objective.draw_levels(Draws(0, 3, rows), state(None, 3, 64)) for rows in (range(10), range(10, 64))]
+        whole = objective.sample_levels(StepRandom(0, 3, range(64)), state(None, 3, 64))
+        parts = [
+            objective.sample_levels(StepRandom(0, 3, rows), state(None, 3, 64)) for rows in (range(10), range(10, 64))
+        ]
         assert torch.equal(torch.cat(parts), whole)
         assert set(whole.tolist()) >= {0, 6, 7}, levels
 
@@ -66,17 +70,17 @@ def test_a_shortcut_that_is_consistent_has_no_error():
     oracle.num_classes = 5
     x0, y = picture.expand(64, -1, -1, -1), torch.zeros(64, dtype=torch.int64)
     objective = Shortcut(TOLD, bootstrap_every=2)
-    loss = objective.loss(oracle, (x0, y), Draws(0, 0, range(64)), state(oracle, batch_size=64))
+    loss = objective.loss(oracle, (x0, y), StepRandom(0, 0, range(64)), state(oracle, batch_size=64))
     assert loss.total.item() < 1e-8
     for steps in (1, 2, 128):
-        x = sample(oracle, TOLD, torch.randn(2, 3, 4, 4), y[:2], sampler=Jumps(), steps=steps)
+        x = sample(oracle, TOLD, torch.randn(2, 3, 4, 4), y[:2], sampler=ShortcutSampler(), steps=steps)
         assert_close(x, picture.expand_as(x), atol=1e-4, rtol=0)
 
 
 def test_guidance_is_bootstrapped_at_the_finest_half_steps_only():
     """Two networks that differ for the null class only: coarser targets do not see it."""
     x0, y = torch.randn(64, 3, 8, 8), torch.arange(64) % 5
-    network, draws = tiny(step=True), Draws(0, 0, range(64))
+    network, draws = tiny(step=True), StepRandom(0, 0, range(64))
     without, twice = (
         Shortcut(TOLD, bootstrap_every=2, guidance=g, label_drop=0.0).targets(
             network, x0, y, draws, state(network, batch_size=64)
@@ -98,9 +102,9 @@ def test_guidance_is_bootstrapped_at_the_finest_half_steps_only():
         (lambda: LiveReflow(FlowProcess(base_steps=128)), "step=log2"),
         (lambda: ProgressiveDistillation(FlowProcess()), "base_steps=128"),
         (lambda: ProgressiveDistillation(FlowProcess(base_steps=128), label_drop=0.1), "label_drop=0"),
-        (lambda: Jumps().check(TOLD.in_steps(3)), "one of 1, 2, 4, 8, 16, 32, 64, 128"),
-        (lambda: Jumps().check(FlowProcess().in_steps(4)), "sampler=euler"),
-        (lambda: Jumps().check(LiveReflow(TOLD).process.in_steps(4)), "one of 1, 128"),
+        (lambda: ShortcutSampler().check(TOLD.in_steps(3)), "one of 1, 2, 4, 8, 16, 32, 64, 128"),
+        (lambda: ShortcutSampler().check(FlowProcess().in_steps(4)), "sampler=euler"),
+        (lambda: ShortcutSampler().check(LiveReflow(TOLD).process.in_steps(4)), "one of 1, 128"),
     ],
 )
 def test_what_cannot_work_is_refused(work, message):
@@ -112,7 +116,7 @@ def test_the_straightened_flow_is_drawn_by_itself():
     process = LiveReflow(TOLD).process
     assert default_sampler(process).told == 1.0
     assert build_process(process.config).config == process.config
-    assert type(default_sampler(TOLD)) is Jumps
+    assert type(default_sampler(TOLD)) is ShortcutSampler
 
 
 # Networks that were not told steps
@@ -125,7 +129,7 @@ def test_a_converted_network_begins_as_it_was(tmp_path):
     x, t, y = torch.randn(3, 3, 8, 8), torch.tensor([0.0, 500.0, 1000.0]), torch.tensor([0, 1, 5])
     for step in (0.0, 3.0, 7.0):
         assert torch.equal(told(x, t, y, torch.full((3,), step)), network(x, t, y))
-    assert told.fresh == ("step_embedder.",)
+    assert told.new_parameter_prefixes == ("step_embedder.",)
     save_network(tmp_path / "told.safetensors", told, TOLD.config)
     assert load_network(tmp_path / "told.safetensors").fresh == ()
 
@@ -178,7 +182,7 @@ def test_targets_of_the_live_network_take_no_gradient_away_under_autocast(name):
         network = tiny(step=True)
         batch = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(64) % 5
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss = objective.loss(network, batch, Draws(0, 0, range(64)), state(network, batch_size=64))
+            loss = objective.loss(network, batch, StepRandom(0, 0, range(64)), state(network, batch_size=64))
         loss.total.backward()
         gradients.append(torch.cat([p.grad.flatten() for p in network.parameters()]))
     assert torch.cosine_similarity(*gradients, dim=0) > 0.99

@@ -29,7 +29,7 @@ from ditune.objectives import (
 )
 from ditune.objectives.shortcut import code_levels
 from ditune.processes import build_process
-from ditune.samplers import Euler, Jumps, Renoise, sample
+from ditune.samplers import ConsistencySampler, Euler, ShortcutSampler, sample
 from ditune.training import Ema
 from helpers import GOLDEN, golden
 
@@ -299,7 +299,7 @@ def test_sampling(steps, scale):
         PROCESS_OF_THE_CODE,
         chw(g["eps"]),
         y,
-        sampler=Jumps(),
+        sampler=ShortcutSampler(),
         steps=steps,
         guidance=scale or 1.0,
         on_step=lambda t, x, x0: states.append(x),
@@ -316,7 +316,7 @@ def test_sampling_of_baselines():
     x = sample(network(), *arguments, sampler=Euler(), steps=4)
     assert_close(x, chw(g["x_T4_naive_dt7"]), **TOLERANCE)
     told_four = always_telling(network(), 2)  # log2(4)
-    x = sample(told_four, *arguments, sampler=Renoise(), steps=4, next_noise=lambda: next(noise))
+    x = sample(told_four, *arguments, sampler=ConsistencySampler(), steps=4, next_noise=lambda: next(noise))
     assert_close(x, chw(g["x_T4_consistency"]), **TOLERANCE)
 
 

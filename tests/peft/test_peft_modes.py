@@ -16,7 +16,7 @@ from ditune.errors import UserError
 from ditune.evaluation.denoising_loss import denoising_loss
 from ditune.objectives.base import State
 from ditune.peft import Adapters
-from ditune.rng import Draws
+from ditune.rng import StepRandom
 from ditune.run import load_run
 from helpers import ROOT, SMALL, assert_same_bits, checkpoint, compose, movement
 from peft_helpers import CASES, adapt, build_base, inputs
@@ -85,7 +85,7 @@ def test_any_objective(tmp_path, pictures, objective, name):
     x, _, y = inputs()
     x = x.repeat(1, 1, 2, 2)
     state = State(0, 10, len(x), ema=network, teacher=network)
-    loss = parts.objective.loss(network, (x, y.clamp(max=2)), Draws(0, 0, list(range(len(x))), "cpu"), state)
+    loss = parts.objective.loss(network, (x, y.clamp(max=2)), StepRandom(0, 0, list(range(len(x))), "cpu"), state)
     loss.total.backward()
     assert all(p.grad is not None for p in method.trainable(network).values())
     assert all(p.grad is None for p in network.parameters() if not p.requires_grad)

@@ -9,8 +9,19 @@ from torch.testing import assert_close
 from ditune.errors import UserError
 from ditune.objectives import GaussianDiffusion, drop_labels
 from ditune.processes import FlowProcess, GaussianProcess, kept_timesteps
-from ditune.rng import Draws
-from ditune.samplers import DDIM, DDPM, Euler, Jumps, Multistep, NoiseStream, Renoise, check, guided, sample
+from ditune.rng import StepRandom
+from ditune.samplers import (
+    DDIM,
+    DDPM,
+    ConsistencySampler,
+    Euler,
+    Multistep,
+    NoiseStream,
+    ShortcutSampler,
+    check,
+    guided,
+    sample,
+)
 
 SHAPE = (3, 4, 4)
 NULL = 5
@@ -147,7 +158,7 @@ def test_loss_is_its_parts():
     objective = GaussianDiffusion(process, weight="min_snr", vb_weight=0.25)
     network = Linear1x1(out_channels=6)
     x0, _, y = batch(8)
-    loss = objective.loss(network, (x0, y), Draws(seed=0, step=3, positions=range(8)))
+    loss = objective.loss(network, (x0, y), StepRandom(seed=0, step=3, positions=range(8)))
     loss.total.backward()
     assert network.mix.weight.grad.isfinite().all()
     assert {name: part.shape for name, part in loss.parts.items()} == dict.fromkeys(("mse", "vb", "loss"), (8,))
@@ -161,8 +172,8 @@ def test_loss_is_its_parts():
 def test_loss_does_not_depend_on_how_the_batch_is_cut():
     objective, network = GaussianDiffusion(fixed()), Linear1x1()
     x0, _, y = batch(6)
-    whole = objective.loss(network, (x0, y), Draws(0, 0, range(6)))
-    parts = [objective.loss(network, (x0[rows], y[rows]), Draws(0, 0, rows)) for rows in ([0, 1], [2, 3], [4, 5])]
+    whole = objective.loss(network, (x0, y), StepRandom(0, 0, range(6)))
+    parts = [objective.loss(network, (x0[rows], y[rows]), StepRandom(0, 0, rows)) for rows in ([0, 1], [2, 3], [4, 5])]
     assert_close(torch.cat([part.parts["loss"] for part in parts]), whole.parts["loss"])
 
 
@@ -177,10 +188,10 @@ def test_bound_of_the_hybrid_loss_teaches_the_variance_only():
 
 def test_labels_are_dropped_at_their_rate():
     y = torch.zeros(4000, dtype=torch.int64)
-    dropped = drop_labels(y, Draws(0, 0, range(4000)), 0.1, NULL)
+    dropped = drop_labels(y, StepRandom(0, 0, range(4000)), 0.1, NULL)
     assert set(dropped.tolist()) == {0, NULL}
     assert (dropped == NULL).float().mean().item() == pytest.approx(0.1, abs=0.02)
-    assert torch.equal(drop_labels(y, Draws(0, 0, range(4000)), 0.0, NULL), y)
+    assert torch.equal(drop_labels(y, StepRandom(0, 0, range(4000)), 0.0, NULL), y)
 
 
 @pytest.mark.parametrize(
@@ -285,7 +296,7 @@ def test_training_goes_on_after_sampling():
     process, network = fixed(), Linear1x1()
     x0, _, y = batch()
     sample(network, process, x0, y, sampler=DDPM(), steps=1000)
-    GaussianDiffusion(process).loss(network, (x0, y), Draws(0, 0, range(4))).total.backward()
+    GaussianDiffusion(process).loss(network, (x0, y), StepRandom(0, 0, range(4))).total.backward()
     assert network.mix.weight.grad.isfinite().all()
 
 
@@ -298,7 +309,7 @@ def test_impossible_steps_are_refused(steps):
 @pytest.mark.parametrize("sampler", [DDIM(), DDIM(eta=1.0), DDPM()])
 def test_one_step_of_a_diffusion_is_refused(sampler):
     """It stands at t = 0, where the network expects an image and no noise."""
-    with pytest.raises(UserError, match="cannot make an image out of noise"):
+    with pytest.raises(UserError, match="cannot make an image from noise"):
         sample(Linear1x1(), fixed(), batch()[0], batch()[2], sampler=sampler, steps=1)
     sample(Linear1x1(), fixed(), batch()[0], batch()[2], sampler=sampler, steps=2)
 
@@ -312,11 +323,11 @@ def test_a_diffusion_of_one_timestep_has_its_noise_there():
 
 @pytest.mark.parametrize("method", ["dpm_solver", "unipc"])
 def test_one_step_of_a_multistep_method_is_refused(method):
-    with pytest.raises(UserError, match="cannot generate in one step"):
+    with pytest.raises(UserError, match="needs an earlier step"):
         check(Multistep(method), FlowProcess(), 1)
-    for few in (Euler(), Renoise()):  # networks that are made for it do it with these
+    for few in (Euler(), ConsistencySampler()):  # networks that are made for it do it with these
         check(few, FlowProcess(), 1)
-    check(Jumps(), FlowProcess(step="log2", base_steps=128), 1)
+    check(ShortcutSampler(), FlowProcess(step="log2", base_steps=128), 1)
 
 
 def test_impossible_eta_is_refused():

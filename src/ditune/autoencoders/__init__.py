@@ -1,4 +1,4 @@
-"""Pixels to latents and back; know nothing of models."""
+"""Autoencoders: pixels to latents and back."""
 
 from ditune.autoencoders.base import Autoencoder
 from ditune.autoencoders.kl import KL

@@ -1,4 +1,4 @@
-"""The one interface between pixels, float (N, 3, H, W) in [-1, 1], and the latents that a network learns."""
+"""The interface between pixels, float (N, 3, H, W) in [-1, 1], and the latents that a network is trained on."""
 
 import hashlib
 from abc import ABC, abstractmethod
@@ -13,15 +13,20 @@ from ditune.errors import UserError
 
 
 class Autoencoder(nn.Module, ABC):
-    """A codec and the shift and scale that bring its latents to about unit variance.
+    """Encoder and decoder, and the shift and scale that bring the latents to about unit variance.
 
-    channels    C of the latents
-    downsample  pixels per latent along each side
-    shift       (C,) buffer, subtracted from the codec's latents
-    scale       (C,) buffer, multiplied after that
+    A subclass implements `encode` and `decode`, without shift and scale.
+
+    Args:
+        channels: C of the latents.
+        downsample: pixels per latent along each side.
+
+    Attributes:
+        shift: (C,) buffer, subtracted from the encoder's latents.
+        scale: (C,) buffer, multiplied after that.
     """
 
-    kind: ClassVar[str]  # in fingerprints, which stored files name; the class may be renamed
+    kind: ClassVar[str]  # part of the fingerprints in stored files; the class may be renamed
     shift: Tensor
     scale: Tensor
     moments = 1  # of the posterior: 1 = its mean, 2 = mean and log-variance
@@ -35,17 +40,37 @@ class Autoencoder(nn.Module, ABC):
 
     @abstractmethod
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Pixels (N, 3, H, W) -> mean and log-variance (N, C, h, w) of the codec; None when it is deterministic."""
+        """Encode pixels, without shift and scale.
+
+        Args:
+            x: (N, 3, H, W) in [-1, 1].
+
+        Returns:
+            Mean and log-variance of the posterior, (N, C, h, w) each. The log-variance of a deterministic encoder is
+            None.
+        """
 
     @abstractmethod
     def decode(self, z: Tensor) -> Tensor:
-        """Latents of the codec (N, C, h, w) -> pixels (N, 3, H, W), not clamped."""
+        """Decode latents, without shift and scale.
+
+        Args:
+            z: (N, C, h, w).
+
+        Returns:
+            Pixels (N, 3, H, W), not clamped.
+        """
 
     @final
     def to_latent(self, x: Tensor, normal: Callable[[Sequence[int]], Tensor] | None = None) -> Tensor:
-        """Pixels (N, 3, H, W) -> (N, C, h, w) for the network.
+        """Pixels to the network's latents.
 
-        The posterior's mean, or a sample where `normal`, (C, h, w) -> standard normal (N, C, h, w), is given.
+        Args:
+            x: (N, 3, H, W) in [-1, 1].
+            normal: (C, h, w) -> standard normal (N, C, h, w), for a sample of the posterior; None = its mean.
+
+        Returns:
+            (N, C, h, w).
         """
         return self.from_moments(*self.encode(x), normal)
 
@@ -53,7 +78,16 @@ class Autoencoder(nn.Module, ABC):
     def from_moments(
         self, mean: Tensor, logvar: Tensor | None, normal: Callable[[Sequence[int]], Tensor] | None = None
     ) -> Tensor:
-        """What `encode` gives, perhaps long ago -> (N, C, h, w) for the network; `normal` as in `to_latent`."""
+        """Result of `encode`, for example from a cache, to the network's latents.
+
+        Args:
+            mean: (N, C, h, w).
+            logvar: (N, C, h, w) or None.
+            normal: see `to_latent`.
+
+        Returns:
+            (N, C, h, w).
+        """
         z = mean
         if normal is not None and logvar is not None:
             z = z + torch.exp(logvar / 2) * normal(z.shape[1:])
@@ -61,35 +95,42 @@ class Autoencoder(nn.Module, ABC):
 
     @final
     def to_pixels(self, z: Tensor) -> Tensor:
-        """The network's (N, C, h, w) -> pixels (N, 3, H, W), not clamped; inverts `to_latent` up to the codec."""
+        """The network's latents (N, C, h, w) to pixels (N, 3, H, W), not clamped."""
         return self.decode(z / self._per_channel(self.scale) + self._per_channel(self.shift))
 
     @final
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        """(C, h, w) of pictures with this side; UserError when blocks of `downsample` pixels do not fill it."""
+        """Shape (C, h, w) of an image's latents.
+
+        Args:
+            resolution: side of the image, in pixels.
+
+        Raises:
+            UserError: the resolution is no multiple of `downsample`.
+        """
         if resolution % self.downsample:
             raise UserError(
-                f"Pictures of {resolution} pixels do not divide into blocks of {self.downsample}. "
-                f"Choose a resolution that is a multiple of {self.downsample}."
+                f"data.resolution is {resolution}, and {resolution} pixels do not divide into blocks of "
+                f"{self.downsample}. Set it to a multiple of {self.downsample}."
             )
         side = resolution // self.downsample
         return self.channels, side, side
 
     @property
     def name(self) -> str:
-        """For the names of files."""
+        """Name of the autoencoder in file names."""
         return f"{self.kind.lower()}_{self.channels}"
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of the kind and all numbers: what decides how pictures look."""
+        """sha256 of the kind and all weights, which decide the decoded images."""
         return self._hash(self.state_dict())
 
     @property
     def latent_fingerprint(self) -> str:
-        """sha256 of what decides the latents, by which caches and networks name the codec that they belong to.
+        """sha256 of the kind and the weights that decide the latents. Caches and networks store it.
 
-        Codecs that differ in nothing but the decoder have the same, and exchange networks.
+        Autoencoders that differ only in the decoder have the same, and networks can be exchanged between them.
         """
         return self.fingerprint
 

@@ -15,17 +15,19 @@ FILES = ("config.json", f"{STEM}.safetensors")
 
 
 class KL(Autoencoder):
-    """Mean and log-variance of a Gaussian posterior; its latents times one scale.
+    """A Gaussian posterior (mean and log-variance); its latents are multiplied by one scale.
 
-    name    in the names of caches
-    folder  with config.json and diffusion_pytorch_model.safetensors, as the hub lays them out; used where it is there.
-            A variant (fp16) or parts with an index do too; they are computed with in fp32.
-    hub     repository on huggingface.co for where it is not; None = only the folder
-    scale   on latents; 0.18215 for Stable Diffusion's; None = the scaling_factor of config.json
-    tiling  compute in overlapping tiles: less memory at 512 px and more, slightly other numbers
-    bf16    decode in bf16. Encoding stays in fp32: it is done once, and its error would stay in every epoch.
+    Args:
+        name: name in the file names of caches.
+        folder: with config.json and diffusion_pytorch_model.safetensors in the hub's layout, if it exists. A variant
+            (fp16) or sharded weights with an index are also read; all are computed in fp32.
+        hub: repository on huggingface.co, if the folder does not exist; None = only the folder.
+        scale: factor on the latents, 0.18215 for Stable Diffusion; None = the scaling_factor of config.json.
+        tiling: compute in overlapping tiles: less memory from 512 px on, and slightly different numbers.
+        bf16: decode in bf16. Encoding stays in fp32: it runs once, and its error would remain in every epoch.
 
-    Raises UserError when the files are not there and cannot be fetched, or are damaged.
+    Raises:
+        UserError: the files are missing and cannot be fetched, or are damaged.
     """
 
     kind = "KL"
@@ -50,37 +52,49 @@ class KL(Autoencoder):
 
     @property
     def name(self) -> str:
+        """The given name."""
         return self._name
 
     @cached_property
-    def fingerprint(self) -> str:  # of 84 M weights, so only once
+    def fingerprint(self) -> str:
+        """See `Autoencoder.fingerprint`; hashed once, since there are 84 M weights."""
         return super().fingerprint
 
     @cached_property
     def latent_fingerprint(self) -> str:
-        """Of all but the decoder; the two of Stable Diffusion have the same encoder."""
+        """sha256 of all but the decoder. The two autoencoders of Stable Diffusion have the same encoder."""
         decoder = ("vae.decoder.", "vae.post_quant_conv.")
         return self._hash({name: t for name, t in self.state_dict().items() if not name.startswith(decoder)})
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance in fp32, see `Autoencoder.encode`."""
         with torch.autocast(x.device.type, enabled=False):
             posterior = self.vae.encode(x.float()).latent_dist
         return posterior.mean, posterior.logvar
 
     def decode(self, z: Tensor) -> Tensor:
+        """See `Autoencoder.decode`."""
         with torch.autocast(z.device.type, torch.bfloat16, enabled=self.bf16):
             return self.vae.decode(z).sample.float()
 
 
 def load(folder: Path, hub: str | None) -> torch.nn.Module:
-    """The AutoencoderKL of a folder, or of the hub (its cache, when there is no network)."""
-    from diffusers import AutoencoderKL  # takes seconds, and other autoencoders do without
+    """The AutoencoderKL of a folder, or of the hub (its cache without internet).
+
+    Args:
+        folder: with the files in the hub's layout, if it exists.
+        hub: repository on huggingface.co; None = only the folder.
+
+    Raises:
+        UserError: the files are missing and cannot be fetched, or are damaged.
+    """
+    from diffusers import AutoencoderKL  # takes seconds, and other autoencoders do not need it
 
     local = (folder / FILES[0]).is_file()
     if not local and hub is None:
         raise UserError(
             f"There is no autoencoder in {folder}: {' and '.join(FILES)} are expected there. "
-            "The emoji's own is made by `python studies/kl_autoencoder.py`."
+            "Set autoencoder.folder, or train an autoencoder with studies/kl_autoencoder.py."
         )
     weights = find_weights(folder, STEM) if local else None
     if local and weights is None:

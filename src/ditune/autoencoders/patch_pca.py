@@ -1,4 +1,4 @@
-"""A linear codec: the principal components of small blocks of pixels, fitted in seconds and decoded by a product."""
+"""A linear autoencoder: the principal components of small blocks of pixels, fitted in seconds."""
 
 import json
 import os
@@ -20,13 +20,15 @@ ROUNDING_VARIANCE = (2 / 255) ** 2 / 12
 
 
 class PatchPCA(Autoencoder):
-    """z = W (b - mean) for every block b of patch x patch x 3 pixels; the C rows of W are orthonormal.
+    """z = W (b - mean) for every block b of patch x patch x 3 pixels. The C rows of W are orthonormal.
 
-    channels  C, 1 .. 3 * patch**2 (then nothing is lost)
-    patch     side of a block, in pixels
-    weights   file of `save`; None = the block's first C numbers, to be replaced by `load_state_dict`
+    Args:
+        channels: C, 1..3 patch^2; at the maximum it is lossless.
+        patch: side of a block, in pixels.
+        weights: file of `save`; None = W selects the first C numbers of a block, until `load_state_dict`.
 
-    Raises UserError for too many channels and for a missing, foreign or unfitting file.
+    Raises:
+        UserError: too many channels, or a file that is missing, foreign or of other sizes.
     """
 
     kind = "PatchPCA"
@@ -49,40 +51,50 @@ class PatchPCA(Autoencoder):
             self._read(Path(weights))
 
     def encode(self, x: Tensor) -> tuple[Tensor, None]:
+        """W (b - mean) of every block, see `Autoencoder.encode`."""
         blocks = to_blocks(x, self.downsample) - self.mean  # (N, h, w, D)
         return rearrange(blocks @ self.components.T, "n h w c -> n c h w"), None
 
     def decode(self, z: Tensor) -> Tensor:
+        """W^T z + mean of every block, see `Autoencoder.decode`."""
         blocks = rearrange(z, "n c h w -> n h w c") @ self.components + self.mean  # (N, h, w, D)
         return rearrange(blocks, "n h w (c p q) -> n c (h p) (w q)", p=self.downsample, q=self.downsample)
 
     @classmethod
     def fit(
         cls,
-        pictures: Tensor,
+        images: Tensor,
         channels: int,
         patch: int = 4,
         whiten: bool = False,
         provenance: dict[str, str] | None = None,
     ) -> Self:
-        """The codec with the least squared error on `pictures`, uint8 (N, 3, H, W) with H and W multiples of `patch`.
+        """The linear autoencoder with the least squared error on some images.
 
-        whiten      False = one scale for all channels (mean variance 1), which keeps the order of energy of pixels;
-                    True = every channel has variance 1
-        provenance  what the file says about its origin, such as the fingerprint of the pictures
+        Args:
+            images: uint8 (N, 3, H, W) images; H and W are multiples of `patch`.
+            channels: C.
+            patch: side of a block, in pixels.
+            whiten: True = every channel has variance 1. False = one scale for all channels (mean variance 1), which
+                keeps the ratios of their energies.
+            provenance: notes on its origin for the file, such as the fingerprint of the images.
         """
-        codec = cls(channels, patch)
-        mean, covariance = moments(pictures, patch)
+        fitted = cls(channels, patch)
+        mean, covariance = moments(images, patch)
         values, vectors = torch.linalg.eigh(covariance)  # ascending
         values = values.flip(0)[:channels].clamp_min(ROUNDING_VARIANCE)
-        codec.mean.copy_(mean)
-        codec.components.copy_(fix_signs(vectors.flip(1)[:, :channels].T))
-        codec.scale.copy_((values if whiten else values.mean().expand(channels)).rsqrt())
-        codec.provenance = {"whiten": str(whiten).lower(), "pictures": str(len(pictures)), **(provenance or {})}
-        return codec
+        fitted.mean.copy_(mean)
+        fitted.components.copy_(fix_signs(vectors.flip(1)[:, :channels].T))
+        fitted.scale.copy_((values if whiten else values.mean().expand(channels)).rsqrt())
+        fitted.provenance = {"whiten": str(whiten).lower(), "pictures": str(len(images)), **(provenance or {})}
+        return fitted
 
     def save(self, path: str | Path) -> None:
-        """Writes one safetensors file with config and provenance in its metadata; a whole file or none."""
+        """Write one safetensors file with config and provenance in its metadata, completely or not at all.
+
+        Args:
+            path: of the file; its folder is created.
+        """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         config = {"channels": self.channels, "patch": self.downsample}
@@ -93,7 +105,11 @@ class PatchPCA(Autoencoder):
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """The codec in a file of `save`; UserError when it is missing or foreign."""
+        """The autoencoder in a file of `save`.
+
+        Raises:
+            UserError: the file is missing, damaged or of another format.
+        """
         _, config, _ = read(Path(path))
         return cls(**config, weights=path)
 
@@ -101,17 +117,21 @@ class PatchPCA(Autoencoder):
         tensors, config, self.provenance = read(path)
         if config != {"channels": self.channels, "patch": self.downsample}:
             raise UserError(
-                f"The codec {path} has {config['channels']} channels and blocks of {config['patch']} pixels, "
+                f"{path} has {config['channels']} channels and blocks of {config['patch']} pixels, "
                 f"not {self.channels} and {self.downsample}. Ask for these, or give another file."
             )
         self.load_state_dict(tensors)
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, int], dict[str, str]]:
-    """Tensors, config and provenance of a file of `PatchPCA.save`."""
+    """Tensors, config and provenance of a file of `PatchPCA.save`.
+
+    Raises:
+        UserError: the file is missing, damaged or of another format.
+    """
     if not path.is_file():
         raise UserError(
-            f"There is no codec at {path}. Correct the path, or fit one with PatchPCA.fit and save it there."
+            f"There is no linear autoencoder at {path}. Correct the path, or save one of PatchPCA.fit there."
         )
     try:
         with safe_open(path, "pt") as file:
@@ -120,19 +140,27 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, int], dict[str, str]]
     except SafetensorError as error:
         raise UserError(f"{path} is not a whole safetensors file ({error}). Copy it again, or fit it anew.") from error
     if metadata.get("format") != FORMAT:
-        raise UserError(f"{path} was not written by PatchPCA.save. Give a file that was, or fit a codec.")
+        raise UserError(f"{path} was not written by PatchPCA.save. Give a file that was, or fit one.")
     return tensors, json.loads(metadata["config"]), json.loads(metadata["provenance"])
 
 
 def to_blocks(x: Tensor, patch: int) -> Tensor:
-    """(N, 3, H, W) -> (N, H / patch, W / patch, D); a block's numbers in the order (channel, row, column)."""
+    """Pixels (N, 3, H, W) to blocks (N, H / patch, W / patch, D), D in the order (channel, row, column)."""
     return rearrange(x, "n c (h p) (w q) -> n h w (c p q)", p=patch, q=patch)
 
 
-def moments(pictures: Tensor, patch: int) -> tuple[Tensor, Tensor]:
-    """uint8 (N, 3, H, W) -> mean (D,) and covariance (D, D) of its blocks in [-1, 1], float64."""
+def moments(images: Tensor, patch: int) -> tuple[Tensor, Tensor]:
+    """Mean and covariance of the blocks of images.
+
+    Args:
+        images: uint8 (N, 3, H, W) images.
+        patch: side of a block, in pixels.
+
+    Returns:
+        Mean (D,) and covariance (D, D) of pixels in [-1, 1], float64.
+    """
     total, squares, count = 0.0, 0.0, 0
-    for chunk in pictures.split(256):
+    for chunk in images.split(256):
         blocks = rearrange(to_blocks(chunk.double() / 127.5 - 1, patch), "n h w d -> (n h w) d")
         total, squares, count = total + blocks.sum(0), squares + blocks.T @ blocks, count + len(blocks)
     mean = total / count
@@ -140,10 +168,10 @@ def moments(pictures: Tensor, patch: int) -> tuple[Tensor, Tensor]:
 
 
 def fix_signs(components: Tensor) -> Tensor:
-    """Rows (C, D) so signed that the first entry of at least half the largest magnitude is positive.
+    """Choose the sign of every row of (C, D): the first entry of at least half the largest magnitude is positive.
 
-    An eigenvector's sign is the library's whim. Taking the largest entry alone would leave it to rounding, since
-    a component with mirror symmetry holds its largest value twice, once with each sign.
+    The sign of an eigenvector is arbitrary. The largest entry alone would leave the choice to rounding, since a
+    component with mirror symmetry has its largest value twice, once with each sign.
     """
     magnitude = components.abs()
     first = (magnitude >= magnitude.amax(1, keepdim=True) / 2).int().argmax(1, keepdim=True)

@@ -1,4 +1,4 @@
-"""No codec: the network learns pixels."""
+"""No autoencoder: the network is trained on pixels."""
 
 from torch import Tensor
 
@@ -6,7 +6,11 @@ from ditune.autoencoders.base import Autoencoder
 
 
 class Pixels(Autoencoder):
-    """Pixels times `scale`, so that their variance can be brought to that of the noise."""
+    """The identity. The latents are pixels times `scale`, which can bring their variance to the noise's.
+
+    Args:
+        scale: factor on the pixels.
+    """
 
     kind = "Pixels"
 
@@ -15,7 +19,9 @@ class Pixels(Autoencoder):
         self.scale.fill_(scale)
 
     def encode(self, x: Tensor) -> tuple[Tensor, None]:
+        """The pixels themselves."""
         return x, None
 
     def decode(self, z: Tensor) -> Tensor:
+        """The pixels themselves."""
         return z

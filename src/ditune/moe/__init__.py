@@ -1,1 +1,1 @@
-"""All about experts that is not a network: balance of their load, statistics, plots, upcycling."""
+"""Mixtures of experts apart from the network: load balance, routing statistics, plots, upcycling."""

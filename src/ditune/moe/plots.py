@@ -1,4 +1,4 @@
-"""Pictures of routing statistics (arXiv 2407.11633, Fig. 5-7: expert choice over layer, position, timestep, class)."""
+"""Plots of routing statistics (arXiv 2407.11633, Fig. 5-7: expert choice over layer, position, timestep, class)."""
 
 from __future__ import annotations
 
@@ -12,14 +12,19 @@ from ditune.files.atomic import atomic
 from ditune.moe.statistics import RoutingStatistics
 from ditune.networks.routing import load
 
-if TYPE_CHECKING:  # matplotlib is imported when a figure is made: most trainings make none
+if TYPE_CHECKING:  # matplotlib is imported by the functions: most trainings make no figure
     import numpy as np
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
 def draw_load(statistics: RoutingStatistics, path: Path) -> None:
-    """Heat-map of the load, layers by experts; 1 = even."""
+    """Heat map of the load, layers by experts; 1 = even.
+
+    Args:
+        statistics: of a network.
+        path: PNG file to write.
+    """
     figure, (axes,) = _panels(figsize=(1.5 + 0.5 * statistics.load_LE.shape[1], 1.2 + 0.3 * len(statistics.layers)))
     _heat_map(axes, statistics.load_LE, "load of the experts, 1 = even", "layer")
     axes.set_yticks(range(len(statistics.layers)), statistics.layers)
@@ -27,10 +32,15 @@ def draw_load(statistics: RoutingStatistics, path: Path) -> None:
 
 
 def draw_by(statistics: RoutingStatistics, name: str, path: Path) -> None:
-    """Load by `name` ('time', 'position', 'class') and expert, one panel for each of at most six layers.
+    """Heat maps of the load by time, position or class and expert, one panel per layer for at most six layers.
 
-    For positions: each place's favourite expert and how far it is preferred would hide the others, so every expert has
-    a map of its own, experts beside each other.
+    For positions every expert has its own map, side by side: a map of each position's preferred expert would hide the
+    others.
+
+    Args:
+        statistics: of a network.
+        name: 'time', 'position' or 'class'.
+        path: PNG file to write.
     """
     chosen = torch.linspace(0, len(statistics.layers) - 1, min(6, len(statistics.layers))).round().long().tolist()
     tables = load(statistics.counts[name].cpu()).nan_to_num()  # (L, C, E); rows that never occurred stay empty
@@ -46,7 +56,7 @@ def draw_by(statistics: RoutingStatistics, name: str, path: Path) -> None:
             axes.set_xlabel("column, for every expert")
         else:
             _heat_map(axes, tables[i].T, title, "expert")
-            axes.set_xlabel({"time": "time, from data to noise", "class": "class, the last is none"}[name])
+            axes.set_xlabel({"time": "time, from data to noise", "class": "class, the last is the null class"}[name])
     _save(figure, path)
 
 

@@ -1,4 +1,4 @@
-"""Which experts compute what: load by layer, by time, by position, by class; and numbers that sum it up.
+"""Routing statistics: load of the experts by layer, time, position and class, and numbers per layer.
 
 Suffixes of names: L layers, B bins of time, T tokens of an image, K classes with the null class, E experts.
 """
@@ -16,11 +16,11 @@ BINS = 10  # of time, from data to noise
 
 
 class RoutingStatistics:
-    """Counts of what was computed by which expert, over any number of batches.
+    """Counts of the tokens of every expert, over any number of batches.
 
     Args:
         network: whose layers are counted.
-        device: where; counting waits for nothing.
+        device: of the counts. Counting does not synchronise the device.
     """
 
     def __init__(self, network: DiTMoE, device: torch.device | str = "cpu"):
@@ -38,9 +38,9 @@ class RoutingStatistics:
         """Count one batch.
 
         Args:
-            routing: of every layer.
+            routing: of every layer with experts, in order.
             time: (N,) in [0, 1], 0 = data.
-            y: (N,) classes that the network was told.
+            y: (N,) classes that the network was conditioned on.
         """
         bins = (time.float() * BINS).long().clamp(0, BINS - 1)
         for i, layer in enumerate(routing):
@@ -48,7 +48,7 @@ class RoutingStatistics:
             by_image_NE = chosen_NTE.sum(dim=1)
             self.counts["time"][i].index_add_(0, bins, by_image_NE)
             self.counts["class"][i].index_add_(0, y, by_image_NE)
-            # prompts (VPT) stand before the tokens of the image and have no position in it
+            # prompts (VPT) come before the tokens of the image and have no position in it
             self.counts["position"][i] += chosen_NTE[:, -self.counts["position"].shape[1] :].sum(dim=0)
             p_NTE = layer.scores_NTE / layer.scores_NTE.sum(dim=-1, keepdim=True)
             entropy = -(p_NTE * p_NTE.clamp(min=1e-20).log()).sum(dim=-1).sum()
@@ -56,25 +56,25 @@ class RoutingStatistics:
             self.sums[i] += torch.stack([entropy, taken, torch.full_like(taken, p_NTE[..., 0].numel())])
 
     def over_processes(self) -> None:
-        """Sum over all processes; each of them must call it."""
+        """Sum the counts over all processes, each of which must call it."""
         if dist.is_available() and dist.is_initialized():
             for table in (*self.counts.values(), self.sums):
                 dist.all_reduce(table)
 
     @property
     def load_LE(self) -> Tensor:
-        """Load of each expert relative to an even one, which is 1."""
+        """(L, E) load of each expert relative to an even load, which is 1."""
         return load(self.counts["position"].sum(dim=1)).cpu()
 
     def per_layer(self) -> dict[str, Tensor]:
         """Numbers of every layer, (L,) each.
 
-        max_vio: load of the fullest expert over the mean, minus 1 (arXiv 2408.15664, eq. 4).
+        max_vio: largest load over the mean load, minus 1 (arXiv 2408.15664, eq. 4).
         cv: standard deviation of the loads over their mean.
-        entropy: of a token's scores over the experts, in parts of the largest one: 1 = the router does not know.
-        top_score: sum of a token's chosen scores.
+        entropy: mean entropy of a token's scores over its maximum: 1 = the router has no preference.
+        top_score: mean sum of a token's chosen scores.
         dead: share of experts with less than a hundredth of an even load.
-        mi_time, mi_position, mi_class: mutual information with the expert, in nats: 0 = it says nothing.
+        mi_time, mi_position, mi_class: mutual information with the expert, in nats; 0 = independent.
         """
         load_LE, sums = self.load_LE, self.sums.cpu()
         experts = load_LE.shape[1]
@@ -88,7 +88,7 @@ class RoutingStatistics:
         return values | {f"mi_{name}": mutual_information(table.cpu()) for name, table in self.counts.items()}
 
     def log(self) -> dict[str, float]:
-        """For metrics.csv and dashboards: means over the layers, and every layer's numbers and loads."""
+        """Values for metrics.csv and dashboards: means over the layers, and each layer's numbers and loads."""
         values = {}
         for name, by_layer in self.per_layer().items():
             values[f"routing/{name}"] = by_layer.mean().item()
@@ -99,7 +99,7 @@ class RoutingStatistics:
 
 
 def mutual_information(counts: Tensor) -> Tensor:  # (..., C, E) -> (...)
-    """I(C; E) of a table of counts, in nats."""
+    """Mutual information I(C; E) of tables of counts (..., C, E), in nats."""
     p = counts / counts.sum(dim=(-2, -1), keepdim=True).clamp(min=1)
     independent = p.sum(dim=-1, keepdim=True) * p.sum(dim=-2, keepdim=True)
     return torch.where(p > 0, p * (p / independent.clamp(min=1e-300)).log(), 0.0).sum(dim=(-2, -1))

@@ -1,8 +1,8 @@
-"""A mixture of experts from a dense network, which computes the same function until it is trained on.
+"""Sparse upcycling (Komatsuzaki et al. 2022, arXiv 2212.05055): a mixture of experts from a dense network.
 
-Sparse upcycling (Komatsuzaki et al. 2022, arXiv 2212.05055). The original's conversion begins at a third of the dense
-network's output, because its chosen scores do not sum to one; here they are renormalised, so that equal experts give
-what one of them gives.
+The new network initially computes the same function. DiT-MoE's own conversion starts at a third of the dense network's
+output, because the chosen scores do not sum to one. Here they are renormalised, so that equal experts have the output
+of one of them.
 """
 
 import re
@@ -16,22 +16,23 @@ from ditune.networks import DiT, DiTMoE
 from ditune.networks.dit_moe import MoEBlock
 from ditune.rng import seeded
 
-# a dense MLP's layers, transposed where they are matrices: the experts' stacked ones
+# weight of the experts: layer of a dense MLP, whose matrices are transposed
 MLP = {"w_in_EDF": "fc1.weight", "bias_in_EF": "fc1.bias", "w_out_EFD": "fc2.weight", "bias_out_ED": "fc2.bias"}
 
 
 def upcycle(network: DiT, num_experts: int, top_k: int, seed: int = 0, noise: float = 0.0, **options: Any) -> DiTMoE:
-    """A DiT-MoE whose experts are copies of the network's MLPs, or of the one expert that a DiT-MoE has.
+    """A DiT-MoE whose experts are copies of the network's MLPs, or of the single expert of a DiT-MoE.
 
     Args:
-        network: DiT, or a DiT-MoE of one expert, which keeps its blocks and shared experts.
+        network: a DiT, or a DiT-MoE of one expert, which keeps its blocks and shared experts.
         num_experts, top_k: E and k.
         seed: of the routers (std 0.02) and of the noise.
-        noise: standard deviation of what is added to the copies, over that of each weight; 0 = copies are equal.
-        options: shared_ratio, moe_every, moe_from of `DiTMoE`, for a DiT; its new shared experts give zero at first.
+        noise: standard deviation of the noise on the copies, relative to that of each weight; 0 = equal copies.
+        **options: shared_ratio, moe_every, moe_from of `DiTMoE`, only for a DiT. New shared experts initially have zero
+            output.
 
     Raises:
-        UserError: the network has several experts already, or a routing under which copies would change its function.
+        UserError: the network has several experts, or a routing under which copies would change its function.
     """
     renormalize = True if top_k > 1 else "always"  # else a single expert's weight would be its score
     config = network.config | {"num_experts": num_experts, "top_k": top_k, "renormalize": renormalize}
@@ -61,13 +62,16 @@ def _check_one_expert(network: DiTMoE, options: dict[str, Any]) -> None:
         )
     sums_to_one = config["score"] == "softmax" or config["renormalize"]
     if not sums_to_one or config["choice"] != "token":
-        raise UserError("The expert's weight in the network depends on the token. Give one with softmax scores.")
+        raise UserError(
+            f"The network has score={config['score']!r} and choice={config['choice']!r}, so an expert's weight depends "
+            "on the token. Give a network with softmax scores and choice='token'."
+        )
     if options:
         raise UserError(f"A DiT-MoE keeps its own {', '.join(options)}. Leave them out.")
 
 
 def _block(block: nn.Module, old: nn.Module, noise: float) -> dict[str, Tensor]:
-    """Weights of a block's second branch, by their names in it."""
+    """Weights of a block's second branch, by their names in the block."""
     if not isinstance(block, MoEBlock):
         return {f"mlp.{name}": value for name, value in old.mlp.state_dict().items()}
     experts = block.moe.experts

@@ -1,4 +1,4 @@
-"""What is computed: pure modules that import nothing of the rest."""
+"""Networks: pure modules that import nothing else of the package."""
 
 from ditune.networks.build import CLASSES, NETWORKS, build_network
 from ditune.networks.dit import DiT

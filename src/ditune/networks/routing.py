@@ -1,4 +1,4 @@
-"""Which expert computes which token, and how evenly the tokens are spread.
+"""Routing: which expert computes which token, and the losses of load balance.
 
 Suffixes of names are shapes: N images, T tokens of an image, M = N T tokens, k experts of a token, E experts,
 S rows (a token once for each of its experts, sorted by expert), D hidden size.
@@ -15,7 +15,7 @@ CHOICES = ("token", "expert")
 
 
 class Routing(NamedTuple):
-    """What one layer's router decided, for balance losses (the first two carry gradients) and statistics."""
+    """Decisions of one layer's router, for losses (the first two carry gradients) and statistics."""
 
     logits_NTE: Tensor  # float32
     scores_NTE: Tensor  # float32, in [0, 1]
@@ -25,31 +25,32 @@ class Routing(NamedTuple):
 class Dispatch(NamedTuple):
     """Tokens as rows sorted by expert."""
 
-    token_S: Tensor  # int64 in [0, M): which token a row is
-    weight_S: Tensor  # float32: what its expert's output counts
+    token_S: Tensor  # int64 in [0, M): token of the row
+    weight_S: Tensor  # float32: weight of the row's output
     counts_E: Tensor  # int64: rows of each expert
-    rows_Mk: Tensor | None  # int64 in [0, S): a token's rows; None where tokens have different numbers of them
+    rows_Mk: Tensor | None  # int64 in [0, S): a token's rows; None if tokens have different numbers of rows
 
 
 class Router(nn.Module):
-    """Scores of experts by one linear layer, in float32 under autocast too: in bf16 tokens change their experts.
+    """Scores of experts by one linear layer, in float32 even under autocast: bf16 would change the chosen experts.
 
     Args:
         hidden_size: D.
         num_experts: E.
-        top_k: k, experts of a token; with expert choice their mean number.
+        top_k: k, experts of a token; with expert choice, their mean number.
         score: 'softmax' over the experts (DiT-MoE, arXiv 2407.11633), or 'sigmoid' (DeepSeek-V3, arXiv 2412.19437).
-        renormalize: a token's k weights are divided by their sum. As in the original, the weight of the one expert that
-            is chosen of several (k = 1) stays its score: divided by itself it would be 1 whatever the router says, and
-            nothing but a balance loss would train the router. 'always': that one is divided, too.
+        renormalize: divide a token's k weights by their sum. As in the original, the weight of a single expert of
+            several (k = 1 < E) stays its score: divided by itself it would always be 1, and only a balance loss would
+            train the router. 'always': a single expert's weight is divided, too.
         scale: factor on all weights (2.0 in DSMoE, arXiv 2512.01252).
-        choice: 'token': every token takes its k best experts, none is ever full. 'expert': in every image each expert
+        choice: 'token': every token takes its k best experts, without capacity. 'expert': in every image each expert
             takes its T k / E best tokens (EC-DiT, arXiv 2410.02098), which is balanced by construction.
 
-    `bias_E` is added for the choice only, not to the weights (arXiv 2408.15664); whoever trains moves it.
+    The buffer `bias_E` is added to the scores for the choice only, not to the weights (arXiv 2408.15664). `Balance`
+    updates it.
 
     Raises:
-        ValueError: an unknown name, or a k that E does not allow.
+        ValueError: an unknown name, or a `top_k` outside of 1..E.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Router(nn.Module):
         self.register_buffer("bias_E", torch.zeros(num_experts))
 
     def forward(self, x_NTD: Tensor) -> tuple[Dispatch, Routing]:
+        """Choose the experts of all tokens x_NTD (N, T, D)."""
         with torch.autocast(x_NTD.device.type, enabled=False):
             logits_NTE = linear(x_NTD.float(), self.weight.float())
             scores_NTE = logits_NTE.softmax(dim=-1) if self.score == "softmax" else logits_NTE.sigmoid()
@@ -83,7 +85,7 @@ class Router(nn.Module):
         return dispatch, Routing(logits_NTE, scores_NTE, chosen_NTE)
 
     def choose(self, scores_ME: Tensor) -> tuple[Tensor, Tensor]:
-        """Experts of each token, best first, and their weights: 2 x (M, k)."""
+        """Experts of each token, best first, and their weights: (M, k) each."""
         experts_Mk = (scores_ME.detach() + self.bias_E).topk(self.top_k, dim=-1).indices
         weights_Mk = scores_ME.gather(-1, experts_Mk)
         one_of_several = self.top_k == 1 < scores_ME.shape[-1]
@@ -92,6 +94,7 @@ class Router(nn.Module):
         return experts_Mk, weights_Mk * self.scale
 
     def by_token(self, scores_NTE: Tensor) -> tuple[Dispatch, Tensor]:
+        """Token choice: the dispatch, and the chosen experts (N, T, E) bool."""
         experts_Mk, weights_Mk = self.choose(scores_NTE.flatten(0, 1))
         order_S = experts_Mk.flatten().argsort(stable=True)
         chosen_NTE = torch.zeros_like(scores_NTE, dtype=torch.bool).flatten(0, 1).scatter(1, experts_Mk, True)
@@ -104,6 +107,7 @@ class Router(nn.Module):
         return dispatch, chosen_NTE.view_as(scores_NTE)
 
     def by_expert(self, scores_NTE: Tensor) -> tuple[Dispatch, Tensor]:
+        """Expert choice (EC-DiT, arXiv 2410.02098): the dispatch, and the chosen experts (N, T, E) bool."""
         N, T, E = scores_NTE.shape
         capacity = -(-T * self.top_k // E)  # C, tokens of each expert in each image, rounded up
         tokens_NCE = (scores_NTE.detach() + self.bias_E).topk(capacity, dim=1).indices
@@ -119,14 +123,18 @@ class Router(nn.Module):
 
 
 def balance_loss(routing: Routing, counts_E: Tensor | None = None, per_sequence: bool = False) -> Tensor:
-    """sum_i f_i P_i of one layer (arXiv 2407.11633, eq. 5-7): 1 when the load is even, at most E / k.
+    """sum_i f_i P_i of one layer (arXiv 2407.11633, eq. 5-7): 1 for an even load, at most E / k.
 
-    f_i = E / (k T) tokens of expert i, without gradient; P_i = its mean score. Sigmoid scores are divided by their sum.
+    f_i = E / (k T) times the tokens of expert i, without gradient. P_i is its mean score; sigmoid scores are divided by
+    their sum first.
 
     Args:
         routing: of the layer.
-        counts_E: tokens of each expert that f_i is computed of; None = those of `routing` itself.
-        per_sequence: f and P are computed of each image by itself, and the losses averaged.
+        counts_E: tokens of each expert, for f; None = those of `routing` itself.
+        per_sequence: compute f and P per image, and average the losses.
+
+    Returns:
+        Scalar.
     """
     scores_NTE = routing.scores_NTE / routing.scores_NTE.sum(dim=-1, keepdim=True)
     if per_sequence:
@@ -137,7 +145,7 @@ def balance_loss(routing: Routing, counts_E: Tensor | None = None, per_sequence:
 
 
 def load(counts: Tensor) -> Tensor:  # (..., E) -> (..., E) float32
-    """Load of each expert relative to an even one, which is 1."""
+    """Load of each expert relative to an even load, which is 1, from counts of tokens."""
     return counts.float() * counts.shape[-1] / counts.sum(dim=-1, keepdim=True)
 
 

@@ -1,7 +1,7 @@
-"""What is learned: how a batch becomes x_t, a target, a weight and a loss."""
+"""Training objectives: how a batch becomes x_t, a target, a weight and a loss."""
 
 from ditune.objectives.alpha_flow import AlphaFlow
-from ditune.objectives.base import Draws, Loss, Objective, State, drop_labels
+from ditune.objectives.base import Loss, Objective, State, drop_labels
 from ditune.objectives.consistency import ConsistencyDistillation, ConsistencyTraining
 from ditune.objectives.diffusion import GaussianDiffusion
 from ditune.objectives.flow_base import FlowObjective, Targets
@@ -11,6 +11,7 @@ from ditune.objectives.mean_flow import MeanFlow
 from ditune.objectives.progressive_distillation import ProgressiveDistillation
 from ditune.objectives.shortcut import Shortcut
 from ditune.objectives.so_flow import SoFlow
+from ditune.rng import Draws
 
 __all__ = [
     "AlphaFlow",

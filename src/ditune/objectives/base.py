@@ -1,11 +1,15 @@
 """What every objective takes and returns."""
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from ditune.errors import require
+from ditune.processes import Process
+from ditune.rng import StepRandom
 
 
 class Loss(NamedTuple):
@@ -13,8 +17,8 @@ class Loss(NamedTuple):
 
     total: Tensor  # scalar, to be differentiated
     parts: dict[str, Tensor]  # (N,) each, detached, for the log
-    time: Tensor  # (N,) in [0, 1], 0 = data, 1 = noise: where on the process each sample stood
-    d: Tensor | None = None  # (N,) in [0, 1]: length of the step that each sample taught, where steps are told
+    time: Tensor  # (N,) in [0, 1], 0 = data, 1 = noise: each sample's place on the process
+    d: Tensor | None = None  # (N,) in [0, 1]: each sample's step size, for step-conditioned networks
 
 
 class Network(Protocol):
@@ -23,38 +27,31 @@ class Network(Protocol):
     num_classes: int  # also the null class
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor, *step: Tensor) -> Tensor:
-        """x (N, C, H, W), t (N,), y (N,), and where it is told steps step (N,) -> (N, C or 2C, H, W)."""
-        ...
+        """Predict the target of the process.
 
+        Args:
+            x: (N, C, H, W) noisy data.
+            t: (N,) time, in the unit of the process.
+            y: (N,) labels.
+            *step: (N,) step size, for step-conditioned networks.
 
-class Draws(Protocol):
-    """Random numbers of one step, each a function of (seed, purpose, step, position in the global batch)."""
-
-    positions: Sequence[int]  # in the global batch
-
-    def normal(self, purpose: str, shape: Sequence[int]) -> Tensor:
-        """(N, *shape) standard normal."""
-        ...
-
-    def integers(self, purpose: str, high: int) -> Tensor:
-        """(N,) int64 in [0, high)."""
-        ...
-
-    def uniform(self, purpose: str) -> Tensor:
-        """(N,) in [0, 1)."""
+        Returns:
+            (N, C, H, W), or (N, 2C, H, W) with a learned variance.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class State:
-    """Where the training stands.
+    """How far the training is.
 
     Args:
         step: optimizer step, from 0.
-        max_steps: of the whole training.
-        batch_size: global batch.
-        ema: the network with its averaged weights; no gradient is asked of it.
-        teacher: the network with the weights of `Objective.renews_teacher`; `ema` where an objective has no teacher.
+        max_steps: steps of the whole training.
+        batch_size: samples of the global batch.
+        ema: the network with its EMA weights, without gradient.
+        teacher: the network with the weights of the last `Objective.updates_teacher`; `ema` for objectives without a
+            teacher.
     """
 
     step: int
@@ -64,32 +61,83 @@ class State:
     teacher: Network
 
 
-class Objective(Protocol):
-    """What is learned."""
+class Objective(ABC):
+    """A training objective on one process.
 
-    process: object
-    has_teacher: bool  # a copy of the weights is kept, in checkpoints too
-    scheduled: bool  # what is learned at a step depends on the length of the training
-    forward_mode: bool  # the network is differentiated by its input, with torch.func.jvp
+    Args:
+        process: path or schedule from data to noise, and how a network's output is read.
+        label_drop: share of labels that are replaced by the null class, in [0, 1].
 
-    def check(self, batch_size: int) -> None:
-        """Refuse what cannot work, before a training begins."""
-        ...
+    Raises:
+        UserError: `label_drop` is out of range.
+    """
+
+    has_teacher = False  # a copy of the weights is kept, in checkpoints too
+    scheduled = False  # the target at a step depends on `max_steps`
+    forward_mode = False  # the network is differentiated with respect to its input by torch.func.jvp
+    guidance = 1.0  # classifier-free guidance of the target; 1 = none
+    process: Process
+
+    def __init__(self, process: Process, label_drop: float = 0.1):
+        require(0 <= label_drop <= 1, "objective.label_drop", label_drop, "Set it between 0 and 1.")
+        self.process, self.label_drop = process, label_drop
+
+    @property
+    def needs_null_class(self) -> bool:
+        """Whether the network's label table must have a null class."""
+        return self.label_drop > 0 or self.guidance != 1
+
+    def check(self, batch_size: int) -> None:  # noqa: B027, few objectives have anything to refuse
+        """Refuse a batch size that the objective cannot work with, before the training begins.
+
+        Args:
+            batch_size: samples of the global batch.
+
+        Raises:
+            UserError: the batch is too small.
+        """
+
+    def updates_teacher(self, step: int, max_steps: int) -> bool:
+        """Whether the EMA weights become the teacher's before this step."""
+        return False
 
     def renews_teacher(self, step: int, max_steps: int) -> bool:
-        """Whether the average becomes the teacher before this step."""
-        ...
+        """Earlier name of `updates_teacher`."""
+        return self.updates_teacher(step, max_steps)
 
-    def loss(self, network: Network, batch: tuple[Tensor, Tensor], draws: Draws, state: State) -> Loss:
-        """Loss of one micro-batch (x_0 (N, C, H, W), labels (N,))."""
-        ...
+    @abstractmethod
+    def loss(self, network: Network, batch: tuple[Tensor, Tensor], random: StepRandom, state: State) -> Loss:
+        """Loss of one micro-batch.
 
-    def denoising(self, network: Network, batch: tuple[Tensor, Tensor], draws: Draws) -> Tensor:  # (N,)
-        """How well each sample is denoised: the same quantity for every objective on one process."""
-        ...
+        Args:
+            network: the network in training.
+            batch: data x_0 (N, C, H, W) and labels (N,).
+            random: random numbers of these samples at this step.
+            state: how far the training is.
+        """
+
+    @abstractmethod
+    def denoising(self, network: Network, batch: tuple[Tensor, Tensor], random: StepRandom) -> Tensor:  # (N,)
+        """Denoising error of each sample: the same quantity for every objective on one process.
+
+        Args:
+            network: the network to evaluate.
+            batch: data x_0 (N, C, H, W) and labels (N,).
+            random: random numbers of these samples.
+
+        Returns:
+            (N,), without gradient.
+        """
 
 
-def drop_labels(y: Tensor, draws: Draws, label_drop: float, null_class: int) -> Tensor:  # (N,) -> (N,)
-    """Replace a share of the labels by the null class, for classifier-free guidance (arXiv 2207.12598, algorithm 1)."""
-    dropped = draws.uniform("drop").to(y.device) < label_drop
+def drop_labels(y: Tensor, random: StepRandom, label_drop: float, null_class: int) -> Tensor:  # (N,) -> (N,)
+    """Replace a share of the labels by the null class, for classifier-free guidance (arXiv 2207.12598, algorithm 1).
+
+    Args:
+        y: (N,) labels.
+        random: random numbers of these samples; the purpose is "drop".
+        label_drop: the share, in [0, 1].
+        null_class: label of the null class.
+    """
+    dropped = random.uniform("drop").to(y.device) < label_drop
     return torch.where(dropped, null_class, y)

@@ -1,6 +1,7 @@
 """Consistency models (Song et al. 2023, arXiv 2303.01469) on a flow, as the baselines of shortcut models.
 
-The network's velocity u at x_t says where the path ends: x_0 = x_t - t u. Two neighbours on one path must agree on it.
+The network's velocity u at x_t gives the end of the path, f(x_t, t) = x_t - t u. Two neighbours on one path must give
+the same end: CD and CT differ in how the neighbour at t - h is found.
 """
 
 from abc import abstractmethod
@@ -8,41 +9,62 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from ditune.errors import UserError
-from ditune.objectives.base import Draws, Network, State
-from ditune.objectives.flow_base import FlowObjective, Targets, at_most, levels_of
+from ditune.errors import require
+from ditune.objectives.base import Network, State
+from ditune.objectives.flow_base import FlowObjective, Targets, clamp, levels_of
 from ditune.processes import FlowProcess, expanded
+from ditune.rng import StepRandom
 
 
 class Consistency(FlowObjective):
-    """The velocity that leads from x_t to the end which the average sees from the neighbour at t - h.
+    """The target velocity leads from x_t to the end that the EMA network gives from the neighbour at t - h.
 
     Args:
         process: the flow; `base_steps` is M.
-        clamp: hold the neighbour in [-clamp, clamp] where it is not a picture's own (4 in the code); None = not.
+        clamp: a neighbour that the teacher computes is clamped to [-clamp, clamp] (4 in the code of arXiv 2410.12557);
+            None = not.
+        label_drop: must be 0, consistency models keep their labels.
+
+    Raises:
+        UserError: `label_drop` is not 0, or the process has no finest step size.
     """
 
     def __init__(self, process: FlowProcess, clamp: float | None = None, label_drop: float = 0.0):
-        if label_drop:
-            raise UserError("Consistency models keep their labels. Set objective.label_drop=0.")
+        remedy = "Set objective.label_drop=0: labels are kept."
+        require(label_drop == 0, "objective.label_drop", label_drop, remedy)
+        require(clamp is None or clamp > 0, "objective.clamp", clamp, "Set it above 0, or to null.")
         super().__init__(process, label_drop)
         self.finest, self.clamp = levels_of(process), clamp
 
     @abstractmethod
     def level(self, step: int, max_steps: int) -> int:
-        """h = 2^-level."""
+        """Level of the distance h = 2^-level between neighbours, at an optimizer step of `max_steps`."""
 
     @abstractmethod
     def neighbour(
         self, x_t: Tensor, x0: Tensor, noise: Tensor, t: Tensor, h: Tensor, y: Tensor, state: State
     ) -> Tensor:
-        """The path's point at t - h, (N, C, H, W)."""
+        """The path's point at t - h.
 
-    def targets(self, network: Network, x0: Tensor, y: Tensor, draws: Draws, state: State) -> Targets:
+        Args:
+            x_t: (N, C, H, W) point at t.
+            x0: (N, C, H, W) data.
+            noise: (N, C, H, W) noise of x_t.
+            t: (N,) time of x_t.
+            h: (N,) distance of the neighbour.
+            y: (N,) labels.
+            state: gives the teacher.
+
+        Returns:
+            (N, C, H, W).
+        """
+
+    def targets(self, network: Network, x0: Tensor, y: Tensor, random: StepRandom, state: State) -> Targets:
+        """(x_t - f(x_{t-h}, t - h)) / t by the EMA network, see `FlowObjective.targets`."""
         level = self.level(state.step, state.max_steps)
         h = torch.full((len(x0),), 2.0**-level, device=x0.device)
-        t = 1 - (draws.uniform("t").to(x0.device) * 2**level).floor().to(x0) * h
-        noise = draws.normal("noise", x0.shape[1:]).to(x0)
+        t = 1 - (random.uniform("t").to(x0.device) * 2**level).floor().to(x0) * h
+        noise = random.normal("noise", x0.shape[1:]).to(x0)
         x_t = self.process.x_t(x0, noise, t)
         with torch.no_grad():
             x_s = self.neighbour(x_t, x0, noise, t, h, y, state)
@@ -51,31 +73,42 @@ class Consistency(FlowObjective):
 
 
 class ConsistencyDistillation(Consistency):
-    """The neighbour is one Euler step of a trained flow away, which the training begins with (`pretrained`)."""
+    """Consistency distillation: the neighbour is one Euler step of the teacher away.
+
+    The teacher is the trained flow that the training begins with (`pretrained`).
+    """
 
     has_teacher = True
 
-    def renews_teacher(self, step: int, max_steps: int) -> bool:
+    def updates_teacher(self, step: int, max_steps: int) -> bool:
+        """Once, before the first step."""
         return step == 0
 
     def level(self, step: int, max_steps: int) -> int:
+        """L, always: h = 1/M."""
         return self.finest
 
     def neighbour(
         self, x_t: Tensor, x0: Tensor, noise: Tensor, t: Tensor, h: Tensor, y: Tensor, state: State
     ) -> Tensor:
-        return at_most(x_t - expanded(h, x_t) * self.process.velocity(state.teacher, x_t, t, y), self.clamp)
+        """x_t - h v by the teacher's velocity v, clamped, see `Consistency.neighbour`."""
+        return clamp(x_t - expanded(h, x_t) * self.process.velocity(state.teacher, x_t, t, y), self.clamp)
 
 
 class ConsistencyTraining(Consistency):
-    """The neighbour lies on the straight path of the same picture and noise; neighbours come nearer over L parts."""
+    """Consistency training: the neighbour is on the straight path of the same image and noise.
+
+    The distance h halves at every part of the training, from 1 to 2/M in L parts of equal length.
+    """
 
     scheduled = True
 
     def level(self, step: int, max_steps: int) -> int:
+        """0 in the first part of the training, L - 1 in the last."""
         return min(self.finest, step * self.finest // max_steps)
 
     def neighbour(
         self, x_t: Tensor, x0: Tensor, noise: Tensor, t: Tensor, h: Tensor, y: Tensor, state: State
     ) -> Tensor:
+        """x_{t-h} of the same image and noise, see `Consistency.neighbour`."""
         return self.process.x_t(x0, noise, t - h)

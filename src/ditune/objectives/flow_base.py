@@ -1,63 +1,62 @@
-"""What the objectives on a flow share: they differ in the target of the velocity, and the rest stands here."""
+"""What the objectives on a flow share: a subclass gives the target of the velocity."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ditune.errors import UserError
-from ditune.objectives.base import Draws, Loss, Network, State, drop_labels
+from ditune.objectives.base import Loss, Network, Objective, State, drop_labels
 from ditune.objectives.variational_bound import mean_flat
 from ditune.processes import FlowProcess, expanded
+from ditune.rng import StepRandom
+from ditune.samplers.guidance import guide
 
 
 class Targets(NamedTuple):
-    """What the network should say where."""
+    """Inputs of the network and the velocity that it should predict there."""
 
     x_t: Tensor  # (N, C, H, W)
     t: Tensor  # (N,) in [0, 1]
     y: Tensor  # (N,) labels, dropped ones replaced by the null class
     target: Tensor  # (N, C, H, W), no gradient
-    d: Tensor | None = None  # (N,) in [0, t], length of the step that the velocity is averaged over; None = 0
+    d: Tensor | None = None  # (N,) in [0, t], step size that the velocity is averaged over; None = 0
 
 
-class FlowObjective(ABC):
-    """The squared error of the velocity.
+class FlowObjective(Objective):
+    """The squared error of the velocity. A subclass implements `targets`, and `weights` if it weights the error.
 
     Args:
         process: the flow.
-        label_drop: share of labels replaced by the null class, in [0, 1].
+        label_drop: share of labels that are replaced by the null class, in [0, 1].
 
     Raises:
-        UserError: a number out of range.
+        UserError: `label_drop` is out of range.
     """
 
-    has_teacher = False
-    scheduled = False
-    forward_mode = False
-
-    def __init__(self, process: FlowProcess, label_drop: float = 0.1):
-        if not 0 <= label_drop <= 1:
-            raise UserError(f"label_drop is a share of the labels, but is {label_drop}. Set it between 0 and 1.")
-        self.process, self.label_drop = process, label_drop
+    process: FlowProcess
 
     @abstractmethod
-    def targets(self, network: Network, x0: Tensor, y: Tensor, draws: Draws, state: State) -> Targets:
-        """What is learned from x_0 (N, C, H, W) and labels (N,)."""
+    def targets(self, network: Network, x0: Tensor, y: Tensor, random: StepRandom, state: State) -> Targets:
+        """What the network should predict, and where.
 
-    def check(self, batch_size: int) -> None:  # noqa: B027, few objectives have anything to refuse
-        """Nothing of a flow's objective depends on the batch, unless it says so."""
-
-    def renews_teacher(self, step: int, max_steps: int) -> bool:
-        return False
+        Args:
+            network: the network in training, for targets that depend on it.
+            x0: (N, C, H, W) data.
+            y: (N,) labels.
+            random: random numbers of these samples at this step.
+            state: how far the training is, and the EMA and teacher networks.
+        """
 
     def weights(self, mse: Tensor, targets: Targets, state: State) -> Tensor:  # (N,)
-        """Of the squared errors."""
+        """Weights of the squared errors `mse` (N,); 1 by default."""
         return torch.ones_like(mse)
 
-    def loss(self, network: Network, batch: tuple[Tensor, Tensor], draws: Draws, state: State) -> Loss:
-        targets = self.targets(network, *batch, draws, state)
+    def loss(self, network: Network, batch: tuple[Tensor, Tensor], random: StepRandom, state: State) -> Loss:
+        """Weighted squared error of the velocity, see `Objective.loss`."""
+        targets = self.targets(network, *batch, random, state)
         # or torch 2.10's autocast takes the weights that it has cast for the targets, which have no gradient
         torch.clear_autocast_cache()
         velocity = self.process.velocity(network, targets.x_t, targets.t, targets.y, targets.d)
@@ -67,74 +66,92 @@ class FlowObjective(ABC):
         return Loss(loss.mean(), {name: value.detach() for name, value in parts.items()}, targets.t, targets.d)
 
     @torch.no_grad()
-    def denoising(self, network: Network, batch: tuple[Tensor, Tensor], draws: Draws) -> Tensor:  # (N,)
-        """Error of the velocity at times that are uniform, whatever the training prefers."""
+    def denoising(self, network: Network, batch: tuple[Tensor, Tensor], random: StepRandom) -> Tensor:  # (N,)
+        """Squared error of the instantaneous velocity at uniform times, whatever times the training prefers."""
         x0, y = batch
-        t, noise = draws.uniform("t").to(x0), draws.normal("noise", x0.shape[1:]).to(x0)
-        y = drop_labels(y, draws, self.label_drop, network.num_classes)
+        t, noise = random.uniform("t").to(x0), random.normal("noise", x0.shape[1:]).to(x0)
+        y = drop_labels(y, random, self.label_drop, network.num_classes)
         velocity = self.process.velocity(network, self.process.x_t(x0, noise, t), t, y)
         return mean_flat((velocity - self.process.target(x0, noise)) ** 2)
 
 
-def guided_velocity(
-    process: FlowProcess,
-    network: Network,
-    x: Tensor,
-    t: Tensor,
-    y: Tensor,
-    d: Tensor | None,
-    scale: float,
-    guided: Tensor,
-    null_class: int,
-) -> Tensor:  # (N, C, H, W)
-    """The velocity with classifier-free guidance in the rows `guided` (N,), which alone are computed twice."""
-    conditional = process.velocity(network, x, t, y, d)
-    rows = guided.nonzero()[:, 0]
-    if scale == 1 or len(rows) == 0:
-        return conditional
-    null = torch.full_like(y[rows], null_class)
-    unconditional = process.velocity(network, x[rows], t[rows], null, None if d is None else d[rows])
-    return conditional.index_copy(0, rows, unconditional + scale * (conditional[rows] - unconditional))
+@dataclass(frozen=True)
+class GuidedVelocity:
+    """The velocity of one network with classifier-free guidance of some samples.
+
+    Args:
+        process: the flow.
+        network: whose velocity it is.
+        y: (N,) labels.
+        scale: guidance scale; 1 = none.
+        guided: (N,) bool, the samples with guidance. The network runs a second time for these alone.
+        null_class: label of the null class.
+    """
+
+    process: FlowProcess
+    network: Network
+    y: Tensor
+    scale: float
+    guided: Tensor
+    null_class: int
+
+    def __call__(self, x: Tensor, t: Tensor, d: Tensor | None = None) -> Tensor:
+        """Velocity (N, C, H, W) at x (N, C, H, W) and t (N,), averaged over the step size d (N,); None = 0."""
+        conditional = self.process.velocity(self.network, x, t, self.y, d)
+        rows = self.guided.nonzero()[:, 0]
+        if self.scale == 1 or len(rows) == 0:
+            return conditional
+        null = torch.full_like(self.y[rows], self.null_class)
+        unconditional = self.process.velocity(self.network, x[rows], t[rows], null, None if d is None else d[rows])
+        pushed = guide(conditional[rows], unconditional, self.scale, form="from_unconditional")
+        return conditional.index_copy(0, rows, pushed)
 
 
 @torch.no_grad()
-def two_steps(
-    process: FlowProcess,
-    teacher: Network,
-    x: Tensor,
-    t: Tensor,
-    y: Tensor,
-    h: Tensor,
-    scale: float,
-    guided: Tensor,
-    null_class: int,
-    clamp: float | None,
+def mean_of_two_steps(
+    velocity: GuidedVelocity, x: Tensor, t: Tensor, step: Tensor, *, limit: float | None
 ) -> Tensor:  # (N, C, H, W)
-    """Mean velocity of two steps of length h (N,) of the teacher; the point between them is held in [-clamp, clamp]."""
-    v1 = guided_velocity(process, teacher, x, t, y, h, scale, guided, null_class)
-    between = at_most(x - expanded(h, x) * v1, clamp)
-    return (v1 + guided_velocity(process, teacher, between, t - h, y, h, scale, guided, null_class)) / 2
+    """Mean velocity of two successive Euler steps, the target of one step of twice the size.
+
+    Shortcut models (arXiv 2410.12557) and progressive distillation (arXiv 2202.00512) learn it:
+    target = (v1 + v2) / 2 with v1 = u(x_t, t, h), x' = x_t - h v1, v2 = u(x', t - h, h).
+
+    Args:
+        velocity: u, of the teacher.
+        x: (N, C, H, W) point x_t.
+        t: (N,) its time.
+        step: (N,) size h of each of the two steps.
+        limit: the point between the steps is clamped to [-limit, limit]; None = not.
+    """
+    v1 = velocity(x, t, step)
+    between = clamp(x - expanded(step, x) * v1, limit)
+    return (v1 + velocity(between, t - step, step)) / 2
 
 
 def levels_of(process: FlowProcess) -> int:
-    """L = log2(M): how often the step of length 1 is halved to the finest one.
+    """L = log2(M), the number of halvings from step size 1 to the finest step size 1/M.
 
     Raises:
-        UserError: the process has no finest step.
+        UserError: the process has no finest step size.
     """
     if process.base_steps is None:
-        raise UserError("The objective halves steps down to a finest one. Set objective.process.base_steps=128.")
+        raise UserError(
+            "objective.process.base_steps is null, but this objective needs a finest step size. "
+            "Set objective.process.base_steps=128."
+        )
     return process.base_steps.bit_length() - 1
 
 
-def at_most(x: Tensor, limit: float | None) -> Tensor:
+def clamp(x: Tensor, limit: float | None) -> Tensor:
+    """Clamp x to [-limit, limit]; None = not."""
     return x if limit is None else x.clamp(-limit, limit)
 
 
 def logit_normal(u: Tensor, mean: float, std: float) -> Tensor:
-    """sigmoid(mean + std z) (arXiv 2403.03206) of the normal quantile z of u in [0, 1)."""
+    """Logit-normal times sigmoid(mean + std z) (arXiv 2403.03206), z = the normal quantile of u (N,) in [0, 1)."""
     return torch.sigmoid(mean + std * torch.special.ndtri(u.clamp(1e-9, 1 - 1e-9)))
 
 
 def rms(x: Tensor) -> Tensor:  # (N, ...) -> (N,)
+    """Root mean square of each sample."""
     return mean_flat(x.square()).sqrt()

@@ -1,28 +1,30 @@
-"""Reflow (Liu et al. 2022, arXiv 2209.03003) with pairs that the live network makes: a baseline of shortcut models."""
+"""Reflow (Liu et al. 2022, arXiv 2209.03003) with pairs from the network in training: a baseline of shortcut models."""
 
 import torch
 from torch import Tensor
 
-from ditune.errors import UserError
-from ditune.objectives.base import Draws, Network, State, drop_labels
-from ditune.objectives.flow_base import FlowObjective, Targets, guided_velocity, levels_of
+from ditune.errors import require
+from ditune.objectives.base import Network, State, drop_labels
+from ditune.objectives.flow_base import FlowObjective, GuidedVelocity, Targets, levels_of
 from ditune.processes import FlowProcess
+from ditune.rng import StepRandom
 
 
 class LiveReflow(FlowObjective):
-    """Flow matching at the finest level; one sample in some straightens the path from noise to what is drawn from it.
+    """Flow matching at the finest level; every k-th sample is reflowed.
 
-    Straightened samples tell the network d = 1 wherever they stand, so one network holds both flows.
+    A reflowed sample replaces its image by one that the network generates from the sample's noise, and learns the
+    straight path between the two. Its step size is d = 1 at every t, so one network holds both flows.
 
     Args:
-        process: the flow; its network is told steps.
-        reflow_every: one sample in so many is straightened.
-        steps: Euler steps in which the live network draws.
-        guidance: classifier-free guidance of that drawing; 1 = none.
-        label_drop: share of labels replaced by the null class, of the other samples.
+        process: the flow; its network is conditioned on the step size.
+        reflow_every: k, every k-th sample is reflowed.
+        steps: Euler steps of the generation.
+        guidance: classifier-free guidance of the generation; 1 = none.
+        label_drop: share of labels that are replaced by the null class, of the other samples.
 
     Raises:
-        UserError: the process's network is not told steps.
+        UserError: a number out of range, or a process without step sizes.
     """
 
     def __init__(
@@ -34,35 +36,47 @@ class LiveReflow(FlowObjective):
         label_drop: float = 0.1,
     ):
         super().__init__(process.changed(straightened=True), label_drop)
-        if process.step == "none":
-            raise UserError("Live reflow tells two flows apart by the step. Set objective.process.step=log2 (or size).")
-        if reflow_every < 1 or steps < 1:
-            raise UserError("Nothing can be straightened so. Set reflow_every and steps to 1 or more.")
+        remedy = "Live reflow distinguishes its two flows by the step size: set objective.process.step=log2 (or size)."
+        require(process.step != "none", "objective.process.step", process.step, remedy)
+        require(reflow_every >= 1, "objective.reflow_every", reflow_every, "Set it to 1 or more.")
+        require(steps >= 1, "objective.steps", steps, "Set it to 1 or more.")
         self.finest = levels_of(process)
         self.reflow_every, self.steps, self.guidance = reflow_every, steps, guidance
 
-    def targets(self, network: Network, x0: Tensor, y: Tensor, draws: Draws, state: State) -> Targets:
+    def targets(self, network: Network, x0: Tensor, y: Tensor, random: StepRandom, state: State) -> Targets:
+        """Flow matching on images, or on generated ones, see `FlowObjective.targets`."""
         share = state.batch_size // self.reflow_every
-        chosen = [p % self.reflow_every == 0 and p // self.reflow_every < share for p in draws.positions]
-        straightened = torch.tensor(chosen, device=x0.device)
+        chosen = [p % self.reflow_every == 0 and p // self.reflow_every < share for p in random.positions]
+        reflowed = torch.tensor(chosen, device=x0.device)
         base_steps, null = self.process.base_steps, network.num_classes
-        t = 1 - (draws.uniform("t").to(x0.device) * base_steps).floor().to(x0) / base_steps
-        d = torch.where(straightened, 1.0, 1 / base_steps)
-        noise = draws.normal("noise", x0.shape[1:]).to(x0)
-        y = torch.where(straightened & (self.label_drop < 1), y, drop_labels(y, draws, self.label_drop, null))
-        target, rows = self.process.target(x0, noise), straightened.nonzero()[:, 0]
+        t = 1 - (random.uniform("t").to(x0.device) * base_steps).floor().to(x0) / base_steps
+        d = torch.where(reflowed, 1.0, 1 / base_steps)
+        noise = random.normal("noise", x0.shape[1:]).to(x0)
+        y = torch.where(reflowed & (self.label_drop < 1), y, drop_labels(y, random, self.label_drop, null))
+        target, rows = self.process.target(x0, noise), reflowed.nonzero()[:, 0]
         if len(rows):
-            drawn = self.draw(network, noise[rows], y[rows], null)
-            x0 = x0.index_copy(0, rows, drawn)
-            target = target.index_copy(0, rows, noise[rows] - drawn)
+            generated = self.generate(network, noise[rows], y[rows], null)
+            x0 = x0.index_copy(0, rows, generated)
+            target = target.index_copy(0, rows, noise[rows] - generated)
         return Targets(self.process.x_t(x0, noise, t), t, y, target, d)
 
     @torch.no_grad()
-    def draw(self, network: Network, x: Tensor, y: Tensor, null_class: int) -> Tensor:
+    def generate(self, network: Network, x: Tensor, y: Tensor, null_class: int) -> Tensor:
+        """Images of the network by Euler's method.
+
+        The guided velocity is the one of the other objectives: the sampler's is rounded in another way, and stored
+        runs depend on it.
+
+        Args:
+            network: the network in training.
+            x: (N, C, H, W) noise.
+            y: (N,) labels.
+            null_class: label of the null class.
+
+        Returns:
+            (N, C, H, W).
+        """
+        velocity = GuidedVelocity(self.process, network, y, self.guidance, torch.ones_like(y), null_class)
         for t in self.process.in_steps(self.steps).times()[:-1].tolist():
-            times = torch.full((len(x),), t, device=x.device)
-            velocity = guided_velocity(
-                *(self.process, network, x, times, y, None, self.guidance, torch.ones_like(y), null_class)
-            )
-            x = x - velocity / self.steps
+            x = x - velocity(x, torch.full((len(x),), t, device=x.device)) / self.steps
         return x

@@ -10,10 +10,10 @@ from ditune.processes import expanded
 
 
 class MeanFlow(FlowMap):
-    """u = v - d du/dt: what (t - r) u = integral of v says when it is differentiated along the path.
+    """The MeanFlow identity u = v - (t - r) du/dt, the derivative of (t - r) u = integral of v along the path.
 
-    The total derivative du/dt = v grad_x u + d/dt u, with the step's end r held fixed, is one Jacobian-vector product
-    in forward mode. Attention has it in its plain form only, and compiled blocks are run as written for it.
+    The total derivative du/dt = v grad_x u + d/dt u, with the step's end r fixed, is one Jacobian-vector product in
+    forward mode. Only attention's plain form supports it, and compiled blocks run eagerly for it.
     """
 
     forward_mode = True
@@ -21,11 +21,16 @@ class MeanFlow(FlowMap):
     def mean_velocity(
         self, network: Network, x_t: Tensor, v: Tensor, t: Tensor, d: Tensor, y: Tensor, state: State
     ) -> Tensor:
+        """v - d du/dt, see `FlowMap.mean_velocity`."""
         return v - expanded(d, v) * self.derivative(network, x_t, v, t, d, y)
 
     @torch.no_grad()
     def derivative(self, network: Network, x_t: Tensor, v: Tensor, t: Tensor, d: Tensor, y: Tensor) -> Tensor:
-        """du/dt (N, C, H, W) along the path: dx/dt = v, dd/dt = 1 because r stays."""
+        """du/dt (N, C, H, W) along the path: dx/dt = v, and dd/dt = 1 because r is fixed.
+
+        Args:
+            network, x_t, v, t, d, y: see `FlowMap.mean_velocity`.
+        """
 
         def u(x: Tensor, t: Tensor, d: Tensor) -> Tensor:
             return self.process.velocity(network, x, t, y, d)

@@ -1,4 +1,4 @@
-"""What trains: one file per method, behind one small interface."""
+"""Parameter-efficient fine-tuning: one file per method, behind the interface `PeftMethod`."""
 
 from collections.abc import Callable
 from functools import partial
@@ -35,13 +35,16 @@ MOE_METHODS: dict[str, Callable[..., PeftMethod]] = {"router": Router}  # for ne
 
 
 def build_peft(name: str, target: str | None = None, **kwargs) -> PeftMethod:
-    """The method called `name`, one of `METHODS`; `kwargs` go to its constructor, which refuses unknown ones.
+    """A method by name.
 
-    With `target="experts"` it works on the weights of a DiT-MoE's experts.
+    Args:
+        name: one of `METHODS` or `MOE_METHODS`.
+        target: "experts" adapts the weights of a DiT-MoE's experts; None = the method's usual parameters.
+        **kwargs: arguments of its constructor.
 
     Raises:
-        UserError: there is no method of that name, or its arguments have values that it cannot use.
-        TypeError: it does not know an argument.
+        UserError: there is no method or target of that name, or an argument has a value that the method refuses.
+        TypeError: the method does not have an argument.
     """
     known = METHODS | MOE_METHODS
     if name not in known:
@@ -54,7 +57,10 @@ def build_peft(name: str, target: str | None = None, **kwargs) -> PeftMethod:
 
 
 def merge(network: nn.Module) -> None:
-    """Turn an adapted network into a plain one, by its own method.
+    """Turn an adapted network into a plain one with the same output; a plain network stays as it is.
+
+    Args:
+        network: changed in place.
 
     Raises:
         UserError: its method cannot be merged; the network is as it was.

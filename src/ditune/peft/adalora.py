@@ -1,6 +1,6 @@
-"""AdaLoRA (Zhang et al., arXiv 2303.10512): LoRA as a singular value decomposition that gives up ranks in training.
+"""AdaLoRA (Zhang et al., arXiv 2303.10512): LoRA as a singular value decomposition whose ranks are pruned in training.
 
-Its layers, importance scores and schedule are peft's; here is only when they are called.
+Layers, importance scores and schedule are peft's. This file only calls them during training.
 """
 
 from typing import Any
@@ -15,11 +15,14 @@ SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # the allocator's averages, in p
 
 
 class AdaLora(HuggingFace):
-    """Starts with rank `init_r` everywhere and keeps `target_r` on average, where it matters most.
+    """Every layer starts with rank `init_r`; the mean rank is reduced to `target_r` by importance.
 
     Args:
         lr, weight_decay, train_labels: see `PeftMethod`.
-        arguments: of peft's AdaLoraConfig: `total_step` is the length of the training.
+        **arguments: of peft's AdaLoraConfig; `total_step` is the number of steps of the training.
+
+    Raises:
+        UserError: `target_r` is not below `init_r`, or peft refuses an argument.
     """
 
     def __init__(self, lr: float = 0.0, weight_decay: float = 0.0, train_labels: bool = True, **arguments: Any):
@@ -29,8 +32,9 @@ class AdaLora(HuggingFace):
             raise UserError(f"peft.target_r is {self.config.target_r}. Set it below init_r={self.config.init_r}.")
 
     def inject(self, network: nn.Module) -> None:
+        """Put peft's layers into the network, with the ranks of the file if it is loaded from one."""
         super().inject(network)
-        if self.config.rank_pattern:  # of a file in which the ranks have been shared out
+        if self.config.rank_pattern:  # of a file with pruned ranks
             self.tuner.resize_modules_by_rank_pattern(self.config.rank_pattern, ADAPTER)
 
     def penalty(self, network: nn.Module) -> Tensor:
@@ -43,14 +47,17 @@ class AdaLora(HuggingFace):
         return self.config.orth_reg_weight * torch.stack(norms).mean()
 
     def after_step(self, network: nn.Module, step: int) -> None:
+        """Update the importance scores and prune ranks by peft's schedule."""
         self.tuner.update_and_allocate(step)
 
     def training_state(self) -> dict[str, Any]:
+        """Importance scores and rank pattern."""
         allocator = self.tuner.rankallocator
         scores = {name: {k: v.cpu() for k, v in getattr(allocator, name).items()} for name in SCORES}
         return {"scores": scores, "rank_pattern": self.config.rank_pattern}
 
     def load_training_state(self, state: dict[str, Any]) -> None:
+        """Restore the result of `training_state`."""
         device = next(self.tuner.parameters()).device
         for name, scores in state["scores"].items():
             setattr(self.tuner.rankallocator, name, {k: v.to(device) for k, v in scores.items()})
@@ -64,6 +71,6 @@ class AdaLora(HuggingFace):
             self.config.rank_pattern = pattern
 
     def to_file(self, network: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """With every rank; the singular values of those that were given up are zero, or fade in the average."""
+        """All ranks. The singular values of pruned ranks are zero, or decay to zero in the EMA weights."""
         written, tensors = super().to_file(network)
         return written | {"rank_pattern": None}, tensors

@@ -1,4 +1,4 @@
-"""Several adapters beside each other on one base network, switched from call to call."""
+"""Several adapters of one base network, switched between calls."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,10 +12,10 @@ from ditune.peft.slots import Slots, difference, fill, slots, undo
 
 
 class Adapters:
-    """Adapters of one network, any methods, for drawing: what they trained lies beside the base, which stays as it is.
+    """Adapters of one network, of any methods, for sampling. The base's own weights do not change.
 
     Args:
-        network: the base, not adapted. `network.num_classes` and its output follow the adapter in use.
+        network: the base, not adapted. Its output and `num_classes` follow the adapter in use.
 
     Example: `with adapters.used("watercolour"): network(x, t, y)`
     """
@@ -27,13 +27,13 @@ class Adapters:
         self.name: str | None = None
 
     def add(self, name: str, method: PeftMethod, tensors: dict[str, Tensor], num_classes: int | None = None) -> None:
-        """Put an adapter beside the others; the one in use stays in use.
+        """Add an adapter; the adapter in use stays in use.
 
         Args:
-            name: to call it by.
-            method: that is to be applied.
-            tensors: as its `to_file` gave them.
-            num_classes: of the adapter, where they are not the base's.
+            name: name of the adapter.
+            method: its method, not applied yet.
+            tensors: its tensors, as from `PeftMethod.to_file`.
+            num_classes: its number of classes; None = the base's.
 
         Raises:
             UserError: the name is taken, or the adapter does not fit; the network is as it was.
@@ -56,10 +56,13 @@ class Adapters:
             self.use(before)
 
     def use(self, name: str | None) -> None:
-        """Compute with an adapter from now on; None = with the base alone.
+        """Use an adapter from now on.
+
+        Args:
+            name: name of the adapter; None = the base alone.
 
         Raises:
-            UserError: there is none of that name.
+            UserError: there is no adapter of that name.
         """
         if name is not None and name not in self.changes:
             raise UserError(f"There is no adapter {name!r}. Choose of {', '.join(self.changes) or 'none: add one'}.")
@@ -72,7 +75,7 @@ class Adapters:
 
     @contextmanager
     def used(self, name: str | None) -> Iterator[nn.Module]:
-        """`use` inside of the block; afterwards the one before."""
+        """Use an adapter inside of the block, then the previous one again; yields the network."""
         before = self.name
         self.use(name)
         try:
@@ -81,7 +84,7 @@ class Adapters:
             self.use(before)
 
     def _separate(self) -> None:
-        """What trains of the base's own parameters becomes the adapter's own copy."""
+        """Replace the base's own parameters that train by copies for the adapter."""
         for (module, kind, name), value in self.base.items():
             if kind == "_parameters" and value is not None and value.requires_grad:
                 module._parameters[name] = nn.Parameter(value.detach().clone())

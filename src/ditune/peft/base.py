@@ -1,4 +1,4 @@
-"""The seam between a network and the methods that adapt it: a predicate over parameters plus injected ones."""
+"""The interface of PEFT methods: a predicate over parameters plus injected modules and parameters."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -10,24 +10,25 @@ from torch import Tensor, nn
 from ditune.errors import UserError
 from ditune.peft.slots import all_or_nothing
 
-LABELS = "y_embedder"  # the label table's module, in every network
+LABELS = "y_embedder"  # name of the label table's module in every network
 
 
 class PeftMethod(ABC):
-    """One way to adapt a pretrained network.
+    """A method that adapts a pretrained network. A subclass implements `selects`, and usually `inject` and `fold`.
 
     Args:
-        lr: recommended learning rate; `optimizer.lr` takes it from the config unless an experiment sets another.
+        lr: recommended learning rate, the default of `optimizer.lr`.
         weight_decay: recommended weight decay.
-        train_labels: the label table trains too, as every row of DiffFit's tables does.
+        train_labels: the label table trains too, as in the DiffFit paper's tables.
     """
 
     forward_mode = True  # the adapted network can be differentiated by torch.func.jvp
-    unmergeable: str | None = None  # why the method cannot become a plain network, where it cannot
+    starts_as_identity = True  # the adapted network first has the output of the base
+    unmergeable: str | None = None  # why an adapted network cannot become a plain one; None = it can
 
     def __init__(self, lr: float, weight_decay: float = 0.0, train_labels: bool = True):
         self.lr, self.weight_decay, self.train_labels = lr, weight_decay, train_labels
-        self.arguments: dict[str, Any] = {}  # name and keyword arguments that `build_peft` has made the method of
+        self.arguments: dict[str, Any] = {}  # name and keyword arguments of `build_peft`
 
     @property
     def title(self) -> str:
@@ -36,16 +37,32 @@ class PeftMethod(ABC):
 
     @abstractmethod
     def selects(self, name: str) -> bool:
-        """Whether the parameter called `name` trains."""
+        """Whether the parameter of this full name trains; `apply` adds labels and new parameters by itself."""
 
     def inject(self, network: nn.Module) -> None:  # noqa: B027, some methods inject nothing
-        """Add the method's own parameters; the network's output must not change by it."""
+        """Add the method's own parameters and modules.
+
+        The network's output must not change, unless `starts_as_identity` is False.
+
+        Args:
+            network: changed in place.
+
+        Raises:
+            UserError: the method does not fit the network.
+        """
 
     def fold(self, network: nn.Module) -> None:  # noqa: B027, and so have nothing to fold
-        """Fold injected parameters into the network's own and remove them."""
+        """Fold the injected parameters into the network's own, then remove them.
+
+        Args:
+            network: changed in place; its output stays.
+        """
 
     def apply(self, network: nn.Module) -> None:
-        """Inject, then freeze all that the method does not select.
+        """Adapt a network: inject, then freeze every parameter that the method does not select.
+
+        Args:
+            network: changed in place.
 
         Raises:
             UserError: the method does not fit the network or trains nothing of it; the network is as it was.
@@ -55,7 +72,9 @@ class PeftMethod(ABC):
         with all_or_nothing(network):
             self.inject(network)
             names = [name for name, _ in network.named_parameters()]
-            chosen = {n for n in names if self.selects(n) or self._is_label(n) or n.startswith(network.fresh)}
+            chosen = {
+                n for n in names if self.selects(n) or self._is_label(n) or n.startswith(network.new_parameter_prefixes)
+            }
             if not chosen:
                 raise UserError(f"{self.title} trains no parameter of this network. Choose another method.")
         for name, parameter in network.named_parameters():
@@ -67,15 +86,20 @@ class PeftMethod(ABC):
         return self.train_labels and name.startswith(f"{LABELS}.")
 
     def trainable(self, network: nn.Module) -> dict[str, nn.Parameter]:
+        """The parameters that train, by name."""
         return {name: p for name, p in network.named_parameters() if p.requires_grad}
 
     def state_dict(self, network: nn.Module) -> dict[str, Tensor]:
-        """What the method trained, and nothing else: copies on the CPU."""
+        """Copies of the trained parameters, on the CPU, by name."""
         return {name: p.detach().cpu().clone() for name, p in self.trainable(network).items()}
 
     @torch.no_grad()
     def load_state_dict(self, network: nn.Module, tensors: dict[str, Tensor]) -> None:
-        """Copy tensors of `state_dict` into an applied network; nothing is copied unless all of them fit.
+        """Copy tensors of `state_dict` into an adapted network; none is copied unless all fit.
+
+        Args:
+            network: adapted by this method.
+            tensors: by the names of `trainable`.
 
         Raises:
             UserError: names or shapes differ.
@@ -100,6 +124,9 @@ class PeftMethod(ABC):
     def merge(self, network: nn.Module) -> None:
         """Turn an adapted network into a plain one with the same output, in fp32.
 
+        Args:
+            network: changed in place.
+
         Raises:
             UserError: the method cannot be merged; the network is as it was.
         """
@@ -116,33 +143,47 @@ class PeftMethod(ABC):
     # For methods that do something in training, or have a file format of their own
 
     def penalty(self, network: nn.Module) -> Tensor | float:
-        """What the method adds to the loss of every micro-batch."""
+        """A term that is added to the loss of every micro-batch: scalar, 0 by default."""
         return 0.0
 
     def after_step(self, network: nn.Module, step: int) -> None:  # noqa: B027, most methods do nothing
-        """Called after every update of the parameters, their gradients still there; the first `step` is 1."""
+        """Called after every update of the parameters, before their gradients are cleared.
+
+        Args:
+            network: adapted by this method.
+            step: number of updates so far, from 1.
+        """
 
     def training_state(self) -> dict[str, Any]:
-        """What a resumed training needs besides the parameters: tensors and plain values."""
+        """Tensors and plain values that a resumed training needs besides the parameters."""
         return {}
 
     def load_training_state(self, state: dict[str, Any]) -> None:  # noqa: B027, as above
-        """Take over what `training_state` gave."""
+        """Restore the result of `training_state`."""
 
     def to_file(self, network: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Content of the adapter's file: a JSON config that says how to build the method, and tensors."""
+        """Content of an adapter's files: a config in plain JSON values, by which the method is built, and tensors."""
         return {"peft": self.arguments}, self.state_dict(network)
 
     def from_file(self, network: nn.Module, tensors: dict[str, Tensor]) -> None:
-        """Load the tensors of `to_file` into a network that the method has been applied to."""
+        """Load the tensors of `to_file` into an adapted network.
+
+        Raises:
+            UserError: they do not fit.
+        """
         self.load_state_dict(network, tensors)
 
 
 def on_tokens(output: Tensor | tuple[Tensor, ...], change: Callable[[Tensor], Tensor]) -> Tensor | tuple[Tensor, ...]:
-    """Change the tokens that a module gives; DiT-MoE's give their routing beside them."""
+    """Apply a function to the tokens of a module's output.
+
+    Args:
+        output: tokens (N, T, D), or (tokens, routing) of modules with experts.
+        change: function of the tokens.
+    """
     return change(output) if isinstance(output, Tensor) else (change(output[0]), *output[1:])
 
 
 def mlp_name(block: nn.Module) -> str:
-    """What a block calls its second branch: `mlp` in DiT, `moe` in DiT-MoE."""
+    """Name of a block's second branch: `mlp`, or `moe` with experts."""
     return "mlp" if hasattr(block, "mlp") else "moe"

@@ -1,4 +1,4 @@
-"""Bottleneck adapters on the MLP of every block: beside it (AdaptFormer) or after it (Houlsby et al.).
+"""Bottleneck adapters on the MLP of every block: parallel (AdaptFormer) or sequential (Houlsby et al.).
 
 The DiffFit paper (arXiv 2304.06648) calls them Adapt-Parallel and Adapt-Sequential; bottleneck 64 gives its 4.28 M.
 """
@@ -13,7 +13,14 @@ from ditune.peft.base import PeftMethod, mlp_name, on_tokens
 
 
 class Bottleneck(nn.Module):
-    """s (W_up relu(W_down x + b_down) + b_up), zero at its start because W_up is.  x (..., D) -> (..., D)"""
+    """s (W_up relu(W_down x + b_down) + b_up), which is zero initially because W_up and b_up are.
+
+    Args:
+        size: D.
+        bottleneck: width between the two layers.
+        scale: s.
+        device: of the parameters, which are always fp32.
+    """
 
     def __init__(self, size: int, bottleneck: int, scale: float, device: torch.device):
         super().__init__()
@@ -24,37 +31,48 @@ class Bottleneck(nn.Module):
         for parameter in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(parameter)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # (..., D) -> (..., D)
+        """Each token by itself."""
         return self.scale * self.up(self.down(x).relu())
 
 
 class Parallel(nn.Module):
-    """MLP(x) + adapter(x)"""
+    """A module with an adapter beside it: MLP(x) + adapter(x).
+
+    Args:
+        base: the module.
+        adapter: D to D.
+    """
 
     def __init__(self, base: nn.Module, adapter: nn.Module):
         super().__init__()
         self.base, self.adapter = base, adapter
 
-    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:  # (N, T, D) -> (N, T, D)
+        """Further arguments go to the module."""
         return on_tokens(self.base(x, *args, **kwargs), lambda h: h + self.adapter(x))
 
 
 class Sequential(Parallel):
-    """h + adapter(h)  with  h = MLP(x)"""
+    """A module with an adapter after it: h + adapter(h) with h = MLP(x)."""
 
-    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:  # (N, T, D) -> (N, T, D)
+        """Further arguments go to the module."""
         return on_tokens(self.base(x, *args, **kwargs), lambda h: h + self.adapter(h))
 
 
 class AdaptFormer(PeftMethod):
-    """AdaptFormer (Chen et al., arXiv 2205.13535, eq. 3): a bottleneck beside the MLP, behind the same LayerNorm.
+    """AdaptFormer (Chen et al., arXiv 2205.13535, eq. 3): a bottleneck parallel to the MLP, after the same LayerNorm.
 
-    In DiT the adapter's input is modulated and its output gated, as the MLP's.
+    In DiT the adapter has the MLP's input, which is modulated, and its output is gated with the MLP's.
 
     Args:
+        lr, weight_decay, train_labels: see `PeftMethod`.
         bottleneck: width between the two layers, at least 1.
         scale: s, factor on the adapter's output.
-        lr, weight_decay, train_labels: see `PeftMethod`.
+
+    Raises:
+        UserError: `bottleneck` is below 1.
     """
 
     wrapper: type[Parallel] = Parallel
@@ -74,9 +92,11 @@ class AdaptFormer(PeftMethod):
         self.bottleneck, self.scale = bottleneck, scale
 
     def selects(self, name: str) -> bool:
+        """The adapters."""
         return ".adapter." in name
 
     def inject(self, network: nn.Module) -> None:
+        """Wrap the second branch of every block."""
         for block in network.blocks:
             name, like = mlp_name(block), block.attn.proj.weight
             adapter = Bottleneck(like.shape[0], self.bottleneck, self.scale, like.device)
@@ -84,6 +104,6 @@ class AdaptFormer(PeftMethod):
 
 
 class Adapter(AdaptFormer):
-    """Adapter (Houlsby et al., arXiv 1902.00751) after the MLP of every block, with its own residual connection."""
+    """Adapter (Houlsby et al., arXiv 1902.00751) after the MLP of every block, with a residual connection."""
 
     wrapper = Sequential

@@ -1,4 +1,4 @@
-"""Methods on the weights of experts instead of attention and adaLN (`target=experts`), and on the routers only."""
+"""Methods on the weights of experts (`target=experts`), and on the routers."""
 
 from collections.abc import Callable, Iterator
 
@@ -16,8 +16,11 @@ from ditune.peft.norm import ones
 def moe_layers(network: nn.Module) -> Iterator[MoE]:
     """The network's layers with experts.
 
+    Args:
+        network: a DiT-MoE.
+
     Raises:
-        UserError: there are none.
+        UserError: the network has no experts.
     """
     if not isinstance(network, DiTMoE):
         raise UserError("The network has no experts. Leave peft.target out, or give a network that has.")
@@ -25,12 +28,14 @@ def moe_layers(network: nn.Module) -> Iterator[MoE]:
 
 
 class Router(PeftMethod):
-    """Only the routers train: which expert computes a token, and what its output counts."""
+    """Only the routers train: the choice of a token's experts, and the weights of their outputs."""
 
     def selects(self, name: str) -> bool:
+        """The routers."""
         return ".router." in name
 
     def inject(self, network: nn.Module) -> None:
+        """Only check that the network has experts."""
         list(moe_layers(network))
 
 
@@ -38,16 +43,19 @@ class FullExperts(Router):
     """Every weight of routed and shared experts trains."""
 
     def selects(self, name: str) -> bool:
+        """The experts."""
         return ".experts." in name or ".shared_experts." in name
 
 
 class DiffFitExperts(Router):
-    """A scale per channel on the routed sum and one on the shared output of every layer, as DiffFit's other gammas."""
+    """Scales per channel on the sum of the routed experts and on the shared output of every layer, initially 1."""
 
     def selects(self, name: str) -> bool:
+        """The scales."""
         return name.endswith(("gamma_routed", "gamma_shared"))
 
     def inject(self, network: nn.Module) -> None:
+        """Add the scales."""
         for layer in moe_layers(network):
             size = layer.router.weight.shape[1]
             layer.gamma_routed = ones(size, layer.router.weight)
@@ -55,6 +63,7 @@ class DiffFitExperts(Router):
                 layer.gamma_shared = ones(size, layer.router.weight)
 
     def fold(self, network: nn.Module) -> None:
+        """Multiply the scales into the experts' last layers."""
         for layer in moe_layers(network):
             for name, parameter in layer.experts.named_parameters():
                 if name in ("w_down_EFD", "w_out_EFD", "bias_out_ED"):
@@ -65,7 +74,13 @@ class DiffFitExperts(Router):
 
 
 class LoraExperts(HuggingFace):
-    """LoRA on every matrix of the routed experts, a pair of factors for each expert, by peft's `target_parameters`."""
+    """LoRA on every matrix of the routed experts, one pair of factors per expert, by peft's `target_parameters`.
+
+    Args:
+        use_rslora: scale by the root of the rank (arXiv 2312.03732).
+        target_modules: ignored; it names layers of attention in the configs.
+        **arguments: see `HuggingFace`.
+    """
 
     def __init__(self, use_rslora: bool = False, target_modules: object = None, **arguments: object):
         matrices = sorted({name for _, shapes in FORMS.values() for name, shape in shapes.items() if len(shape) == 3})
@@ -73,16 +88,18 @@ class LoraExperts(HuggingFace):
         super().__init__("LORA", use_rslora=use_rslora, target_modules=[], target_parameters=targets, **arguments)
 
     def inject(self, network: nn.Module) -> None:
+        """Put peft's layers around the matrices that these experts have; see `HuggingFace.inject`."""
         own = {name for layer in moe_layers(network) for name, _ in layer.experts.named_parameters()}
         self.config.target_parameters = [p for p in self.config.target_parameters if p.rpartition(".")[2] in own]
         super().inject(network)
 
 
 def rslora_experts(**arguments: object) -> LoraExperts:
+    """`LoraExperts` with `use_rslora`."""
     return LoraExperts(use_rslora=True, **arguments)
 
 
-# Adapters stand beside the whole layer, wherever a network has one.
+# Adapters wrap the whole layer, with or without experts.
 ON_EXPERTS: dict[str, Callable[..., PeftMethod]] = {
     "full": FullExperts,
     "difffit": DiffFitExperts,
@@ -91,15 +108,19 @@ ON_EXPERTS: dict[str, Callable[..., PeftMethod]] = {
     "adaptformer": AdaptFormer,
     "adapter": Adapter,
 }
-# keys of configs/peft/difffit.yaml that mean attention and branches
+# keys of configs/peft/difffit.yaml that do not apply to experts
 NOT_ON_EXPERTS = {"difffit": ("gamma_depth", "gammas", "affine_norms")}
 
 
 def build_on_experts(name: str, **kwargs: object) -> PeftMethod:
-    """The method called `name` for the weights of experts.
+    """A method on the weights of experts.
+
+    Args:
+        name: one of `ON_EXPERTS`.
+        **kwargs: arguments of the method; those that do not apply to experts are ignored.
 
     Raises:
-        UserError: it has no form for them.
+        UserError: the method has no form for experts.
     """
     if name not in ON_EXPERTS:
         raise UserError(

@@ -4,5 +4,8 @@ from ditune.peft.base import LABELS, PeftMethod
 
 
 class Full(PeftMethod):
+    """Every parameter trains. Arguments: see `PeftMethod`."""
+
     def selects(self, name: str) -> bool:
-        return not name.startswith(f"{LABELS}.")  # its label table is `train_labels`'s business, as everywhere
+        """Everything but the label table, which `train_labels` decides as for every method."""
+        return not name.startswith(f"{LABELS}.")

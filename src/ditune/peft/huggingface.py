@@ -1,6 +1,6 @@
-"""The methods of huggingface peft, with no code per method, and peft's own file format both ways.
+"""The methods of huggingface peft, one row each, and peft's own file format for reading and writing.
 
-peft is imported where it is needed: it takes seconds.
+peft is imported inside of the functions: it takes seconds.
 """
 
 import warnings
@@ -33,7 +33,7 @@ HUGGINGFACE: dict[str, tuple[str, dict[str, Any]]] = {
     "shira": ("SHIRA", {}),
     "miss": ("MISS", {}),
 }
-CHANGES_THE_BASE = ("pissa", "olora")  # initial values of LoRA that are taken out of the base weight
+CHANGES_THE_BASE = ("pissa", "olora")  # initial values of LoRA that are subtracted from the base weight
 PREFIX = "base_model.model."  # of every key in peft's files
 ADAPTER = "default"  # peft's name of the adapter inside the network
 
@@ -44,7 +44,11 @@ class HuggingFace(PeftMethod):
     Args:
         peft_type: key of peft's table of methods, such as "LORA".
         lr, weight_decay, train_labels: see `PeftMethod`. The label table is in peft's `modules_to_save`.
-        arguments: of peft's config class, which refuses unknown ones. `target_modules` is the qkv layers by default.
+        **arguments: of peft's config class. `target_modules` is the qkv layers by default.
+
+    Raises:
+        UserError: dropout, or a value that peft refuses.
+        TypeError: an argument that peft's config class does not have.
     """
 
     def __init__(
@@ -56,11 +60,11 @@ class HuggingFace(PeftMethod):
         dropout = [key for key, value in arguments.items() if key.endswith("dropout") and value]
         if dropout:
             raise UserError(
-                f"peft.{dropout[0]} draws random numbers that no resumed run could draw again. Leave it out, or set 0."
+                f"peft.{dropout[0]} needs random numbers that a resumed run cannot reproduce. Leave it out, or set 0."
             )
         if peft_type == "VERA" and arguments.setdefault("save_projection", False):
             raise UserError("VeRA's random matrices are saved as their seed. Leave peft.save_projection out.")
-        # its own backward functions, and weights that are replaced while they compute, have no forward derivative
+        # LoHa's own backward functions, and parametrized weights (target_parameters), have no forward derivative
         self.forward_mode = peft_type != "LOHA" and not arguments.get("target_parameters")
         arguments.setdefault("target_modules", [] if arguments.get("target_parameters") else QKV)
         if not isinstance(arguments["target_modules"], str):
@@ -71,27 +75,33 @@ class HuggingFace(PeftMethod):
         except (ValueError, ZeroDivisionError) as error:
             raise UserError(f"peft refuses these arguments: {first_line(error)}. See configs/peft/.") from error
         self.saved = [*(self.config.modules_to_save or ()), *([LABELS] if train_labels else ())]
-        self.config.modules_to_save = None  # they train here as all parameters do, without copies
+        self.config.modules_to_save = None  # they train in place, without peft's copies
         self.injected: set[str] = set()
-        self.constants: dict[str, Tensor] = {}  # that a file brought, and that go into the next one
+        self.constants: dict[str, Tensor] = {}  # read from a file, and written to the next one
 
     def selects(self, name: str) -> bool:
+        """peft's own parameters, and those of `modules_to_save`."""
         return name in self.injected or any(f".{module}." in f".{name}" for module in self.saved)
 
     def inject(self, network: nn.Module) -> None:
         """Put peft's layers around those that `target_modules` names.
 
-        On the meta device the layers are made on the CPU, from memory that nothing touches: some of peft's methods
-        compute when they are made.
+        On the meta device the layers are made on the CPU, from uninitialised memory: some of peft's methods compute at
+        construction.
+
+        Raises:
+            UserError: peft refuses the network, a target is not a linear layer, or the rank is 0.
         """
         from peft import get_peft_model
 
-        self.saved += [name for name in (prefix.rstrip(".") for prefix in network.fresh) if name not in self.saved]
+        self.saved += [
+            name for name in (prefix.rstrip(".") for prefix in network.new_parameter_prefixes) if name not in self.saved
+        ]
         meta, config = next(network.parameters()).is_meta, self.config
         if meta:
             network.to_empty(device="cpu")
             if self._changes_the_base:
-                config = replace(config, init_lora_weights=True)  # its singular values would be those of nothing
+                config = replace(config, init_lora_weights=True)  # there are no weights to decompose
         try:
             with quiet(), torch.device("cpu" if meta else torch.get_default_device()):
                 self.tuner = get_peft_model(network, config).base_model
@@ -118,16 +128,17 @@ class HuggingFace(PeftMethod):
                     layer.register_buffer(f"initial_{part}", initial, persistent=False)
 
     def fold(self, network: nn.Module) -> None:
+        """Merge peft's layers and put their base layers back."""
         found = layers(network)
         for layer in found.values():
             layer.merge()
         for name, layer in found.items():
             parent, _, child = name.rpartition(".")
-            if parent not in found:  # several parameters of one module are wrapped one around the other
+            if parent not in found:  # layers on several parameters of one module are nested
                 setattr(network.get_submodule(parent), child, layer.get_base_layer())
 
     def to_file(self, network: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """peft's config and keys. What starts from the base's own values is written as a LoRA on the unchanged base."""
+        """peft's config and keys. PiSSA and OLoRA are written as a LoRA of twice the rank on the unchanged base."""
         config, state = self.config, self.state_dict(network)
         if self._changes_the_base:
             # W - s B0 A0 + s B A  =  W + s [B, -B0] [A; A0]
@@ -150,6 +161,7 @@ class HuggingFace(PeftMethod):
         return written, {PREFIX + keys[name]: tensor for name, tensor in state.items()} | self.constants
 
     def from_file(self, network: nn.Module, tensors: dict[str, Tensor]) -> None:
+        """Load tensors by peft's keys, see `PeftMethod.from_file`."""
         names = {PREFIX + key: name for name, key in self._keys(network).items()}
         constants = {}
         for key, tensor in tensors.items():
@@ -163,7 +175,7 @@ class HuggingFace(PeftMethod):
         self.constants = constants
 
     def _constant(self, network: nn.Module, key: str) -> Tensor | None:
-        """What some of peft's files hold besides parameters: SHiRA's places; VeRA's matrices, which layers share."""
+        """A buffer in some of peft's files: SHiRA's indices, or VeRA's matrices, which layers share."""
         path, _, attribute = key.removeprefix(PREFIX).rpartition(".")
         found = layers(network)
         layer = next(iter(found.values())) if path == "base_model" else found.get(path)
@@ -175,7 +187,7 @@ class HuggingFace(PeftMethod):
         return str(getattr(self.config, "init_lora_weights", "")).startswith(CHANGES_THE_BASE)
 
     def _keys(self, network: nn.Module) -> dict[str, str]:
-        """Name of every trainable parameter: its key in peft's files."""
+        """Key of every trainable parameter in peft's files, by its name in the network."""
         from peft import get_peft_model_state_dict
 
         names = {name: name for name in self.trainable(network)}
@@ -186,14 +198,17 @@ class HuggingFace(PeftMethod):
 
 
 def layers(network: nn.Module) -> dict[str, nn.Module]:
-    """peft's layers in the network."""
+    """peft's layers in the network, by name."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return {name: module for name, module in network.named_modules() if isinstance(module, BaseTunerLayer)}
 
 
 def from_peft_config(config: dict[str, Any]) -> HuggingFace:
-    """The method of one of peft's adapter_config.json files; keys that this release of peft does not know are left out.
+    """The method of an adapter_config.json file of peft.
+
+    Args:
+        config: content of the file. Keys that the installed release of peft does not know are left out.
 
     Raises:
         UserError: peft does not know the type.
@@ -205,15 +220,16 @@ def from_peft_config(config: dict[str, Any]) -> HuggingFace:
     known = KNOWN[config["peft_type"]].__dataclass_fields__
     arguments = {k: v for k, v in config.items() if k in known} | {"inference_mode": False}
     arguments |= {key: 0.0 for key in arguments if key.endswith("dropout")}  # of training
-    if "save_projection" in arguments:  # VeRA's matrices come from the file below, as SHiRA's places do
+    if "save_projection" in arguments:  # `from_file` loads VeRA's matrices, like SHiRA's indices
         arguments["save_projection"] = False
     return HuggingFace(train_labels=False, **arguments)
 
 
 def first_line(error: Exception) -> str:
+    """First line of an error's text, without the full stop."""
     return str(error).splitlines()[0].rstrip(".")
 
 
 def quiet() -> warnings.catch_warnings:
-    """peft warns of settings that are made on purpose, and of CUDA kernels that it does without."""
+    """Silence peft's warnings about intended settings and optional CUDA kernels."""
     return warnings.catch_warnings(action="ignore")

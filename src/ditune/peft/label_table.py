@@ -13,17 +13,17 @@ WAYS = ("reinit", "reuse", "mean", "map")
 
 @torch.no_grad()
 def adapt_labels(network: nn.Module, way: str, new: int | Sequence[str], old: Sequence[str] | None = None) -> None:
-    """Give a network the label table of other classes; the row of the null class, the last, is carried over.
+    """Give a network a label table for other classes; the last row, of the null class, is kept.
 
     Args:
-        network: not adapted yet; its label table, `num_classes` and `config` change.
-        way: reinit = as in a new network, N(0, 0.02^2); reuse = the first rows of the old table; mean = the mean of the
-            old classes in every row; map = the rows of the old classes of the same name, and the mean for new ones.
-        new: number of the new classes, or their names (map needs them).
-        old: names of the network's classes; only map needs them.
+        network: not adapted yet. Its label table, `num_classes` and `config` are changed in place.
+        way: 'reinit' = N(0, 0.02^2) as in a new network; 'reuse' = the first rows of the old table; 'mean' = the mean
+            of the old classes in every row; 'map' = the rows of the old classes of the same name, the mean for others.
+        new: number of the new classes, or their names (required by 'map').
+        old: names of the network's classes; only 'map' needs them.
 
     Raises:
-        UserError: there is no such way, or the classes do not allow it.
+        UserError: an unknown way, or classes that it cannot use.
     """
     if way not in WAYS:
         raise UserError(f"classes is {way!r}. Choose one of {', '.join(WAYS)}.")
@@ -57,7 +57,13 @@ def _mapped(classes: Tensor, new: int | Sequence[str], old: Sequence[str] | None
 
 
 def replace_table(network: nn.Module, num_classes: int, table: Tensor) -> None:
-    """Put another label table into the network, with what the network says about its classes."""
+    """Replace the label table in place, with `num_classes` and `config` of the network.
+
+    Args:
+        network: any network of this package.
+        num_classes: K.
+        table: (K, D), or (K + 1, D) with a null class.
+    """
     embedder = getattr(network, LABELS)
     embedder.embedding_table = nn.Embedding.from_pretrained(table.clone(), freeze=False)
     network.num_classes = num_classes
@@ -65,7 +71,7 @@ def replace_table(network: nn.Module, num_classes: int, table: Tensor) -> None:
 
 
 def resize_labels(network: nn.Module, num_classes: int) -> None:
-    """An empty label table of another size, for an adapter that brings its own."""
+    """Replace the label table in place by zeros for `num_classes` classes, to be loaded from an adapter."""
     table = getattr(network, LABELS).embedding_table.weight
     null = len(table) - network.num_classes
     replace_table(network, num_classes, table.new_zeros(num_classes + null, table.shape[1]))

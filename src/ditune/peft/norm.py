@@ -1,4 +1,4 @@
-"""Norm tuning: a trained weight and bias on the LayerNorms of every block, where DiT has none of its own."""
+"""Norm tuning: a trained weight and bias on the LayerNorms of every block, which have none in DiT."""
 
 import torch
 from torch import Tensor, nn
@@ -7,11 +7,11 @@ from ditune.peft.base import PeftMethod
 
 
 class NormTuning(PeftMethod):
-    """Affine norm1 and norm2 in every block; with `adaln` also the layers that take norms' place in DiT.
+    """Affine norm1 and norm2 in every block.
 
     Args:
-        adaln: the adaLN layers train too, weights and biases (a third of DiT's parameters).
         lr, weight_decay, train_labels: see `PeftMethod`.
+        adaln: the adaLN layers train too, weights and biases (a third of DiT's parameters).
     """
 
     def __init__(self, lr: float, weight_decay: float = 0.0, train_labels: bool = True, adaln: bool = False):
@@ -19,16 +19,20 @@ class NormTuning(PeftMethod):
         self.adaln = adaln
 
     def selects(self, name: str) -> bool:
+        """The norms, and with `adaln` the adaLN layers."""
         return "norm" in name or (self.adaln and "adaLN_modulation" in name)
 
     def inject(self, network: nn.Module) -> None:
+        """Make the norms affine."""
         add_affine_norms(network)
 
     def fold(self, network: nn.Module) -> None:
+        """Fold the norms into the adaLN layers."""
         fold_affine_norms(network)
 
 
 def ones(size: int, like: Tensor) -> nn.Parameter:
+    """A parameter of ones (size,), fp32, on the device of `like`."""
     return nn.Parameter(torch.ones(size, device=like.device, dtype=torch.float32))
 
 
@@ -40,7 +44,7 @@ def add_affine_norms(network: nn.Module) -> None:
 
 
 def fold_affine_norms(network: nn.Module) -> None:
-    """Fold them into the adaLN layers, exactly, and remove them."""
+    """Fold the weights and biases of `add_affine_norms` into the adaLN layers, exactly, and remove them."""
     shift_msa, scale_msa, _, shift_mlp, scale_mlp, _ = range(6)
     for block in network.blocks:
         modulation = block.adaLN_modulation[1]

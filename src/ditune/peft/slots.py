@@ -1,7 +1,7 @@
-"""Where a network's modules and parameters hang, so that a change of its structure can be undone, or swapped in a call.
+"""Slots: the places of a network's modules and parameters, by which a change of its structure is undone or swapped.
 
-Every method adapts a network by filling slots: it replaces modules or parameters, or adds some. So an adapter is the
-slots that differ from the base's, and to switch between adapters is to put other objects into them; nothing is copied.
+Every method adapts a network by filling slots: it replaces modules or parameters, or adds some. An adapter is therefore
+the set of slots that differ from the base's. Switching adapters puts other objects into the slots, without copies.
 """
 
 from collections.abc import Iterator
@@ -10,14 +10,14 @@ from typing import Any
 
 from torch import nn
 
-# (module, the dict of it, name): what hangs there
+# (module, name of the module's dict, key in it): the object
 Slots = dict[tuple[nn.Module, str, str], Any]
 # plain attributes of a network that change with its adaptation
 ATTRIBUTES = ("num_classes", "config", "adaptation")
 
 
 def slots(network: nn.Module) -> Slots:
-    """Everything that hangs anywhere in the network now."""
+    """All modules, parameters and `ATTRIBUTES` of the network as it is now."""
     found = {(network, "__dict__", name): network.__dict__.get(name) for name in ATTRIBUTES}
     for module in network.modules():
         for kind in ("_modules", "_parameters"):
@@ -26,7 +26,7 @@ def slots(network: nn.Module) -> Slots:
 
 
 def difference(network: nn.Module, before: Slots) -> Slots:
-    """What hangs otherwise in the network than `before`; the insides of new modules are not listed."""
+    """The slots of the network that differ from `before`, without the contents of new modules."""
     modules = {module for module, _, _ in before}
     return {
         slot: value
@@ -36,12 +36,13 @@ def difference(network: nn.Module, before: Slots) -> Slots:
 
 
 def fill(content: Slots) -> None:
+    """Put every object into its slot."""
     for (module, kind, name), value in content.items():
         getattr(module, kind)[name] = value
 
 
 def undo(change: Slots, before: Slots) -> None:
-    """Make the slots of `change` what they were `before`."""
+    """Restore the slots of `change` to their content `before`."""
     for module, kind, name in change:
         if (module, kind, name) in before:
             getattr(module, kind)[name] = before[module, kind, name]
@@ -51,7 +52,7 @@ def undo(change: Slots, before: Slots) -> None:
 
 @contextmanager
 def all_or_nothing(network: nn.Module) -> Iterator[None]:
-    """A change of the network's structure that fails leaves no trace of itself."""
+    """Undo every change of the network's structure in the block if it raises an error."""
     before, trained = slots(network), {p: p.requires_grad for p in network.parameters()}
     try:
         yield

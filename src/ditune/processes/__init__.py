@@ -1,4 +1,4 @@
-"""Processes: how data become noise, and how a network's output is read on the way back."""
+"""Processes: how data become noise, and how a network's output is read on the way back to data."""
 
 from ditune.processes.flow import FlowProcess, expanded, shifted
 from ditune.processes.gaussian import GaussianProcess, Prediction
@@ -8,7 +8,14 @@ Process = GaussianProcess | FlowProcess
 
 
 def build_process(config: dict) -> Process:
-    """The process of a `config` that is stored with a network; without a `kind` it is a Gaussian diffusion."""
+    """The process of a `config` that is stored with a network.
+
+    Args:
+        config: arguments of its class, and `kind`: "flow" for a `FlowProcess`; without a kind, a `GaussianProcess`.
+
+    Raises:
+        UserError: the process refuses an argument.
+    """
     arguments = {key: value for key, value in config.items() if key != "kind"}
     return (FlowProcess if config.get("kind") == "flow" else GaussianProcess)(**arguments)
 

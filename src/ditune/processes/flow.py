@@ -1,9 +1,9 @@
-"""The straight path from data to noise, and the reading of a network's output as a velocity on it.
+"""The straight path from data to noise, and how a network's output is read as its velocity.
 
 Lipman et al. 2022 (arXiv 2210.02747), Liu et al. 2022 (arXiv 2209.03003). Everywhere in this package t = 0 is data and
 t = 1 is noise,
     x_t = (1 - t) x_0 + (sigma_min + (1 - sigma_min) t) epsilon,    v = dx/dt = (1 - sigma_min) epsilon - x_0.
-Networks of others that count time or step in another way are converted here and nowhere else.
+Other conventions of time and step size, of foreign networks, are converted here and nowhere else.
 """
 
 import copy
@@ -12,37 +12,36 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ditune.errors import UserError
-from ditune.processes.diffusion_as_flow import Diffused
+from ditune.errors import require
+from ditune.processes.diffusion_as_flow import DiffusionAsFlow
 from ditune.processes.gaussian import GaussianProcess
 
 STEPS = ("none", "log2", "size")
 
 
 class FlowProcess:
-    """The linear path, and how a network is told where on it a sample stands.
+    """The linear path, and how time and step size are fed to the network.
 
     Args:
-        time_scale: the network is told time_scale * time. 1000 suits DiT's embedding, which was made for 0..999;
-            1 is what DiT-MoE and the shortcut code feed.
-        data_at: the network's own time has its data at 0 or, as the shortcut code, at 1; its velocity then points to
-            the data.
-        sigma_min: noise that is left in the data; 1e-5 in the shortcut code.
-        step: how the network is told the length d of the step that its velocity is averaged over. 'none': it is not,
-            'log2': log2(1/d), the shortcut code's index, 'size': time_scale * d.
-        base_steps: M of shortcut models (arXiv 2410.12557), a power of 2: d is 1, 1/2, ... 1/M, and the finest one
-            stands for the velocity itself, d = 0: 'log2' tells it as log2(M), as the code does, 'size' as 0, as the
-            paper's d. None: any d in [0, 1].
-        diffusion: config of the diffusion that the network was trained on, and in whose terms it is asked; then
-            time_scale and data_at are not used. None: it is asked in the flow's.
-        straightened: d = 1 tells the network to follow a second, straightened flow, and between it and the finest step
-            there is nothing (live reflow).
+        time_scale: the network's time is time_scale * t. 1000 suits DiT's embedding, which was made for 0..999; DiT-MoE
+            and the shortcut code use 1.
+        data_at: the network's own time of the data: 0, or 1 as in the shortcut code, whose velocity points to the data.
+        sigma_min: standard deviation of the noise in the data; 1e-5 in the shortcut code.
+        step: how the step size d is fed to the network: 'none', 'log2' (log2(1/d), the shortcut code's index) or 'size'
+            (time_scale * d). The velocity is averaged over a step of this size.
+        base_steps: M of shortcut models (arXiv 2410.12557), a power of 2: d is 1, 1/2, ... 1/M. The finest d means the
+            instantaneous velocity: 'log2' feeds it as log2(M), like the code, and 'size' as 0, like the paper.
+            None: any d in [0, 1].
+        diffusion: config of the diffusion that the network was trained on. Its inputs and outputs are then converted,
+            and time_scale and data_at are not used. None: the network was trained on a flow.
+        straightened: the network holds two flows, selected by d: d = 1 is the reflowed (straightened) one, the finest d
+            the original one; other d are unused (live reflow).
 
     Raises:
-        UserError: unknown names, or numbers out of range.
+        UserError: an unknown name, or a number out of range.
     """
 
-    length = 1.0  # of its time, for parts of the process
+    length = 1.0  # of the network's time, for parts of the process
 
     def __init__(
         self,
@@ -54,14 +53,15 @@ class FlowProcess:
         diffusion: dict | None = None,
         straightened: bool = False,
     ):
-        if step not in STEPS:
-            raise UserError(f"The process knows no step {step!r}. Choose one of {', '.join(STEPS)}.")
-        if data_at not in (0, 1) or time_scale <= 0 or not 0 <= sigma_min < 1:
-            raise UserError("There is no such flow. Set data_at to 0 or 1, time_scale above 0, sigma_min in [0, 1).")
-        if base_steps is not None and (base_steps < 2 or base_steps & (base_steps - 1)):
-            raise UserError(f"base_steps is {base_steps}, which no halving reaches. Set it to a power of 2, like 128.")
-        if step == "log2" and base_steps is None:
-            raise UserError("step=log2 needs the number of the finest steps. Set objective.process.base_steps=128.")
+        key = "objective.process"
+        require(step in STEPS, f"{key}.step", step, f"Choose one of {', '.join(STEPS)}.")
+        require(data_at in (0, 1), f"{key}.data_at", data_at, "Set it to 0 or 1.")
+        require(time_scale > 0, f"{key}.time_scale", time_scale, "Set it above 0.")
+        require(0 <= sigma_min < 1, f"{key}.sigma_min", sigma_min, "Set it to 0 or more and below 1.")
+        power_of_2 = base_steps is None or (base_steps >= 2 and base_steps & (base_steps - 1) == 0)
+        require(power_of_2, f"{key}.base_steps", base_steps, "Set it to a power of 2, like 128, or to null.")
+        remedy = "step=log2 needs the finest step size: set objective.process.base_steps=128."
+        require(step != "log2" or base_steps is not None, f"{key}.base_steps", base_steps, remedy)
         self.config = {
             "kind": "flow",
             "time_scale": time_scale,
@@ -74,74 +74,83 @@ class FlowProcess:
         }
         self.time_scale, self.data_at, self.sigma_min = time_scale, data_at, sigma_min
         self.step, self.base_steps, self.straightened = step, base_steps, straightened
-        self.diffused = None if diffusion is None else Diffused(GaussianProcess(**diffusion))
+        self.diffused = None if diffusion is None else DiffusionAsFlow(GaussianProcess(**diffusion))
         self.steps = 1
 
     def changed(self, **changes: object) -> "FlowProcess":
-        """The same process but for some arguments."""
+        """A copy with other values of some arguments."""
         return FlowProcess(**{key: value for key, value in (self.config | changes).items() if key != "kind"})
 
     def on_diffusion(self, diffusion: dict) -> "FlowProcess":
-        """The same flow by a network that was trained on a diffusion."""
+        """The same flow for a network that was trained on a diffusion.
+
+        Args:
+            diffusion: config of the diffusion.
+        """
         return self.changed(diffusion=diffusion)
 
     @property
     def network(self) -> dict[str, bool]:
-        """What the process asks of its network's constructor."""
+        """Arguments that the process needs in its network's constructor."""
         return {"step": True} if self.step != "none" else {}
 
     def in_steps(self, steps: int) -> "FlowProcess":
-        """The same process, to be drawn in `steps` steps.
+        """The same process for sampling in `steps` steps.
 
         Raises:
-            UserError: fewer than one.
+            UserError: fewer than one step.
         """
-        if steps < 1:
-            raise UserError(f"A flow cannot be drawn in {steps} steps. Set steps to 1 or more.")
+        require(steps >= 1, "steps", steps, "Set it to 1 or more.")
         process = copy.copy(self)
         process.steps = steps
         return process
 
     def times(self, shift: float = 1.0) -> Tensor:  # (steps + 1,) float64, from 1 to 0
-        """Ends of the steps, evenly spaced before the shift."""
+        """Times of the steps' ends, evenly spaced before the shift, see `shifted`."""
         return shifted(1 - torch.arange(self.steps + 1, dtype=torch.float64) / self.steps, shift)
 
     def x_t(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:  # (N, C, H, W) x 2, (N,) -> (N, C, H, W)
+        """Point of the straight path from x_0 to the noise at t in [0, 1]."""
         t = expanded(t, x0)
         return (1 - t) * x0 + (self.sigma_min + (1 - self.sigma_min) * t) * noise
 
     def target(self, x0: Tensor, noise: Tensor) -> Tensor:
-        """dx/dt of the straight path from x_0 to the noise."""
+        """Velocity dx/dt of the straight path from x_0 to the noise, (N, C, H, W)."""
         return (1 - self.sigma_min) * noise - x0
 
     def velocity(self, network: Callable, x: Tensor, t: Tensor, y: Tensor, d: Tensor | None = None) -> Tensor:
-        """The network's velocity at x, (N, C, H, W); channels beyond the input's (a variance) are not part of it.
+        """The network's velocity at x.
 
         Args:
-            network: (x, network time, y) -> output, or (x, network time, y, network step) where it is told steps.
+            network: (x, network time, y) -> output, or (x, network time, y, network step) if it is step-conditioned.
             x: (N, C, H, W).
             t: (N,) in [0, 1].
             y: (N,) labels.
-            d: (N,) in [0, t]: the velocity is the mean one from t down to t - d. None: at t itself.
+            d: (N,) step size in [0, t]: the velocity is the mean from t down to t - d. None: at t itself.
+
+        Returns:
+            (N, C, H, W). Output channels beyond the input's (a learned variance) are left out.
         """
         step: tuple[Tensor, ...] = (
             () if self.step == "none" else (self.network_step(torch.zeros_like(t) if d is None else d),)
         )
         if self.diffused is not None:
-            x, timestep, alpha, sigma = self.diffused.question(x, t)
+            x, timestep, alpha, sigma = self.diffused.to_diffusion_time(x, t)
             output = network(x, timestep, y, *step)[:, : x.shape[1]].to(x.dtype)
             return self.diffused.velocity(output, x, alpha, sigma)
         output = network(x, self.network_time(t), y, *step)[:, : x.shape[1]].to(x.dtype)
         return -output if self.data_at else output
 
     def bind(self, network: Callable) -> Callable[..., Tensor]:
-        """`velocity` of one network."""
+        """`velocity` of one network: (x, t, y) or (x, t, y, d) -> (N, C, H, W)."""
         return lambda x, t, y, d=None: self.velocity(network, x, t, y, d)
 
     def network_time(self, t: Tensor) -> Tensor:  # (N,) -> (N,)
+        """The network's own time of t in [0, 1]."""
         return self.time_scale * (1 - t if self.data_at else t)
 
     def network_step(self, d: Tensor) -> Tensor:  # (N,) -> (N,)
+        """What is fed to a step-conditioned network for the step size d in [0, 1]."""
         if self.step == "log2":
             return -d.clamp(min=1 / self.base_steps).log2()
         finest = 0 if self.base_steps is None else 1 / self.base_steps
@@ -149,9 +158,15 @@ class FlowProcess:
 
 
 def shifted(t: Tensor, shift: float) -> Tensor:
-    """Time shift of arXiv 2403.03206 (SD3): above 1 the times move to the noise; 0 and 1 stay."""
+    """Time shift of SD3 (arXiv 2403.03206). Above 1, times move towards the noise; t = 0 and t = 1 stay.
+
+    Args:
+        t: times in [0, 1], of any shape.
+        shift: above 0; 1 = none.
+    """
     return shift * t / (1 + (shift - 1) * t)
 
 
 def expanded(values: Tensor, like: Tensor) -> Tensor:  # (N,) -> (N, 1, 1, 1)
+    """Values of samples, shaped to broadcast against `like` (N, ...), in its device and dtype."""
     return values.to(like).view(-1, *[1] * (like.ndim - 1))

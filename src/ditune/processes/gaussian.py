@@ -1,4 +1,4 @@
-"""The Gaussian diffusion process q(x_t | x_0) and the reading of a network's output as p(x_{t-1} | x_t).
+"""The Gaussian diffusion process q(x_t | x_0), and how a network's output is read as p(x_{t-1} | x_t).
 
 Ho et al. 2020 (arXiv 2006.11239, "DDPM"), Nichol & Dhariwal 2021 (arXiv 2102.09672, "IDDPM"), Salimans & Ho 2022
 (arXiv 2202.00512, "v"). With alpha_bar = prod (1 - beta):  x_t = alpha x_0 + sigma epsilon,  alpha = sqrt(alpha_bar),
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ditune.errors import UserError
+from ditune.errors import UserError, require
 from ditune.processes.schedules import BETAS, Tables, kept_timesteps, respaced_betas
 
 PREDICTIONS = ("epsilon", "x0", "v")
@@ -20,28 +20,28 @@ VARIANCES = ("learned_range", "fixed_large", "fixed_small")
 
 
 class Prediction(NamedTuple):
-    """What a network's output says about one step back: p(x_{t-1} | x_t) and the x_0 and noise behind it."""
+    """p(x_{t-1} | x_t) as a network's output gives it, with the predicted x_0 and noise."""
 
     mean: Tensor  # (N, C, H, W)
-    log_variance: Tensor  # (N, C, H, W), or (N, 1, 1, 1) where it is fixed
+    log_variance: Tensor  # (N, C, H, W), or (N, 1, 1, 1) if it is fixed
     x0: Tensor  # (N, C, H, W)
     epsilon: Tensor  # (N, C, H, W)
 
 
 class GaussianProcess:
-    """A diffusion process of T timesteps, or of fewer where it is respaced; t = 0 is nearest to the data.
+    """A diffusion process of T timesteps, or of fewer if it is respaced; t = 0 is nearest to the data.
 
     Args:
         schedule: 'linear' or 'cosine'.
-        timesteps: T of the full process, the one the network is trained with.
-        prediction: what the network predicts: 'epsilon', 'x0', or 'v' = alpha epsilon - sigma x_0.
+        timesteps: T of the full process, with which the network is trained.
+        prediction: the network's target: 'epsilon', 'x0', or 'v' = alpha epsilon - sigma x_0.
         variance: of p(x_{t-1} | x_t). 'learned_range' (2C output channels) interpolates between the two fixed ones.
         respacing: timesteps that are kept, see `kept_timesteps`.
 
-    Everywhere below t (N,) int64 counts the kept timesteps; `network_time(t)` is what the network is told.
+    In all methods t (N,) int64 counts the kept timesteps; `network_time(t)` is the network's input.
 
     Raises:
-        UserError: unknown names, fewer than one timestep, or a respacing that does not fit.
+        UserError: an unknown name, fewer than one timestep, or a respacing that does not fit.
     """
 
     def __init__(
@@ -57,12 +57,8 @@ class GaussianProcess:
             ("prediction", prediction, PREDICTIONS),
             ("variance", variance, VARIANCES),
         ]:
-            if value not in known:
-                raise UserError(f"The process knows no {name} {value!r}. Choose one of {', '.join(known)}.")
-        if timesteps < 1:
-            raise UserError(
-                f"A process cannot have {timesteps} timesteps. Set objective.process.timesteps to 1 or more."
-            )
+            require(value in known, f"objective.process.{name}", value, f"Choose one of {', '.join(known)}.")
+        require(timesteps >= 1, "objective.process.timesteps", timesteps, "Set it to 1 or more.")
         self.config = {
             "schedule": schedule,
             "timesteps": timesteps,
@@ -75,8 +71,8 @@ class GaussianProcess:
         full_betas = BETAS[schedule](timesteps)
         if full_betas.max() >= 1:
             raise UserError(
-                f"A {schedule} schedule of {timesteps} timesteps has a beta of 1 or more. "
-                "Set objective.process.timesteps to 21 or more."
+                f"objective.process.timesteps is {timesteps}, and its {schedule} schedule has a beta of 1 or more. "
+                "Set it to 21 or more."
             )
         betas = respaced_betas(full_betas, kept)
         self.tables = Tables(timestep_map=kept, **_gaussian_tables(betas))
@@ -84,34 +80,33 @@ class GaussianProcess:
 
     @property
     def steps(self) -> int:
-        """Number of timesteps that are kept, at most `timesteps`."""
+        """Number of kept timesteps, at most `timesteps`."""
         return len(self.timestep_map)
 
     def respaced(self, respacing: str) -> "GaussianProcess":
-        """The same process with other kept timesteps; they are counted on the full process."""
+        """The same process with other kept timesteps, counted on the full process; see `kept_timesteps`."""
         return GaussianProcess(**{**self.config, "respacing": respacing})
 
     @property
     def length(self) -> int:
-        """Of the network's time, for parts of the process."""
+        """Length of the network's time, for parts of the process."""
         return self.timesteps
 
     @property
     def network(self) -> dict[str, bool]:
-        """What the process asks of its network's constructor; a network of any variance has its own word for it."""
+        """Arguments that the process needs in its network's constructor: none, `learn_sigma` is set by the user."""
         return {}
 
     def in_steps(self, steps: int) -> "GaussianProcess":
-        """The same process, to be drawn in `steps` steps from end to end.
+        """The same process for sampling in `steps` steps, which include the first and the last timestep.
 
-        A stride ("ddim25") would begin at t = 960, where the noise that is put in does not look like x_960 yet; KID was
-        0.27 instead of 0.21 (docs/results/base_network.md).
+        A stride ("ddim25") would begin at t = 960, but pure noise is not distributed as x_960; KID was 0.27 instead of
+        0.21 (docs/results/base_network.md).
 
         Raises:
-            UserError: `steps` lies outside the process.
+            UserError: `steps` is not between 1 and `timesteps`.
         """
-        if not 1 <= steps <= self.timesteps:
-            raise UserError(f"The process cannot be drawn in {steps} steps. Set steps between 1 and {self.timesteps}.")
+        require(1 <= steps <= self.timesteps, "steps", steps, f"Set it between 1 and {self.timesteps}.")
         return self.respaced(str(steps))
 
     def bind(self, network: Callable) -> Callable:
@@ -119,18 +114,37 @@ class GaussianProcess:
         return network
 
     def network_time(self, t: Tensor) -> Tensor:  # (N,) -> (N,) in 0..timesteps-1
+        """The full process's timestep of each kept timestep, the network's input."""
         return self.tables.placed("timestep_map", t.device, torch.int64)[t]
 
     def at(self, name: str, t: Tensor, like: Tensor) -> Tensor:  # (N,) -> (N, 1, 1, 1)
-        """Value of a table at each sample's timestep."""
+        """Value of the table `name` at each sample's timestep, in the device and dtype of `like`."""
         return self.tables.at(name, t, like)
 
     def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """x_t (DDPM eq. 4)."""
+        """x_t = alpha x_0 + sigma epsilon (DDPM eq. 4).
+
+        Args:
+            x0: (N, C, H, W) data.
+            t: (N,) int64 kept timesteps.
+            noise: (N, C, H, W) standard normal.
+
+        Returns:
+            (N, C, H, W).
+        """
         return self.at("alpha", t, x0) * x0 + self.at("sigma", t, x0) * noise
 
     def q_posterior(self, x0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean (N, C, H, W), variance and its clipped logarithm (N, 1, 1, 1) of q(x_{t-1} | x_t, x_0) (DDPM eq. 7)."""
+        """q(x_{t-1} | x_t, x_0) (DDPM eq. 6 and 7).
+
+        Args:
+            x0: (N, C, H, W) data, or its prediction.
+            x_t: (N, C, H, W) noisy data.
+            t: (N,) int64 kept timesteps.
+
+        Returns:
+            Mean (N, C, H, W), variance (N, 1, 1, 1), and the variance's clipped logarithm (N, 1, 1, 1).
+        """
         mean = self.at("posterior_mean_coef1", t, x_t) * x0 + self.at("posterior_mean_coef2", t, x_t) * x_t
         return (
             mean,
@@ -139,36 +153,45 @@ class GaussianProcess:
         )
 
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What the network should output for x_t = q_sample(x0, t, noise)."""
+        """The network's target at x_t = q_sample(x0, t, noise), (N, C, H, W)."""
         if self.prediction == "epsilon":
             return noise
         if self.prediction == "x0":
             return x0
-        return self.at("alpha", t, x0) * noise - self.at("sigma", t, x0) * x0
+        return self.at("alpha", t, x0) * noise - self.at("sigma", t, x0) * x0  # v, arXiv 2202.00512
 
     def split(self, output: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The predicted quantity (N, C, H, W) and, for 'learned_range', the variance's fraction in [-1, 1], else None.
+        """Split a network's output into prediction and variance.
+
+        Args:
+            output: raw network output, (N, 2C, H, W) for 'learned_range' and (N, C, H, W) otherwise.
+            x_t: (N, C, H, W) input of the network.
+
+        Returns:
+            The prediction (N, C, H, W), and for 'learned_range' the variance's fraction in [-1, 1], (N, C, H, W), else
+            None.
 
         Raises:
-            UserError: the network's number of output channels does not suit the process's variance.
+            UserError: the number of output channels does not suit the process's variance.
         """
         channels, learned = x_t.shape[1], self.variance == "learned_range"
         if output.shape[1] != channels * (1 + learned):
             raise UserError(
-                f"The network gives {output.shape[1]} channels for {channels}, which variance={self.variance} cannot "
-                "read. Use variance=learned_range with networks that have learn_sigma=true, a fixed variance otherwise."
+                f"The network has {output.shape[1]} output channels for {channels} input channels, which does not suit "
+                f"objective.process.variance={self.variance}. Set variance=learned_range for networks with "
+                "learn_sigma=true, and a fixed variance otherwise."
             )
         output = output.to(x_t.dtype)  # the step is computed in full precision, whatever the network ran in
         return (output[:, :channels], output[:, channels:]) if learned else (output, None)
 
     def predict(self, output: Tensor, x_t: Tensor, t: Tensor, clip: float = 0.0) -> Prediction:
-        """Read the network's output at x_t.
+        """Read the network's output at x_t as p(x_{t-1} | x_t).
 
         Args:
             output: raw network output, (N, 2C, H, W) for 'learned_range' and (N, C, H, W) otherwise.
             x_t: (N, C, H, W).
             t: (N,) int64 kept timesteps.
-            clip: hold the predicted x_0 in [-clip, clip]; 0 = not. 1 suits pixels in [-1, 1].
+            clip: clamp the predicted x_0 to [-clip, clip]; 0 = off. 1 suits pixels in [-1, 1].
         """
         predicted, fraction = self.split(output, x_t)
         x0 = self._x0(predicted, x_t, t)

@@ -14,13 +14,18 @@ from ditune.errors import UserError
 
 
 def linear_betas(timesteps: int) -> np.ndarray:  # (T,) float64
-    """Evenly spaced betas (Ho et al., section 4), 1e-4..0.02 at T = 1000; other T are scaled to as much noise."""
+    """Evenly spaced betas (Ho et al., section 4), 1e-4..0.02 at T = 1000; other T are scaled to the same noise."""
     scale = 1000 / timesteps
     return np.linspace(scale * 1e-4, scale * 0.02, timesteps, dtype=np.float64)
 
 
 def cosine_betas(timesteps: int, max_beta: float = 0.999) -> np.ndarray:  # (T,) float64
-    """Betas whose cumulative alpha is a squared cosine (Nichol & Dhariwal, eq. 17, offset s = 0.008)."""
+    """Betas whose cumulative alpha is a squared cosine (Nichol & Dhariwal, eq. 17, offset s = 0.008).
+
+    Args:
+        timesteps: T.
+        max_beta: upper limit of a beta, which the last one would exceed.
+    """
     angles = [(i / timesteps + 0.008) / 1.008 * math.pi / 2 for i in range(timesteps + 1)]
     alpha_bar = np.array([math.cos(angle) ** 2 for angle in angles], dtype=np.float64)
     return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], max_beta)
@@ -30,12 +35,12 @@ BETAS = {"linear": linear_betas, "cosine": cosine_betas}
 
 
 def kept_timesteps(respacing: str, timesteps: int) -> np.ndarray:  # (T',) int64, ascending
-    """Timesteps of the full process that a shorter one keeps.
+    """Timesteps of the full process that a respaced process keeps.
 
     Args:
         respacing: `''` keeps all. `'50'` spreads 50 steps from the first timestep to the last. `'10,20,30'` cuts the
             process into three equal sections and spreads 10, 20 and 30 steps over them, end to end. `'ddim50'` takes
-            every (T/50)-th timestep, from 0 on; the last timesteps are then left out.
+            every (T/50)-th timestep from 0 on, without the last timesteps.
         timesteps: length T of the full process.
 
     Raises:
@@ -71,20 +76,24 @@ def _sectioned(counts: list[int], timesteps: int) -> np.ndarray:
         if not 1 <= count <= size:
             raise ValueError("more steps than timesteps")
         stride = (size - 1) / max(count - 1, 1)
-        # A running sum, as the original adds the stride up: k * stride rounds differently where it meets a half.
+        # A running sum, like the original: k * stride would round differently at halves.
         kept.append(start + np.rint(np.cumsum([0.0] + [stride] * (count - 1))).astype(np.int64))
         start += size
     return np.concatenate(kept)
 
 
 def respaced_betas(betas: np.ndarray, kept: np.ndarray) -> np.ndarray:  # (T,), (T',) -> (T',)
-    """Betas of the process of the kept timesteps alone, whose cumulative alphas stay (2102.09672, eq. 19)."""
+    """Betas of the process of the kept timesteps alone, with unchanged cumulative alphas (2102.09672, eq. 19)."""
     alphas_cumprod = np.cumprod(1 - betas)[kept]
     return 1 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])
 
 
 class Tables:
-    """Named numbers per timestep, exact on the CPU and copied once to every device and dtype that asks for them."""
+    """Named numbers per timestep, exact on the CPU and copied once per device and dtype.
+
+    Args:
+        **tables: (T,) each, float64 or int64.
+    """
 
     def __init__(self, **tables: np.ndarray):  # each (T,)
         self._exact = {name: torch.from_numpy(table) for name, table in tables.items()}
@@ -94,7 +103,7 @@ class Tables:
         return self._exact[name]
 
     def placed(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:  # (T,)
-        """The whole table on a device; rounded before it moves, since not every device knows float64."""
+        """The whole table on a device. It is rounded before it moves, since not every device has float64."""
         key = (name, device, dtype)
         if key not in self._placed:
             with torch.inference_mode(False):  # a copy first made while sampling must also serve training

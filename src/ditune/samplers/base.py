@@ -1,4 +1,4 @@
-"""What all samplers share: from noise to data, step by step."""
+"""The interface of samplers: from noise to data, step by step."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -15,26 +15,33 @@ Step = tuple[float, Tensor, Tensor]  # time at its beginning, x after it, predic
 
 
 class Sampler(ABC):
-    """Base of samplers; one of them implements `walk`, and `check` where not every number of steps will do."""
+    """Base class of samplers. A subclass implements `walk`, and `check` if it cannot take every number of steps."""
 
-    kind: ClassVar[str]  # in the protocols of stored values; the class may be renamed
-    parameters: ClassVar[tuple[str, ...]] = ()  # attributes that decide how images look, in the order of `settings`
-    process: ClassVar[type[Process]]  # the kind that it draws from
+    kind: ClassVar[str]  # name in stored evaluation protocols; the class may be renamed
+    parameters: ClassVar[tuple[str, ...]] = ()  # attributes that change the images, in the order of `settings`
+    process: ClassVar[type[Process]]  # the kind of process that it samples from
 
     def settings(self) -> dict[str, Any]:
-        """Names and values of its parameters, a part of every protocol."""
+        """Names and values of `parameters`, a part of every stored evaluation protocol."""
         return {name: getattr(self, name) for name in self.parameters}
 
     def check(self, process: Process) -> None:  # noqa: B027 - most take any number
-        """Whether it can take the process's steps.
+        """Refuse a process whose steps the sampler cannot take.
+
+        Args:
+            process: with the number of steps to be taken.
 
         Raises:
-            UserError: it cannot.
+            UserError: the sampler cannot take them.
         """
 
     @abstractmethod
     def walk(self, model_fn: ModelFn, process: Process, x: Tensor, noise: NoiseFn) -> Iterator[Step]:
-        """Go from noise to data; gives every step that was taken. Arguments as `__call__`'s."""
+        """Go from noise to data, and yield (time at its beginning, x after it, predicted x_0) of every step.
+
+        Args:
+            model_fn, process, x, noise: see `__call__`.
+        """
 
     @torch.inference_mode()
     def __call__(
@@ -48,11 +55,14 @@ class Sampler(ABC):
         """Go from noise to data.
 
         Args:
-            model_fn: (x, time of the network, and for those that are told steps their length) -> raw output.
-            process: its steps are the steps taken.
+            model_fn: (x, time) -> raw output, or (x, time, step size) -> raw output for step-conditioned networks.
+            process: with the number of steps to be taken.
             x: (N, C, H, W) standard normal noise.
-            noise: gives (N, C, H, W) standard normal noise; random samplers call it, but not at the last step.
+            noise: returns (N, C, H, W) standard normal noise. Random samplers call it at every step but the last.
             on_step: called after every step with (time at its beginning, x, predicted x_0).
+
+        Returns:
+            (N, C, H, W) data.
         """
         for step in self.walk(model_fn, process, x, noise):
             x = step[1]

@@ -5,21 +5,21 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ditune.errors import UserError
+from ditune.errors import require
 from ditune.processes import GaussianProcess
 from ditune.samplers.base import NoiseFn, Sampler, Step
 from ditune.samplers.guidance import ModelFn
 
 
 class DDIM(Sampler):
-    """Walks from noise to data along the predicted noise; without randomness at eta = 0.
+    """Steps along the predicted noise, from noise to data; deterministic at eta = 0.
 
     Args:
-        eta: share of an ancestral sampler's randomness, 0..1.
-        clip: hold the predicted x_0 in [-clip, clip]; 0 = not. For pixels in [-1, 1] times a scale: that scale.
+        eta: share of the ancestral sampler's randomness, 0..1 (eq. 16).
+        clip: clamp the predicted x_0 to [-clip, clip]; 0 = off. Set it to the autoencoder's scale for pixels.
 
     Raises:
-        UserError: eta lies outside 0..1.
+        UserError: eta is outside of 0..1.
     """
 
     kind = "DDIM"
@@ -27,13 +27,11 @@ class DDIM(Sampler):
     process = GaussianProcess
 
     def __init__(self, eta: float = 0.0, clip: float = 0.0):
-        if not 0 <= eta <= 1:
-            raise UserError(
-                f"DDIM's eta is a share of randomness, but is {eta}. Set sampler.sampler.eta between 0 and 1."
-            )
+        require(0 <= eta <= 1, "sampler.sampler.eta", eta, "Set it between 0 and 1.")
         self.eta, self.clip = eta, clip
 
     def walk(self, model_fn: ModelFn, process: GaussianProcess, x: Tensor, noise: NoiseFn) -> Iterator[Step]:
+        """Take the process's steps, see `Sampler.walk`."""
         for step in reversed(range(process.steps)):
             t = torch.full((len(x),), step, device=x.device)
             prediction = process.predict(model_fn(x, process.network_time(t)), x, t, self.clip)
@@ -53,7 +51,17 @@ class DDIM(Sampler):
         x: Tensor,
         on_step: Callable[[int, Tensor, Tensor], None] | None = None,
     ) -> Tensor:  # (N, C, H, W)
-        """Walk from data x (N, C, H, W) to the noise that makes them (section 4.3, the ODE run backwards; eta = 0)."""
+        """Invert the sampler at eta = 0: from data to the noise that it comes from (section 4.3, the ODE backwards).
+
+        Args:
+            model_fn: (x, time) -> raw output.
+            process: with the number of steps to be taken.
+            x: (N, C, H, W) data.
+            on_step: called after every step with (timestep, x, predicted x_0).
+
+        Returns:
+            (N, C, H, W) noise.
+        """
         for step in range(process.steps):
             t = torch.full((len(x),), step, device=x.device)
             prediction = process.predict(model_fn(x, process.network_time(t)), x, t, self.clip)

@@ -11,10 +11,10 @@ from ditune.samplers.guidance import ModelFn
 
 
 class DDPM(Sampler):
-    """Walks from noise to data by drawing x_{t-1} from p(x_{t-1} | x_t).
+    """x_{t-1} ~ p(x_{t-1} | x_t) at every timestep, from noise to data.
 
     Args:
-        clip: hold the predicted x_0 in [-clip, clip]; 0 = not. For pixels in [-1, 1] times a scale: that scale.
+        clip: clamp the predicted x_0 to [-clip, clip]; 0 = off. Set it to the autoencoder's scale for pixels.
     """
 
     kind = "DDPM"
@@ -25,10 +25,11 @@ class DDPM(Sampler):
         self.clip = clip
 
     def walk(self, model_fn: ModelFn, process: GaussianProcess, x: Tensor, noise: NoiseFn) -> Iterator[Step]:
+        """Take the process's steps, see `Sampler.walk`."""
         for step in reversed(range(process.steps)):
             t = torch.full((len(x),), step, device=x.device)
             prediction = process.predict(model_fn(x, process.network_time(t)), x, t, self.clip)
             x = prediction.mean
             if step > 0:
-                x = x + (0.5 * prediction.log_variance).exp() * noise().to(x)
+                x = x + (0.5 * prediction.log_variance).exp() * noise().to(x)  # algorithm 2, line 4
             yield int(process.timestep_map[step]), x, prediction.x0

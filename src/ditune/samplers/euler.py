@@ -6,21 +6,21 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ditune.errors import UserError
+from ditune.errors import require
 from ditune.processes import FlowProcess
 from ditune.samplers.base import NoiseFn, Sampler, Step
 from ditune.samplers.guidance import ModelFn
 
 
 class Euler(Sampler):
-    """Walks from noise to data along the velocity at each step's beginning.
+    """x_s = x_t - (t - s) v(x_t, t), from noise to data.
 
     Args:
-        shift: time shift of the steps (arXiv 2403.03206): above 1 more of them stand near the noise; 1 = none.
-        eta: randomness; the steps have the same marginals for every eta. 0 = none, 1 = as much noise is taken out of x
-            and put in again as the step passes (arXiv 2401.08740, with diffusion w = 2 eta t).
-        told: length of the step that networks that are told steps hear; 0 = the velocity itself. Live reflow's
-            straightened flow is 1.
+        shift: time shift of the steps (arXiv 2403.03206). Above 1, more of them are near the noise; 1 = none.
+        eta: randomness, 0 = none. The marginals are the same for every eta (arXiv 2401.08740, diffusion w = 2 eta t).
+            At 1, each step replaces as much noise as it removes.
+        told: step size passed to step-conditioned networks, in [0, 1]; 0 = instantaneous velocity. The reflowed flow of
+            live reflow is at 1. The name is part of stored protocols.
 
     Raises:
         UserError: a number out of range.
@@ -31,11 +31,13 @@ class Euler(Sampler):
     process = FlowProcess
 
     def __init__(self, shift: float = 1.0, eta: float = 0.0, told: float = 0.0):
-        if shift <= 0 or eta < 0 or not 0 <= told <= 1:
-            raise UserError("Euler's steps cannot be so. Set shift above 0, eta to 0 or more and told between 0 and 1.")
+        require(shift > 0, "sampler.sampler.shift", shift, "Set it above 0.")
+        require(eta >= 0, "sampler.sampler.eta", eta, "Set it to 0 or more.")
+        require(0 <= told <= 1, "sampler.sampler.told", told, "It is a step size: set it between 0 and 1.")
         self.shift, self.eta, self.told = shift, eta, told
 
     def walk(self, model_fn: ModelFn, process: FlowProcess, x: Tensor, noise: NoiseFn) -> Iterator[Step]:
+        """Take the process's steps, see `Sampler.walk`."""
         for t, s in pairwise(process.times(self.shift).tolist()):
             velocity = model_fn(x, *(torch.full((len(x),), value, device=x.device) for value in (t, self.told)))
             x0, epsilon = x - t * velocity, x + (1 - t) * velocity

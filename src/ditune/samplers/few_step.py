@@ -1,4 +1,4 @@
-"""Steps as long as the network has learned them: shortcut models and other flow maps, and consistency models."""
+"""Samplers of step-conditioned networks: shortcut models and other flow maps, and consistency models."""
 
 from collections.abc import Iterator
 from itertools import pairwise
@@ -12,23 +12,26 @@ from ditune.samplers.base import NoiseFn, Sampler, Step
 from ditune.samplers.guidance import ModelFn
 
 
-class Jumps(Sampler):
-    """Walks from noise to data in equal steps, each by the mean velocity over it (arXiv 2410.12557, algorithm 2).
+class ShortcutSampler(Sampler):
+    """x_s = x_t - (t - s) u(x_t, t, t - s) in equal steps, from noise to data (arXiv 2410.12557, algorithm 2).
 
-    Shortcut models take 1, 2, 4 ... M steps; networks of any length of step take any number.
+    Shortcut models take 1, 2, 4 ... M steps. Networks that are conditioned on any step size take any number.
     """
 
     kind = "Jumps"
     process = FlowProcess
 
     def check(self, process: FlowProcess) -> None:
-        """Whether the network has learned steps of this length.
+        """Refuse step sizes that the network was not trained for.
 
         Raises:
-            UserError: it has not.
+            UserError: the network is not step-conditioned, or not trained for this number of steps.
         """
         if process.step == "none":
-            raise UserError("The network is not told the length of a step, so it cannot jump. Set sampler=euler.")
+            raise UserError(
+                "sampler=jumps needs a step-conditioned network, and objective.process.step is 'none'. "
+                "Set sampler=euler."
+            )
         if process.base_steps is None:
             return
         halvings = process.base_steps.bit_length() - 1
@@ -40,21 +43,28 @@ class Jumps(Sampler):
             )
 
     def walk(self, model_fn: ModelFn, process: FlowProcess, x: Tensor, noise: NoiseFn) -> Iterator[Step]:
+        """Take the process's steps, see `Sampler.walk`."""
         for t, s in pairwise(process.times().tolist()):
             velocity = model_fn(x, *(torch.full((len(x),), value, device=x.device) for value in (t, t - s)))
             x0, x = x - t * velocity, x - (t - s) * velocity
             yield t, x, x0
 
 
-class Renoise(Sampler):
-    """Jumps to the data and puts in the noise that belongs to the next step (arXiv 2303.01469, algorithm 1)."""
+class ConsistencySampler(Sampler):
+    """Predicts x_0, then adds the noise of the next step's time (arXiv 2303.01469, algorithm 1)."""
 
     kind = "Renoise"
     process = FlowProcess
 
     def walk(self, model_fn: ModelFn, process: FlowProcess, x: Tensor, noise: NoiseFn) -> Iterator[Step]:
+        """Take the process's steps, see `Sampler.walk`."""
         for t, s in pairwise(process.times().tolist()):
             times = torch.full((len(x),), t, device=x.device)
             x0 = x - t * model_fn(x, times, times)
             x = (1 - s) * x0 + s * noise().to(x) if s > 0 else x0
             yield t, x, x0
+
+
+# earlier names, used in configs and stored results
+Jumps = ShortcutSampler
+Renoise = ConsistencySampler

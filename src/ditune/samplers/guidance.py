@@ -1,12 +1,50 @@
-"""Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598)."""
+"""Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598): the one place of its formula.
+
+The paper's eq. 6 is (1 + w) conditional - w unconditional. Everywhere in this package the scale is s = w + 1, so that
+1 is no guidance.
+"""
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-# x (N, C, H, W), time (N,) and for networks that are told steps their length (N,) -> output (N, C or 2C, H, W)
+# x (N, C, H, W), time (N,) and for step-conditioned networks the step size (N,) -> output (N, C or 2C, H, W)
 ModelFn = Callable[..., Tensor]
+
+
+def guide(
+    conditional: Tensor,
+    unconditional: Tensor,
+    scale: float,
+    *,
+    where: Tensor | None = None,
+    form: Literal["from_conditional", "from_unconditional", "mixture"] = "from_conditional",
+) -> Tensor:
+    """Push a prediction away from the unconditional one (arXiv 2207.12598, eq. 6).
+
+    Args:
+        conditional: (N, C, H, W) prediction with the class.
+        unconditional: (N, C, H, W) prediction with the null class.
+        scale: guidance scale s; 1 is no guidance.
+        where: (N,) bool, the samples that are guided; None = all. The others keep `conditional` to the bit, which only
+            'from_conditional' can promise.
+        form: how the formula is written. The three forms are equal but for their rounding, and stored results depend
+            on it. 'from_conditional' is used by samplers, 'from_unconditional' by targets of two steps (as the code of
+            arXiv 2410.12557), 'mixture' by MeanFlow's guided velocity (arXiv 2505.13447, section 4.2).
+
+    Returns:
+        (N, C, H, W).
+    """
+    if form == "mixture":
+        return scale * conditional + (1 - scale) * unconditional
+    difference = conditional - unconditional
+    if form == "from_unconditional":
+        return unconditional + scale * difference
+    if where is None:
+        return conditional + (scale - 1.0) * difference
+    return conditional + torch.where(where, scale - 1.0, 0.0).to(difference.dtype).view(-1, 1, 1, 1) * difference
 
 
 def guided(
@@ -19,20 +57,23 @@ def guided(
     timesteps: float = 1000,
     rescale: float = 0.0,
 ) -> ModelFn:
-    """A network bound to labels, its prediction pushed away from the unconditional one.
+    """Bind a network to labels, with classifier-free guidance.
 
     Args:
-        network: (x, t, y) -> output, and (x, t, y, step) where the sampler gives steps.
+        network: (x, t, y) -> output; (x, t, y, step) -> output for step-conditioned networks.
         y: (N,) labels.
-        null_class: label that means no class.
-        scale: guidance scale s: unconditional + s (conditional - unconditional). At 1 the network runs once.
-        interval: part of the process, 0 = data and 1 = noise, in which guidance is on (arXiv 2404.07724); outside of it
+        null_class: label of the null class.
+        scale: guidance scale s. At 1 the network runs once per call, else twice.
+        interval: part of the process in which guidance is on, 0 = data and 1 = noise (arXiv 2404.07724). Outside of it
             the network runs once.
-        channels: number of leading channels that are guided, None for all predicted ones; facebookresearch/DiT guides
-            3. The others, and a learned variance, are the conditional ones.
-        timesteps: length of the time, by which t becomes a part of the process.
-        rescale: phi of arXiv 2305.08891, section 3.4: the guided output is scaled towards the conditional one's
-            standard deviation, wholly at 1.
+        channels: number of leading channels that are guided; None = all predicted ones, facebookresearch/DiT guides 3.
+            The other channels, and a learned variance, stay conditional.
+        timesteps: length of the network's time, which turns t into a part of the process.
+        rescale: phi of arXiv 2305.08891, section 3.4, in [0, 1]: how far the guided output is scaled back to the
+            standard deviation of the conditional one.
+
+    Returns:
+        (x, t) -> output, or (x, t, step) -> output.
     """
     low, high = interval
     everywhere = low <= 0 and high >= 1
@@ -43,16 +84,13 @@ def guided(
         if scale == 1 or not (everywhere or inside.any()):
             return network(x, t, y, *step)
         doubled = (torch.cat([value, value]) for value in step)
-        both = network(torch.cat([x, x]), torch.cat([t, t]), both_labels, *doubled)
+        both = network(torch.cat([x, x]), torch.cat([t, t]), both_labels, *doubled)  # (2N, C or 2C, H, W)
         conditional, unconditional = both.chunk(2)
-        guided_channels = x.shape[1] if channels is None else channels
-        difference = (conditional - unconditional)[:, :guided_channels]
-        extra = torch.where(inside, scale - 1.0, 0.0).to(difference.dtype).view(-1, 1, 1, 1)
-        # eq. 6 with w = s - 1: conditional + (s - 1) (conditional - unconditional), exact where guidance is off
-        pushed = conditional[:, :guided_channels] + extra * difference
-        if rescale > 0:
-            spread, wanted = (v.std(dim=(1, 2, 3), keepdim=True) for v in (pushed, conditional[:, :guided_channels]))
+        count = x.shape[1] if channels is None else channels
+        pushed = guide(conditional[:, :count], unconditional[:, :count], scale, where=inside)
+        if rescale > 0:  # arXiv 2305.08891, section 3.4
+            spread, wanted = (v.std(dim=(1, 2, 3), keepdim=True) for v in (pushed, conditional[:, :count]))
             pushed = pushed * (1 + rescale * (wanted / spread - 1))
-        return torch.cat([pushed, conditional[:, guided_channels:]], dim=1)
+        return torch.cat([pushed, conditional[:, count:]], dim=1)
 
     return model_fn

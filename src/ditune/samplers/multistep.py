@@ -1,6 +1,6 @@
-"""Multistep methods on a flow, by diffusers' schedulers: one network evaluation a step, and a memory.
+"""Multistep methods on a flow, by diffusers' schedulers: one network evaluation per step, and a memory.
 
-diffusers counts sigma = t and gives the network 1000 sigma; its "flow prediction" is epsilon - x_0, our velocity.
+diffusers' sigma is our t, and its timestep is 1000 sigma. Its "flow prediction" is epsilon - x_0, our velocity.
 """
 
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ditune.errors import UserError
+from ditune.errors import UserError, require
 from ditune.processes import FlowProcess
 from ditune.samplers.base import NoiseFn, Sampler, Step
 from ditune.samplers.guidance import ModelFn
@@ -20,11 +20,11 @@ METHODS = ("dpm_solver", "unipc")
 class Multistep(Sampler):
     """DPM-Solver++ of second order (arXiv 2211.01095) or UniPC (arXiv 2302.04867).
 
-    Networks that are told steps are asked for the velocity itself.
+    Step-conditioned networks give the instantaneous velocity.
 
     Args:
         method: 'dpm_solver' or 'unipc'.
-        shift: time shift of the steps (arXiv 2403.03206): above 1 more of them stand near the noise; 1 = none.
+        shift: time shift of the steps (arXiv 2403.03206). Above 1, more of them are near the noise; 1 = none.
 
     Raises:
         UserError: an unknown method, or a shift that is not positive.
@@ -35,24 +35,28 @@ class Multistep(Sampler):
     process = FlowProcess
 
     def __init__(self, method: str = "dpm_solver", shift: float = 1.0):
-        if method not in METHODS or shift <= 0:
-            raise UserError(f"There is no such method. Set method to one of {', '.join(METHODS)} and shift above 0.")
+        require(method in METHODS, "sampler.sampler.method", method, f"Choose one of {', '.join(METHODS)}.")
+        require(shift > 0, "sampler.sampler.shift", shift, "Set it above 0.")
         self.method, self.shift = method, shift
 
     def check(self, process: FlowProcess) -> None:
-        """Whether there is a step that another one can be remembered in.
+        """Refuse a single step, which has no earlier step to use.
 
         Raises:
-            UserError: there is only one.
+            UserError: the process has one step.
         """
         if process.steps < 2:
             raise UserError(
-                "A multistep method cannot generate in one step, for it has none to look back to. "
+                f"steps is {process.steps}, and a multistep method needs an earlier step. "
                 "Set steps to 2 or more, or sampler=euler."
             )
 
     def scheduler(self, times: np.ndarray):  # (steps + 1,), from 1 to 0
-        """diffusers' scheduler on our times: its own grid does not end in even steps, and may shift twice."""
+        """diffusers' scheduler on our times; its own grid does not end in even steps, and may shift twice.
+
+        Args:
+            times: (steps + 1,) from 1 to 0.
+        """
         from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
         kind = {"dpm_solver": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler}[self.method]
@@ -67,6 +71,7 @@ class Multistep(Sampler):
         return scheduler
 
     def walk(self, model_fn: ModelFn, process: FlowProcess, x: Tensor, noise: NoiseFn) -> Iterator[Step]:
+        """Take the process's steps, see `Sampler.walk`."""
         times = process.times(self.shift).numpy()
         scheduler = self.scheduler(times)
         for t, timestep in zip(times[:-1].tolist(), scheduler.timesteps, strict=True):

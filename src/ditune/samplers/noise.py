@@ -1,4 +1,4 @@
-"""Noise that belongs to the image, not to the batch."""
+"""Noise that depends on the image, not on the batch."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from ditune.rng import generator
 
 
 class NoiseStream:
-    """Noise for some images of a seed: image i has its own generator, so its noise is the same in every batch.
+    """Noise of some images of a seed. Image i has its own generator, so its noise is the same in every batch.
 
     Args:
         seed: any integer.

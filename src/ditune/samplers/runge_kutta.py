@@ -1,4 +1,4 @@
-"""Methods of second order on a flow: the step's velocity is that of its end or its middle too."""
+"""Methods of second order on a flow: they also evaluate the velocity at the end or in the middle of each step."""
 
 from collections.abc import Iterator
 from itertools import pairwise
@@ -6,7 +6,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ditune.errors import UserError
+from ditune.errors import require
 from ditune.processes import FlowProcess
 from ditune.samplers.base import NoiseFn, Sampler, Step
 from ditune.samplers.guidance import ModelFn
@@ -15,14 +15,14 @@ METHODS = ("heun", "midpoint")
 
 
 class RungeKutta(Sampler):
-    """Heun's method (the mean of both ends' velocities) or the midpoint method (the middle's velocity).
+    """Heun's method (mean of the velocities at both ends) or the midpoint method (velocity in the middle).
 
-    Both evaluate the network twice in a step, Heun's once in the last, which ends at the data. Networks that are told
-    steps are asked for the velocity itself.
+    Both evaluate the network twice per step; Heun's method once in the last step, which ends at the data.
+    Step-conditioned networks give the instantaneous velocity.
 
     Args:
         method: 'heun' or 'midpoint'.
-        shift: time shift of the steps (arXiv 2403.03206): above 1 more of them stand near the noise; 1 = none.
+        shift: time shift of the steps (arXiv 2403.03206). Above 1, more of them are near the noise; 1 = none.
 
     Raises:
         UserError: an unknown method, or a shift that is not positive.
@@ -33,11 +33,12 @@ class RungeKutta(Sampler):
     process = FlowProcess
 
     def __init__(self, method: str = "heun", shift: float = 1.0):
-        if method not in METHODS or shift <= 0:
-            raise UserError(f"There is no such method. Set method to one of {', '.join(METHODS)} and shift above 0.")
+        require(method in METHODS, "sampler.sampler.method", method, f"Choose one of {', '.join(METHODS)}.")
+        require(shift > 0, "sampler.sampler.shift", shift, "Set it above 0.")
         self.method, self.shift = method, shift
 
     def walk(self, model_fn: ModelFn, process: FlowProcess, x: Tensor, noise: NoiseFn) -> Iterator[Step]:
+        """Take the process's steps, see `Sampler.walk`."""
 
         def velocity(x: Tensor, t: float) -> Tensor:
             return model_fn(x, torch.full((len(x),), t, device=x.device))
