@@ -266,7 +266,7 @@ OVERRIDES = {
     "trainer.devces=2": "There is no key 'trainer.devces'. Did you mean trainer.devices?",
     "guidance=2": "There is no key 'guidance'. Did you mean sampler.guidance?",
     "trainer.num_workers=2": "There is no key 'trainer.num_workers'. Did you mean data.num_workers?",
-    "peft.lora_alpha=8": "There is no key 'peft.lora_alpha'. The keys of peft are name, lr,",
+    "peft.lora_alpha=8": "There is no key 'peft.lora_alpha'. The keys of peft are lr, weight_decay,",
     "seed.x=1": "There is no key 'seed.x'. Did you mean seed?",
     "~batchsize": "There is no key 'batchsize'. Did you mean batch_size?",
     "xyzzy=1": "There is no key 'xyzzy'. --cfg job shows all keys.",
