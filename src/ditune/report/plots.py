@@ -8,7 +8,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ditune.generation.grids import sheet
-from ditune.report.results import Run, lower_is_better, rows
+from ditune.metrics.names import lower_is_better
+from ditune.report.results import Run, rows
 
 SMOOTHING = 0.9  # share of the old value in a smoothed loss
 SHOWN_ROWS, SHOWN_COLUMNS = 2, 8  # of a run's grid on the sheet of all methods

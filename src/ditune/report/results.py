@@ -14,10 +14,9 @@ import yaml
 
 from ditune.errors import UserError
 from ditune.files.atomic import read_json
+from ditune.metrics import names
 
 PRECISION = "trainer.precision"  # as it was resolved
-HIGH_IS_BEST = ("is_", "precision", "recall", "density", "coverage")
-COMPARED = ("test_loss", "fid_", "sfid_", "kid_", "fd_", *HIGH_IS_BEST)  # what a method can be best at
 # keys of a config that a table shows in columns of their own, or that say nothing about the result
 SHOWN_APART = ("seed", "max_steps", "optimizer.lr", "peft.lr", "run_dir", "sweep_dir", "paths.", "logger.", "name")
 SHOWN_APART += ("launcher.", "tags", "resume", "dry_run", "traceback", "verbose")
@@ -151,26 +150,15 @@ def best(table: Iterable[Row], name: str) -> dict[str, float]:
     """The best mean of each data set; nothing for numbers at which none can be best."""
     means: dict[str, list[float]] = defaultdict(list)
     for row in table:
-        if (mean := row.mean(name)) is not None and is_compared(name):
+        if (mean := row.mean(name)) is not None and names.is_compared(name):
             means[row.data].append(mean)
-    choose = min if lower_is_better(name) else max
+    choose = min if names.lower_is_better(name) else max
     return {data: choose(values) for data, values in means.items() if len(values) > 1}
-
-
-def is_compared(name: str) -> bool:
-    return name.startswith(COMPARED) and not name.endswith((" before", "_std"))
-
-
-def lower_is_better(name: str) -> bool:
-    return not name.startswith(HIGH_IS_BEST)
 
 
 def main_metric(runs: Iterable[Run]) -> str | None:
     """FID where there is one, else KID, else another distance, else the test loss."""
-    names = [name for name in dict.fromkeys(name for run in runs for name in run.values) if is_compared(name)]
-    return next(
-        (name for start in ("fid_", "kid_", "fd_", "test_loss") for name in names if name.startswith(start)), None
-    )
+    return names.main_metric(list(dict.fromkeys(name for run in runs for name in run.values)))
 
 
 def _flat(values: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
