@@ -52,7 +52,7 @@ def load_emoji(name: str, count: int) -> Tensor:
 
 
 class Fake:
-    """A image set of random images."""
+    """An image set of random images."""
 
     def __init__(self, count: int, fingerprint: str = "one") -> None:
         self.fingerprint = fingerprint

@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from ditune.metrics import MetricSuite, names
-from ditune.metrics.names import METRICS, Metric, family, headline, is_compared, lower_is_better, main_metric, summaries
+from ditune.metrics.names import (
+    METRICS,
+    Metric,
+    family,
+    first_headline,
+    headline,
+    is_compared,
+    lower_is_better,
+    summaries,
+)
 from ditune.report.results import best, read_results, rows
 from ditune.report.tables import markdown_table
 
@@ -51,9 +60,9 @@ def test_a_name_belongs_to_one_family(metric):
 
 
 def test_the_first_headline_stands_for_a_report():
-    assert main_metric(["test_loss", "fd_x", "kid_x_std", "kid_x", "sfid_10k"]) == "kid_x"
-    assert main_metric(["kid_x", "fid_10k"]) == "fid_10k"
-    assert main_metric(["precision_x", "kid_x before"]) is None
+    assert first_headline(["test_loss", "fd_x", "kid_x_std", "kid_x", "sfid_10k"]) == "kid_x"
+    assert first_headline(["kid_x", "fid_10k"]) == "fid_10k"
+    assert first_headline(["precision_x", "kid_x before"]) is None
 
 
 def test_patterns_of_logged_names():
@@ -68,7 +77,7 @@ def test_a_new_row_is_all_that_a_metric_needs(tmp_path, monkeypatch, higher):
         write_run(tmp_path / method, method, {"cmmd_x": value})
     runs = read_results(tmp_path)
     assert best(rows(runs), "cmmd_x") == {"a": 0.75 if higher else 0.25}
-    assert main_metric(["fid_10k", "cmmd_x"]) == "cmmd_x"
+    assert first_headline(["fid_10k", "cmmd_x"]) == "cmmd_x"
     assert summaries()["eval/cmmd_*"] == ("max" if higher else "min")
     assert f"**{0.75 if higher else 0.25:.4f}**" in markdown_table(runs)
 

@@ -1,4 +1,4 @@
-"""Published archives of a data set: found or fetched, verified, and unpacked so that nothing leaves its folder."""
+"""Published archives of a dataset: found or fetched, verified, and unpacked so that nothing leaves its folder."""
 
 import logging
 import shutil
@@ -23,15 +23,15 @@ BROKEN = (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, OSError, V
 
 @dataclass(frozen=True)
 class Archive:
-    """A published file of a data set.
+    """A published file of a dataset.
 
     file    its name
     makes   path below the root that is there once it has been unpacked (of a file that needs no unpacking, itself)
     urls    where it can be fetched; none = by hand only
     md5     as published; None = nobody has published one, and its hash is recorded at the first use
     into    folder below the root that it is unpacked into
-    inner   archives inside of it that hold the pictures, by the end of their names
-    needed  False = the data set can be read without it
+    inner   archives inside of it that hold the images, by the end of their names
+    needed  False = the dataset can be read without it
     """
 
     file: str
@@ -145,7 +145,7 @@ def _unpack_inner(folder: Path, ending: str) -> None:
     """Replace the contents of `folder` by those of its archives; one with loose files gets a folder of its name."""
     inner = sorted(path for path in folder.rglob(f"*{ending}") if not is_hidden(path.relative_to(folder).as_posix()))
     if not inner:
-        raise UserError(f"There is no *{ending} in the archive, where the pictures should be. Fetch it again.")
+        raise UserError(f"There is no *{ending} in the archive, where the images should be. Fetch it again.")
     result = folder / ".inner"
     for path in inner:
         with _empty(folder / ".one") as one:

@@ -12,9 +12,10 @@ LAST_TRAIN, LAST_VAL = 162770, 182637
 
 
 class CelebAHQ(Benchmark):
+    config = "celebahq"
     title = "CelebA-HQ"
     homepage = "https://github.com/switchablenorms/CelebAMask-HQ"
-    licence = "Non-commercial research and education only, says its homepage; pictures of real people."
+    licence = "Non-commercial research and education only, says its homepage; images of real people."
     archives = (Archive("CelebAMask-HQ.zip", makes="CelebAMask-HQ"),)
     by_hand = "The homepage links to the archive on Google Drive."
     tops = ("CelebAMask-HQ",)

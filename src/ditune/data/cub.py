@@ -8,6 +8,7 @@ from ditune.errors import UserError
 
 
 class CUB(Benchmark):
+    config = "cub"
     title = "CUB-200-2011"
     homepage = "https://www.vision.caltech.edu/datasets/cub_200_2011/"
     licence = "The licence is not stated; photographs from Flickr whose rights are their authors'. Research use."
@@ -32,7 +33,7 @@ class CUB(Benchmark):
         for name, table in (("image_class_labels.txt", labels), ("train_test_split.txt", splits)):
             if table.keys() != paths.keys():
                 different = sorted(table.keys() ^ paths.keys())[0]
-                raise UserError(f"{top / name} and images.txt differ at picture {different}. Unpack the archive again.")
+                raise UserError(f"{top / name} and images.txt differ at image {different}. Unpack the archive again.")
         records = [
             Record(
                 f"images/{path}",

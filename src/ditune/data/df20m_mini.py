@@ -11,6 +11,7 @@ FILES = {"train": "DF20M-train_metadata_PROD.csv", "test": "DF20M-public_test_me
 
 
 class DF20MMini(Benchmark):
+    config = "df20m_mini"
     title = "Danish Fungi 2020 - Mini"
     homepage = "https://sites.google.com/view/danish-fungi-dataset"
     licence = "Non-commercial research only, says its homepage."

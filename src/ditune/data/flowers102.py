@@ -11,6 +11,7 @@ SPLITS = {"train": "trnid", "val": "valid", "test": "tstid"}
 
 
 class Flowers102(Benchmark):
+    config = "flowers102"
     title = "Oxford Flowers-102"
     homepage = f"{ADDRESS}/"
     licence = "The licence is not stated; photographs from the web whose rights are their authors'. Research use."
@@ -48,7 +49,7 @@ class Flowers102(Benchmark):
         for split, key in SPLITS.items():
             for i in read_mat(top / "setid.mat", key).astype(int).tolist():  # 1-based
                 if not 1 <= i <= len(labels):
-                    raise UserError(f"{top / 'setid.mat'} names picture {i}, which has no label. {AGAIN}")
+                    raise UserError(f"{top / 'setid.mat'} names image {i}, which has no label. {AGAIN}")
                 records.append(Record(f"jpg/image_{i:05d}.jpg", int(labels[i - 1]), split))
         from torchvision.datasets import Flowers102 as Torchvision  # the import takes seconds
 

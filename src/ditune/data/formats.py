@@ -60,7 +60,7 @@ def endings() -> frozenset[str]:
     return frozenset(end for end, name in Image.registered_extensions().items() if name in readable) - ODD_ENDINGS
 
 
-def is_picture(name: str) -> bool:
+def is_image(name: str) -> bool:
     """Whether a file of this name is taken for an image."""
     return splitext(name)[1].lower() in endings()
 

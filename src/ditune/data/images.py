@@ -1,4 +1,4 @@
-"""Labelled pictures from folders, zip and Parquet files, as one map-style data set that hands out whole batches.
+"""Labelled images from folders, zip and Parquet files, as one map-style dataset that hands out whole batches.
 
 `layouts` says how class and split are found; docs/data.md shows every layout.
 """
@@ -39,11 +39,11 @@ BROKEN = (OSError, ValueError, SyntaxError, RuntimeError, EOFError, TypeError, I
 BROKEN += (struct.error, zlib.error, zipfile.BadZipFile, Image.DecompressionBombError)
 
 
-class Pictures(Dataset):
-    """uint8 RGB pictures with int64 labels, centre-cropped to `resolution`; one of that size already is unchanged.
+class ImageDataset(Dataset):
+    """uint8 RGB images with int64 labels, centre-cropped to `resolution`; one of that size already is unchanged.
 
     sources       folders, zip or Parquet files (one or several), read in this order
-    resolution    side of the square pictures, in pixels
+    resolution    side of the square images, in pixels
     split         name of the split (or a usual other spelling of it); None = all. From the column `split`, or from top
                   folders train/, val/, test/. A source with neither, or with train/ alone, is split by a hash of each
                   file's path: a tenth is 'test', the rest 'train'; every class keeps an image in 'train'.
@@ -54,14 +54,14 @@ class Pictures(Dataset):
                   None = the sorted names of all splits of all sources (as text: '10' comes before '2')
     in_memory     decode everything at the first access, or in `load()`; call that before worker processes start,
                   else each of them decodes for itself. False = decode what is asked for.
-    limit         keep this many (at least 1), evenly spaced over the sorted pictures; None = all
-    manifest      file written by src/prepare.py; where it is there, pictures that it skips are left out
+    limit         keep this many (at least 1), evenly spaced over the sorted images; None = all
+    manifest      file written by src/prepare.py; where it is there, images that it skips are left out
 
     Sorted by (source, file name). `labels` (N,) int64; `class_names`, `num_classes`; `names` and `rows` (N entries).
     `notes`: sentences about what was left out and decided. `not_images`: numbers of such files by the end of their
     names. `untrained`: classes without a training image.
     A DataLoader over it needs `collate_fn` to be the identity, since `__getitems__` returns a batch.
-    Raises UserError when sources, columns or classes do not fit together; a broken picture when it is first decoded.
+    Raises UserError when sources, columns or classes do not fit together; a broken image when it is first decoded.
     """
 
     def __init__(
@@ -101,15 +101,15 @@ class Pictures(Dataset):
         manifest: str | Path | None,
         notes: Sequence[str] = (),
     ) -> None:
-        """Take the pictures of one split out of all that were found."""
+        """Take the images of one split out of all that were found."""
         self.class_names, self.everything = class_names, found
         self.checksums, kept = apply_manifest(found, manifest)
         items = kept if split is None else [item for item in kept if is_in(item, split)]
         if not items:
             splits = ", ".join(sorted({item.split for item in found}))
-            raise UserError(f"There is no picture in the split '{split}'. The sources have these splits: {splits}.")
+            raise UserError(f"There is no image in the split '{split}'. The sources have these splits: {splits}.")
         if limit is not None and limit < 1:
-            raise UserError(f"`limit` is {limit}, which leaves no picture. Give 1 or more, or leave it out for all.")
+            raise UserError(f"`limit` is {limit}, which leaves no image. Give 1 or more, or leave it out for all.")
         if limit is not None and limit < len(items):
             items = [items[i * len(items) // limit] for i in range(limit)]
         self.resolution, self.split, self.in_memory = resolution, split, in_memory
@@ -141,7 +141,7 @@ class Pictures(Dataset):
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of what is in this data set, wherever it lies: names, CRCs, labels, classes, resolution, split.
+        """sha256 of what is in this dataset, wherever it lies: names, CRCs, labels, classes, resolution, split.
 
         A manifest makes it quick and nothing else: a run that began before there was one goes on.
         """
@@ -155,12 +155,12 @@ class Pictures(Dataset):
         return hashlib.sha256(text.encode()).hexdigest()
 
     def load(self) -> Tensor:
-        """All pictures, uint8 (N, 3, R, R); decoded once and kept, so do not change them in place."""
+        """All images, uint8 (N, 3, R, R); decoded once and kept, so do not change them in place."""
         if self._decoded is None:
             with ThreadPoolExecutor(2) as pool, meter("decoding images", len(self), "images") as shown:
                 decoded = []
-                for picture in pool.map(self._decode, self._items):
-                    decoded.append(picture)
+                for image in pool.map(self._decode, self._items):
+                    decoded.append(image)
                     shown.advance()
             self._decoded = torch.stack(decoded)
         return self._decoded
@@ -170,8 +170,8 @@ class Pictures(Dataset):
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         """uint8 (3, R, R) and its label, int64 ()."""
-        pictures, labels = self.__getitems__([i])
-        return pictures[0], labels[0]
+        images, labels = self.__getitems__([i])
+        return images[0], labels[0]
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """uint8 (B, 3, R, R) and labels (B,) int64."""
@@ -182,23 +182,26 @@ class Pictures(Dataset):
 
     def take(self, indices: Sequence[int], mirrored: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """As `__getitems__`; where `mirrored` (B,) is True, left and right are exchanged."""
-        pictures, labels = self.__getitems__(indices)
+        images, labels = self.__getitems__(indices)
         if mirrored is not None:
-            pictures = torch.where(mirrored[:, None, None, None], pictures.flip(-1), pictures)
-        return pictures, labels
+            images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+        return images, labels
 
     def _decode(self, item: Item) -> Tensor:
         try:
             return decode(item.source.read(item.name), self.resolution)
         except BROKEN as error:
             raise UserError(
-                f"The picture {item.name} in {item.source.path} cannot be read ({error}). Replace it or take it out; "
+                f"The image {item.name} in {item.source.path} cannot be read ({error}). Replace it or take it out; "
                 "`python src/prepare.py` with policy=skip leaves out all that are broken."
             ) from error
 
 
+Pictures = ImageDataset  # its name in configs
+
+
 def decode(content: bytes, resolution: int) -> Tensor:
-    """The picture in a file's bytes, uint8 (3, R, R); one of `BROKEN` when there is none."""
+    """The image in a file's bytes, uint8 (3, R, R); one of `BROKEN` when there is none."""
     with Image.open(io.BytesIO(content), formats=decoders()) as image:
         square = center_crop(to_rgb(image), resolution)
     return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()  # (3, R, R)
@@ -236,7 +239,7 @@ def _class_names(listed: list[str] | None, items: list[Item]) -> list[str]:
     unknown = next((item for item in items if item.class_name not in known), None)
     if unknown is not None:
         raise UserError(
-            f"The picture {unknown.name} in {unknown.source.path} has the class '{unknown.class_name}', "
+            f"The image {unknown.name} in {unknown.source.path} has the class '{unknown.class_name}', "
             f"which is not one of the {len(listed)} in `classes`. Add it there, or leave `classes` out."
         )
     return listed

@@ -1,4 +1,4 @@
-"""The files of a data set with their hashes, as src/prepare.py has verified them: one CSV file, whole or not there."""
+"""The files of a dataset with their hashes, as src/prepare.py has verified them: one CSV file, whole or not there."""
 
 import csv
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ REMEDY = "Run `python src/prepare.py` for it again."
 
 
 class Check(NamedTuple):
-    """What reading a picture's file has shown."""
+    """What reading an image's file has shown."""
 
     size: int  # bytes; -1 = there is no file
     crc32: int
@@ -23,7 +23,7 @@ class Check(NamedTuple):
 
 
 def describe(items: Sequence[Item]) -> list[tuple[str, str, str, str]]:
-    """What tells the pictures apart and labels them: number of the source, name, split, class."""
+    """What tells the images apart and labels them: number of the source, name, split, class."""
     numbers: dict[int, int] = {}
     return [
         (str(numbers.setdefault(id(item.source), len(numbers))), item.name, item.split, item.class_name)
@@ -32,7 +32,7 @@ def describe(items: Sequence[Item]) -> list[tuple[str, str, str, str]]:
 
 
 def write_manifest(path: Path, items: Sequence[Item], checked: Sequence[Check]) -> None:
-    """One row for each picture."""
+    """One row for each image."""
     with atomic(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
@@ -54,19 +54,19 @@ def read_manifest(path: Path) -> list[dict[str, str]]:
 
 
 def is_current(items: Sequence[Item], rows: Sequence[dict[str, str]]) -> bool:
-    """True when a manifest is of these pictures with these labels and splits; the files are not read."""
+    """True when a manifest is of these images with these labels and splits; the files are not read."""
     return describe(items) == [(row["source"], row["file_name"], row["split"], row["class"]) for row in rows]
 
 
 def apply_manifest(items: list[Item], path: str | Path | None) -> tuple[dict[Item, int], list[Item]]:
-    """The CRC-32 of each sound picture, and the sound pictures; nothing and all of them where there is no manifest.
+    """The CRC-32 of each sound image, and the sound images; nothing and all of them where there is no manifest.
 
-    Raises UserError when the manifest is of other pictures or labels.
+    Raises UserError when the manifest is of other images or labels.
     """
     if path is None or not Path(path).is_file():
         return {}, items
     rows = read_manifest(Path(path))
     if not is_current(items, rows):
-        raise UserError(f"The manifest {path} is of other pictures, labels or splits than those there now. {REMEDY}")
+        raise UserError(f"The manifest {path} is of other images, labels or splits than those there now. {REMEDY}")
     kept = [(item, int(row["crc32"])) for item, row in zip(items, rows, strict=True) if not row["problem"]]
     return dict(kept), [item for item, _ in kept]

@@ -97,7 +97,7 @@ class Parquet:
         if unlabelled:
             notes.append(f"Rows of {self.path} left out, because they have no label in '{column}': {unlabelled:,}.")
         if not items:
-            raise UserError(f"There are no pictures in {self.path} with a label in '{column}'. Set data.class_column.")
+            raise UserError(f"There are no images in {self.path} with a label in '{column}'. Set data.class_column.")
         return items, notes
 
     def _find_image_column(self) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
-from ditune.data.formats import is_hidden, is_metadata, is_picture
+from ditune.data.formats import is_hidden, is_image, is_metadata
 from ditune.data.splits import is_split
 from ditune.data.walk import files_below
 from ditune.errors import UserError
@@ -19,7 +19,7 @@ ONE_CLASS = "all"  # class of images that lie in no folder, or have no label
 
 
 class Source(Protocol):
-    """What data sets need of a place where images lie.
+    """What datasets need of a place where images lie.
 
     path    the folder or file, for messages
     names   sorted names of its files, relative and with slashes
@@ -94,7 +94,7 @@ class Zip:
         return self._archive.read(self._entries[name])
 
     def size(self, name: str) -> int:
-        """Bytes of the picture."""
+        """Bytes of the image."""
         return self._entries[name].file_size
 
     def crc(self, name: str) -> int:
@@ -131,8 +131,8 @@ def open_source(path: str | Path, classes: Collection[str] = ()) -> Source:
         return _open_folder(path, classes)
     if not path.exists():
         raise UserError(
-            f"There is nothing at {path}, where a folder of pictures or a zip file of them is expected. "
-            "Correct the path, or put the pictures there."
+            f"There is nothing at {path}, where a folder of images or a zip file of them is expected. "
+            "Correct the path, or put the images there."
         )
     if path.suffix.lower() == PARQUET:
         return _open_parquet(path.parent, [path.name], path)
@@ -140,7 +140,7 @@ def open_source(path: str | Path, classes: Collection[str] = ()) -> Source:
         return Zip(path, classes)
     except zipfile.BadZipFile as error:
         raise UserError(
-            f"{path} is not a whole zip file ({error}). Copy or download it again, or give a folder of pictures."
+            f"{path} is not a whole zip file ({error}). Copy or download it again, or give a folder of images."
         ) from error
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error}). Allow reading it, or give another path.") from error
@@ -149,7 +149,7 @@ def open_source(path: str | Path, classes: Collection[str] = ()) -> Source:
 def _open_folder(path: Path, classes: Collection[str]) -> Source:
     folder = Folder(path)
     tables = [name for name in folder.names if PurePosixPath(name).suffix.lower() == PARQUET]
-    if tables and not any(map(is_picture, folder.names)):
+    if tables and not any(map(is_image, folder.names)):
         return _open_parquet(path, tables, path)
     prefix = wrapper(folder.names, classes)
     if not prefix:
@@ -170,11 +170,11 @@ def wrapper(names: Collection[str], classes: Collection[str] = ()) -> str:
 
     Such a folder holds metadata or only further folders, and is neither a split nor one of the `classes`.
     """
-    inner = [name for name in names if is_picture(name) or is_metadata(name)]
+    inner = [name for name in names if is_image(name) or is_metadata(name)]
     prefix = ""
     while top := _only_top(inner):
         beside = any(is_metadata(name) and name.count("/") == 1 for name in inner)
-        deep = all(name.count("/") > 1 for name in inner if is_picture(name))
+        deep = all(name.count("/") > 1 for name in inner if is_image(name))
         if is_split(top) or top in classes or not (deep or beside):
             break
         prefix += f"{top}/"
@@ -188,7 +188,7 @@ def _only_top(names: list[str]) -> str:
 
 
 def _others(names: list[str]) -> list[str]:
-    return [name for name in names if not is_picture(name) and not is_metadata(name)]
+    return [name for name in names if not is_image(name) and not is_metadata(name)]
 
 
 def _wrapper_note(path: Path, prefix: str) -> list[str]:
@@ -208,5 +208,5 @@ def _refuse_escape(name: str, path: Path) -> None:
     if ".." in parts or (parts and (parts[0] == "/" or parts[0].endswith(":"))):
         raise UserError(
             f"The zip file {path} holds the name '{name}', which points outside of it. "
-            "Do not trust this file; make a new one from pictures that you know."
+            "Do not trust this file; make a new one from images that you know."
         )

@@ -13,6 +13,7 @@ WHOLE = "cars_annos.mat"
 
 
 class StanfordCars(Benchmark):
+    config = "stanford_cars"
     title = "Stanford Cars"
     homepage = "https://github.com/pytorch/vision/issues/7545"
     licence = "The licence is not stated; photographs from the web whose rights are their authors'. Research use."

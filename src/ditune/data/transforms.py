@@ -1,6 +1,6 @@
-"""One picture to the square RGB that networks and metrics read, and the two number formats of pixels.
+"""One image to the square RGB that networks and metrics read, and the two number formats of pixels.
 
-Pixels are float (N, 3, H, W) in [-1, 1]; pictures are uint8 (N, 3, H, W). Colour profiles (ICC) are not applied.
+Pixels are float (N, 3, H, W) in [-1, 1]; images are uint8 (N, 3, H, W). Colour profiles (ICC) are not applied.
 """
 
 import numpy as np
@@ -15,7 +15,7 @@ MARGIN = 8  # pixels around the middle that the bicubic filter may read; it read
 def center_crop(image: Image.Image, size: int) -> Image.Image:
     """The centre crop of ADM (Dhariwal & Nichol 2021, arXiv 2105.05233), on which FID tables of ImageNet rest.
 
-    image: any width and height, RGB or L. Returns a size x size picture; one that has this size already is unchanged.
+    image: any width and height, RGB or L. Returns a size x size image; one that has this size already is unchanged.
     """
     # Halving by averages first keeps the bicubic step below a factor of two, where it does not alias.
     while min(image.size) >= 2 * size:
@@ -45,9 +45,9 @@ def _middle(image: Image.Image, size: int, width: int, height: int) -> Image.Ima
 
 
 def to_rgb(image: Image.Image, background: int = 255) -> Image.Image:
-    """Any picture as RGB: turned as its EXIF tag says, 16 bits to 8, transparency on a plain `background` (0..255).
+    """Any image as RGB: turned as its EXIF tag says, 16 bits to 8, transparency on a plain `background` (0..255).
 
-    Raises ValueError for floating-point pictures, whose white is unknown, and for modes that Pillow cannot convert.
+    Raises ValueError for floating-point images, whose white is unknown, and for modes that Pillow cannot convert.
     """
     image = ImageOps.exif_transpose(image)
     if image.mode == "F":
@@ -68,5 +68,5 @@ def to_uint8(x: Tensor) -> Tensor:
 
 
 def from_uint8(x: Tensor) -> Tensor:
-    """uint8 pictures -> float32 pixels in [-1, 1] of the same shape."""
+    """uint8 images -> float32 pixels in [-1, 1] of the same shape."""
     return x.float() / 127.5 - 1

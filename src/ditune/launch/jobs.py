@@ -1,4 +1,4 @@
-"""The jobs of a sweep: what each one is (by a hash of its config), where it goes and what it needs."""
+"""The jobs of a sweep: the hash of each config, the run folder, and the processes and GPUs that a job needs."""
 
 import hashlib
 import json
@@ -25,9 +25,13 @@ class Job:
         overrides: of its command line.
         key: hash of its config.
         folder: its run folder.
-        processes: its ranks.
+        processes: number of its ranks.
         on_gpu: whether every rank needs a GPU.
-        dry_run: whether it only shows its plan, which its log then holds.
+        dry_run: whether it only shows its plan, in its log.
+        status: waiting, then running; in the end finished, planned, skipped, stopped, failed, killed or refused.
+        error: why it has no result.
+        exit_codes: one per rank.
+        seconds: how long it ran.
     """
 
     overrides: list[str]
@@ -36,18 +40,25 @@ class Job:
     processes: int = 1
     on_gpu: bool = False
     dry_run: bool = False
-    status: str = "waiting"  # running; at last finished, planned, skipped, stopped, failed, killed or refused
+    status: str = "waiting"
     error: str = ""
-    exit_codes: list[int] = field(default_factory=list)  # one for each rank
+    exit_codes: list[int] = field(default_factory=list)
     seconds: float = 0.0
 
     @property
     def succeeded(self) -> bool:
+        """Whether its result, or its plan, is there."""
         return self.status in ("finished", "planned", "skipped")
 
 
 def config_hash(cfg: DictConfig) -> str:
-    """Hash of all that decides the result of a training, wherever its files go.
+    """Hash of all keys that decide the result of a training; where its files go is not among them.
+
+    Args:
+        cfg: config of a training.
+
+    Returns:
+        16 hexadecimal digits.
 
     Raises:
         OmegaConfBaseException: a reference in the config leads nowhere.
@@ -64,24 +75,30 @@ def config_hash(cfg: DictConfig) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def needs(trainer: DictConfig, gpus: int, gpus_per_job: int | None) -> tuple[int, bool]:
-    """(processes, whether each needs a GPU) of a job.
+def needs(
+    accelerator: str, devices: int | str | Sequence[int], gpus: int, gpus_per_job: int | None, num_nodes: int = 1
+) -> tuple[int, bool]:
+    """How many processes a job needs, and whether each needs a GPU.
 
     Args:
-        trainer: the job's config group.
+        accelerator: the job's trainer.accelerator: "auto", "cpu", "gpu" or "cuda".
+        devices: the job's trainer.devices: a number, or "auto" or -1 for all.
         gpus: GPUs of this machine.
-        gpus_per_job: GPUs that each job gets; None = what its trainer.devices asks for.
+        gpus_per_job: GPUs that each job gets; None = as many as `devices`.
+        num_nodes: the job's trainer.num_nodes, machines.
+
+    Returns:
+        (processes, whether each needs a GPU).
 
     Raises:
-        UserError: the job does not fit into what it may have.
+        UserError: the job needs more than it may have, or several machines.
     """
-    if trainer.get("num_nodes", 1) > 1:
+    if num_nodes > 1:
         raise UserError(
             "A job of several machines cannot be started from one of them. Use hydra/launcher=submitit_slurm, "
             "or torchrun on every machine (docs/sweeps.md)."
         )
-    on_gpu = trainer.accelerator in ("gpu", "cuda") or (trainer.accelerator == "auto" and gpus > 0)
-    devices = trainer.devices
+    on_gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and gpus > 0)
     if devices in ("auto", -1, "-1"):
         return (gpus_per_job or gpus, True) if on_gpu else (1, False)
     if not str(devices).isdigit():
@@ -97,7 +114,11 @@ def needs(trainer: DictConfig, gpus: int, gpus_per_job: int | None) -> tuple[int
 def place(jobs: Sequence[Job], sweep: Path) -> None:
     """Give every job its folder: the one that holds a run of its config, or the next free number.
 
-    Sets the status `skipped` where that run has finished.
+    A job whose run has finished gets the status `skipped`; a second job of the same config gets `refused`.
+
+    Args:
+        jobs: of the sweep; changed in place.
+        sweep: the folder of the sweep.
     """
     known: dict[str, tuple[Path, dict]] = {}
     for path in sorted(sweep.glob("*/result.json")):
@@ -122,5 +143,5 @@ def place(jobs: Sequence[Job], sweep: Path) -> None:
 
 
 def of_the_job(overrides: Sequence[str]) -> list[str]:
-    """Of Hydra's own overrides those that a job needs too."""
+    """Those of Hydra's own overrides that a job needs too; the others concern the sweep."""
     return [override for override in overrides if not override.lstrip("+~").startswith(OF_THE_SWEEP)]

@@ -68,7 +68,7 @@ def headline(name: str) -> bool:
     return metric is not None and metric.headline and not name.endswith(NOT_A_RESULT)
 
 
-def main_metric(names: list[str]) -> str | None:
+def first_headline(names: list[str]) -> str | None:
     """The metric that stands for a report: the first of `METRICS` that is a headline and is in `names`.
 
     Args:

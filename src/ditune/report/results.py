@@ -14,7 +14,7 @@ import yaml
 
 from ditune.errors import UserError
 from ditune.files.atomic import read_json
-from ditune.metrics import names
+from ditune.metrics.names import first_headline, is_compared, lower_is_better
 
 PRECISION = "trainer.precision"  # as it was resolved
 # keys of a config that a table shows in columns of their own, or that say nothing about the result
@@ -150,15 +150,15 @@ def best(table: Iterable[Row], name: str) -> dict[str, float]:
     """The best mean of each data set; nothing for numbers at which none can be best."""
     means: dict[str, list[float]] = defaultdict(list)
     for row in table:
-        if (mean := row.mean(name)) is not None and names.is_compared(name):
+        if (mean := row.mean(name)) is not None and is_compared(name):
             means[row.data].append(mean)
-    choose = min if names.lower_is_better(name) else max
+    choose = min if lower_is_better(name) else max
     return {data: choose(values) for data, values in means.items() if len(values) > 1}
 
 
 def main_metric(runs: Iterable[Run]) -> str | None:
     """FID where there is one, else KID, else another distance, else the test loss."""
-    return names.main_metric(list(dict.fromkeys(name for run in runs for name in run.values)))
+    return first_headline(list(dict.fromkeys(name for run in runs for name in run.values)))
 
 
 def _flat(values: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
