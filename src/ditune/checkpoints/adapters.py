@@ -18,11 +18,7 @@ from ditune.peft.label_table import resize_labels
 from ditune.peft.slots import all_or_nothing
 
 FORMAT = "ditune-adapter-1"
-RESHAPED = (
-    "num_classes",
-    "input_size",
-    "pos_embed_scale",
-)  # arguments that may differ between an adapted network and its base
+RESHAPED = ("num_classes", "input_size", "pos_embed_scale")  # may differ between an adapted network and its base
 
 
 def save_adapter(network: nn.Module, folder: Path | str, base: dict[str, Any] | None = None, **facts: Any) -> None:
