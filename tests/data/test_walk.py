@@ -1,6 +1,5 @@
 """Files below a folder: each once, whatever links there are."""
 
-import json
 import os
 from pathlib import Path
 
@@ -9,14 +8,7 @@ import pytest
 from ditune.data import ImageDataset
 from ditune.data.walk import files_below
 from ditune.errors import UserError
-from small_datasets import COLOURS, make, png, tree
-
-CLASSES = sorted(COLOURS)
-BOTH = pytest.mark.parametrize("place", ["pictures", "pictures.zip"])
-
-
-def lines(*rows: dict[str, object]) -> bytes:
-    return "\n".join(json.dumps(row) for row in rows).encode()
+from small_datasets import make, png, tree
 
 
 def test_a_loop_ends_and_changes_nothing(tmp_path):

@@ -8,6 +8,8 @@ from ditune.errors import UserError
 
 
 class ArtBench10(Benchmark):
+    """ArtBench-10; arguments as of every `Benchmark`."""
+
     config = "artbench10"
     title = "ArtBench-10"
     homepage = "https://github.com/liaopeiyuan/artbench"
@@ -26,6 +28,7 @@ class ArtBench10(Benchmark):
 
     @classmethod
     def read(cls, top: Path) -> tuple[list[str], list[Record]]:
+        """Annotations of the official layout; see `Benchmark.read`."""
         names = {split: images_below(top / split) for split in ("train", "test")}
         classes = sorted({name.partition("/")[0] for name in names["train"]})
         unknown = {name.partition("/")[0] for name in names["test"]} - set(classes)

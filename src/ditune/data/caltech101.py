@@ -13,6 +13,8 @@ BACKGROUND = "BACKGROUND_Google"
 
 
 class Caltech101(Benchmark):
+    """Caltech-101; arguments as of every `Benchmark`."""
+
     config = "caltech101"
     title = "Caltech-101"
     homepage = "https://data.caltech.edu/records/mzrjq-6wc02"
@@ -33,6 +35,7 @@ class Caltech101(Benchmark):
 
     @classmethod
     def read(cls, top: Path) -> tuple[list[str], list[Record]]:
+        """Annotations of the official layout; see `Benchmark.read`."""
         folder = top / cls.marker
         names = [name for name in images_below(folder) if not name.startswith(f"{BACKGROUND}/")]
         classes = sorted({name.partition("/")[0] for name in names})

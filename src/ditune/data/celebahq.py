@@ -12,6 +12,8 @@ LAST_TRAIN, LAST_VAL = 162770, 182637
 
 
 class CelebAHQ(Benchmark):
+    """CelebA-HQ; arguments as of every `Benchmark`."""
+
     config = "celebahq"
     title = "CelebA-HQ"
     homepage = "https://github.com/switchablenorms/CelebAMask-HQ"
@@ -24,6 +26,7 @@ class CelebAHQ(Benchmark):
 
     @classmethod
     def read(cls, top: Path) -> tuple[list[str], list[Record]]:
+        """Annotations of the official layout; see `Benchmark.read`."""
         records = []
         for i, _, original in read_table(top / cls.marker, 3)[1:]:  # idx orig_idx orig_file
             n = number(original.partition(".")[0], top / cls.marker)

@@ -8,6 +8,8 @@ from ditune.errors import UserError
 
 
 class CUB(Benchmark):
+    """CUB-200-2011; arguments as of every `Benchmark`."""
+
     config = "cub"
     title = "CUB-200-2011"
     homepage = "https://www.vision.caltech.edu/datasets/cub_200_2011/"
@@ -26,6 +28,7 @@ class CUB(Benchmark):
 
     @classmethod
     def read(cls, top: Path) -> tuple[list[str], list[Record]]:
+        """Annotations of the official layout; see `Benchmark.read`."""
         classes = read_table(top / "classes.txt", 2)  # 1 001.Black_footed_Albatross
         paths = dict(read_table(top / "images.txt", 2))
         labels = dict(read_table(top / "image_class_labels.txt", 2))  # 1 .. 200

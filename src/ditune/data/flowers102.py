@@ -11,6 +11,8 @@ SPLITS = {"train": "trnid", "val": "valid", "test": "tstid"}
 
 
 class Flowers102(Benchmark):
+    """Oxford Flowers-102; arguments as of every `Benchmark`."""
+
     config = "flowers102"
     title = "Oxford Flowers-102"
     homepage = f"{ADDRESS}/"
@@ -44,6 +46,7 @@ class Flowers102(Benchmark):
 
     @classmethod
     def read(cls, top: Path) -> tuple[list[str], list[Record]]:
+        """Annotations of the official layout; see `Benchmark.read`."""
         labels = read_mat(top / "imagelabels.mat", "labels").astype(int) - 1  # 1 .. 102 in the file
         records = []
         for split, key in SPLITS.items():

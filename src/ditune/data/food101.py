@@ -9,6 +9,8 @@ from ditune.errors import UserError
 
 
 class Food101(Benchmark):
+    """Food-101; arguments as of every `Benchmark`."""
+
     config = "food101"
     title = "Food-101"
     homepage = "https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101/"
@@ -27,6 +29,7 @@ class Food101(Benchmark):
 
     @classmethod
     def read(cls, top: Path) -> tuple[list[str], list[Record]]:
+        """Annotations of the official layout; see `Benchmark.read`."""
         classes = read_lines(top / "meta" / "classes.txt")
         records = []
         for split in ("train", "test"):

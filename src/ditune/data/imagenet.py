@@ -34,6 +34,7 @@ class ImageNet(Benchmark):
 
     @classmethod
     def read(cls, top: Path) -> tuple[list[str], list[Record]]:
+        """Annotations of the official layout; see `Benchmark.read`."""
         train = images_below(top / "train")
         synsets = sorted({name.partition("/")[0] for name in train})
         index = {synset: label for label, synset in enumerate(synsets)}

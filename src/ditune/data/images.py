@@ -40,28 +40,31 @@ BROKEN += (struct.error, zlib.error, zipfile.BadZipFile, Image.DecompressionBomb
 
 
 class ImageDataset(Dataset):
-    """uint8 RGB images with int64 labels, centre-cropped to `resolution`; one of that size already is unchanged.
+    """uint8 RGB images with int64 labels, centre-cropped to `resolution`; an image of that size is unchanged.
 
-    sources       folders, zip or Parquet files (one or several), read in this order
-    resolution    side of the square images, in pixels
-    split         name of the split (or a usual other spelling of it); None = all. From the column `split`, or from top
-                  folders train/, val/, test/. A source with neither, or with train/ alone, is split by a hash of each
-                  file's path: a tenth is 'test', the rest 'train'; every class keeps an image in 'train'.
-                  'train.val' is a tenth of 'train', by such a hash too, and 'train.fit' the rest: to search settings.
-                  Where 'test' is asked for and only 'val' is there, 'val' is used, with a warning.
-    class_column  column of the metadata that names the class (must be there); None = the first folder
-    classes       class names in the order of their labels, or a text file with one a line;
-                  None = the sorted names of all splits of all sources (as text: '10' comes before '2')
-    in_memory     decode everything at the first access, or in `load()`; call that before worker processes start,
-                  else each of them decodes for itself. False = decode what is asked for.
-    limit         keep this many (at least 1), evenly spaced over the sorted images; None = all
-    manifest      file written by src/prepare.py; where it is there, images that it skips are left out
+    Images are sorted by (source, file name). A DataLoader over it needs the identity as `collate_fn`, because
+    `__getitems__` returns a batch. Attributes: `labels` (N,) int64; `class_names`; `names` and `rows` (N entries);
+    `notes`, sentences about what was left out and decided; `not_images`, numbers of such files by the end of their
+    names; `untrained`, classes without a training image.
 
-    Sorted by (source, file name). `labels` (N,) int64; `class_names`, `num_classes`; `names` and `rows` (N entries).
-    `notes`: sentences about what was left out and decided. `not_images`: numbers of such files by the end of their
-    names. `untrained`: classes without a training image.
-    A DataLoader over it needs `collate_fn` to be the identity, since `__getitems__` returns a batch.
-    Raises UserError when sources, columns or classes do not fit together; a broken image when it is first decoded.
+    Args:
+        sources: folders, zip or Parquet files (one or several), read in this order.
+        resolution: side of the square images, in pixels.
+        split: name of the split (or a usual other spelling of it); None = all. It is taken from the column `split`, or
+            from top folders train/, val/, test/. A source with neither, or with train/ alone, is split by a hash of
+            each file's path: a tenth is 'test', the rest 'train'; every class keeps an image in 'train'. 'train.val' is
+            a tenth of 'train', by such a hash too, and 'train.fit' the rest: to search settings. If 'test' is asked for
+            and only 'val' is there, 'val' is used, with a warning.
+        class_column: column of the metadata that names the class (must be there); None = the first folder.
+        classes: class names in the order of their labels, or a text file with one per line; None = the sorted names of
+            all splits of all sources (as text: '10' comes before '2').
+        in_memory: decode everything at the first access, or in `load()`; call that before worker processes start, else
+            each of them decodes for itself. False = decode what is asked for.
+        limit: keep this many (at least 1), evenly spaced over the sorted images; None = all.
+        manifest: file written by src/prepare.py; if it exists, images that it calls broken are left out.
+
+    Raises:
+        UserError: sources, columns or classes do not fit together; or, when it is first decoded, an image is broken.
     """
 
     def __init__(
@@ -101,7 +104,21 @@ class ImageDataset(Dataset):
         manifest: str | Path | None,
         notes: Sequence[str] = (),
     ) -> None:
-        """Take the images of one split out of all that were found."""
+        """Keep the images of one split.
+
+        Args:
+            found: images of all splits.
+            class_names: in the order of their labels.
+            resolution: as of the class.
+            split: as of the class.
+            in_memory: as of the class.
+            limit: as of the class.
+            manifest: as of the class.
+            notes: sentences about what was left out and decided.
+
+        Raises:
+            UserError: the split has no images, `limit` is below 1, or the manifest is of other images.
+        """
         self.class_names, self.everything = class_names, found
         self.checksums, kept = apply_manifest(found, manifest)
         items = kept if split is None else [item for item in kept if is_in(item, split)]
@@ -137,13 +154,14 @@ class ImageDataset(Dataset):
 
     @property
     def num_classes(self) -> int:
+        """Number of classes, with those that have no image in this split."""
         return len(self.class_names)
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of what is in this dataset, wherever it lies: names, CRCs, labels, classes, resolution, split.
+        """SHA-256 of the content, independent of its place: names, CRCs, labels, classes, resolution, split.
 
-        A manifest makes it quick and nothing else: a run that began before there was one goes on.
+        A manifest makes it faster and does not change it: a run that started without one can resume with one.
         """
         contents = []
         with meter("reading checksums", len(self), "images") as shown:
@@ -181,7 +199,15 @@ class ImageDataset(Dataset):
         return torch.stack([self._decode(self._items[i]) for i in index.tolist()]), self.labels[index]
 
     def take(self, indices: Sequence[int], mirrored: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """As `__getitems__`; where `mirrored` (B,) is True, left and right are exchanged."""
+        """Images and labels at given positions, some of them mirrored.
+
+        Args:
+            indices: B positions.
+            mirrored: (B,) bool, True = exchange left and right; None = none.
+
+        Returns:
+            uint8 (B, 3, R, R) and labels (B,) int64.
+        """
         images, labels = self.__getitems__(indices)
         if mirrored is not None:
             images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
@@ -201,14 +227,29 @@ Pictures = ImageDataset  # its name in configs
 
 
 def decode(content: bytes, resolution: int) -> Tensor:
-    """The image in a file's bytes, uint8 (3, R, R); one of `BROKEN` when there is none."""
+    """Decode and crop an image.
+
+    Args:
+        content: bytes of the file.
+        resolution: R, side of the crop in pixels.
+
+    Returns:
+        uint8 (3, R, R).
+
+    Raises:
+        Exception: one of `BROKEN`, if the bytes are no image.
+    """
     with Image.open(io.BytesIO(content), formats=decoders()) as image:
         square = center_crop(to_rgb(image), resolution)
     return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()  # (3, R, R)
 
 
 def read_classes(classes: str | Path | Sequence[str] | None) -> list[str] | None:
-    """Class names from a list or a text file with one a line; UserError when a name is there twice."""
+    """Class names from a list or a text file with one per line; None for None.
+
+    Raises:
+        UserError: the file cannot be read, there is no name, or a name is there twice.
+    """
     if classes is None:
         return None
     if isinstance(classes, (str, Path)):
@@ -255,7 +296,7 @@ def _test_or_val(split: str | None, items: list[Item]) -> str | None:
 
 
 def untrained_classes(class_names: Sequence[str], everything: Sequence[Item], trained_on: Sequence[Item]) -> list[str]:
-    """Classes that have images, but none of those that are trained on; none where nothing is."""
+    """Classes that have images, but none among those that are trained on; none if nothing is trained on."""
     there, trained = ({item.class_name for item in items} for items in (everything, trained_on))
     return [name for name in class_names if name in there - trained] if trained_on else []
 

@@ -24,7 +24,10 @@ def read_items(source: Source, class_column: str | None, classes: Collection[str
     Args:
         source: where they lie.
         class_column: column of the metadata that names the class; None = the first folder.
-        classes: names that are known to be classes; where they are all top folders, none of these is a split.
+        classes: names that are known to be classes; if all top folders are among them, none of these is a split.
+
+    Returns:
+        (images, sentences).
 
     Raises:
         UserError: there are no images, or folders, tables and settings do not fit together.
@@ -54,12 +57,16 @@ def read_items(source: Source, class_column: str | None, classes: Collection[str
 
 @dataclass(frozen=True)
 class Splits:
-    """The split of each top folder; no folders = none of them is a split."""
+    """The split of each top folder.
+
+    Args:
+        folders: split by the name of its folder; {} = no folder is a split.
+    """
 
     folders: dict[str, str]
 
     def place(self, name: str) -> tuple[str, str | None]:
-        """The path inside of the split's folder, and the split; None = by hash."""
+        """Path inside the split's folder, and the split; None = by hash."""
         top, _, inside = name.partition("/")
         if top not in self.folders:
             return name, None
@@ -67,7 +74,7 @@ class Splits:
         return inside, None if alone else self.folders[top]
 
     def note(self, source: Source) -> list[str]:
-        """A sentence where 'test' is a part of the only folder, train/."""
+        """A sentence if train/ is the only folder, so that a part of it is 'test'; else none."""
         if set(self.folders.values()) != {"train"}:
             return []
         return [

@@ -32,7 +32,7 @@ class Parquet:
         path: what the user has given, for messages.
 
     Raises:
-        UserError: pyarrow lacks, a file is damaged, or there is no column of image bytes.
+        UserError: pyarrow is not installed, a file is damaged, or there is no column of image bytes.
     """
 
     def __init__(self, folder: Path, names: Sequence[str], path: Path) -> None:
@@ -45,9 +45,14 @@ class Parquet:
         self.names = [_name(file, i) for file in self.files for i in range(self._reader.count(file))]
         self.notes += self._reader.large_groups(self.files)
 
-    # The four names of a source
+    # The interface of a source
 
     def read(self, name: str) -> bytes:
+        """The bytes of an image.
+
+        Raises:
+            ValueError: its row holds none.
+        """
         content = self._reader.image(*_row(name), self.image_column)
         if content is None:
             raise ValueError("the row holds no bytes of an image")

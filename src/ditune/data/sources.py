@@ -1,4 +1,4 @@
-"""Where images lie: a folder, a zip file, Parquet files; all read by the same names (path, names, read, size, crc)."""
+"""Where images lie: a folder, a zip file or Parquet files, all with the same interface `Source`."""
 
 import os
 import stat
@@ -19,18 +19,12 @@ ONE_CLASS = "all"  # class of images that lie in no folder, or have no label
 
 
 class Source(Protocol):
-    """What datasets need of a place where images lie.
+    """What datasets need of a place where images lie."""
 
-    path    the folder or file, for messages
-    names   sorted names of its files, relative and with slashes
-    others  names of files in it that are neither images nor metadata
-    notes   sentences about what was left out or taken to be something else
-    """
-
-    path: Path
-    names: list[str]
-    others: list[str]
-    notes: list[str]
+    path: Path  # the folder or file, for messages
+    names: list[str]  # sorted names of its files, relative and with slashes
+    others: list[str]  # names of files in it that are neither images nor metadata
+    notes: list[str]  # sentences about what was left out or reinterpreted
 
     def read(self, name: str) -> bytes:
         """The bytes of a file."""
@@ -43,7 +37,15 @@ class Source(Protocol):
 
 
 class Folder:
-    """A folder and all below it; `names` are sorted and relative, with slashes (None = looked up)."""
+    """A folder and all below it.
+
+    Args:
+        path: of the folder.
+        names: sorted, relative, with slashes; None = look them up.
+
+    Raises:
+        UserError: a folder cannot be read, or a name is no UTF-8.
+    """
 
     def __init__(self, path: Path, names: list[str] | None = None) -> None:
         self.path = path
@@ -55,6 +57,7 @@ class Folder:
         self.others = _others(names)
 
     def read(self, name: str) -> bytes:
+        """The bytes of a file."""
         return (self.path / name).read_bytes()
 
     def size(self, name: str) -> int:
@@ -70,7 +73,16 @@ class Folder:
 
 
 class Zip:
-    """A zip file, never unpacked; folders around everything, as file managers add them, are left out of `names`."""
+    """A zip file, which is never unpacked; folders around everything, as file managers add them, are not in `names`.
+
+    Args:
+        path: of the file.
+        classes: names that are known to be classes; a folder of such a name is never one around everything.
+
+    Raises:
+        UserError: it holds names that lead out of it.
+        zipfile.BadZipFile: it is no zip file, or damaged.
+    """
 
     def __init__(self, path: Path, classes: Collection[str] = ()) -> None:
         self.path = path
@@ -88,6 +100,7 @@ class Zip:
         self.names = sorted(self._entries)
 
     def read(self, name: str) -> bytes:
+        """The bytes of a file; zipfile checks their CRC."""
         # A forked worker shares the file position with its parent, so every process opens the file for itself.
         if self._process != os.getpid():
             self._archive, self._process = zipfile.ZipFile(self.path), os.getpid()
@@ -107,13 +120,21 @@ class Zip:
 
 @dataclass(frozen=True, eq=False)
 class Item:
-    """One image and what its source says about it."""
+    """One image and what its source says about it.
+
+    Args:
+        source: where it lies.
+        name: path inside the source.
+        class_name: its class.
+        split: None = by a hash of the name.
+        row: its row of the metadata, or only file_name.
+    """
 
     source: Source
-    name: str  # path inside the source
+    name: str
     class_name: str
-    split: str | None  # None = by a hash of the name
-    row: dict[str, str]  # its row of the metadata, or only file_name
+    split: str | None
+    row: dict[str, str]
 
 
 def open_source(path: str | Path, classes: Collection[str] = ()) -> Source:

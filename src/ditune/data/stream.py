@@ -1,4 +1,4 @@
-"""Training data as a function of (seed, position): where a run stops changes nothing of what comes next."""
+"""Training data as a function of (seed, position): a resumed run sees the same batches as one that never stopped."""
 
 import signal
 from collections.abc import Iterator, Sequence
@@ -40,7 +40,11 @@ class ImageStream(Dataset):
         self._order = lru_cache(maxsize=2)(self._permutation)
 
     def __getitems__(self, positions: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """uint8 images (B, 3, R, R) or float16 latents (B, M, C, h, w); labels (B,), positions (B,)."""
+        """The batch of B positions.
+
+        Returns:
+            uint8 images (B, 3, R, R) or float16 latents (B, M, C, h, w); labels (B,); positions (B,).
+        """
         passes = [divmod(position, len(self.dataset)) for position in positions]
         indices = [self._order(epoch)[item] for epoch, item in passes]
         mirrored = torch.tensor([mix(self.seed, 1, p) % 2 == 1 for p in positions]) if self.flip else None
@@ -55,9 +59,13 @@ class MicroBatches(Sampler[list[int]]):
 
     Args:
         batch_size: global batch, the positions that one optimizer step covers.
-        accumulate: micro-steps of a step.
-        rank, world_size: this process among those that share every micro-step.
+        accumulate: micro-steps per optimizer step.
+        rank: of this process.
+        world_size: number of processes that share every micro-step.
         first_step: optimizer step to begin with.
+
+    Raises:
+        UserError: the global batch cannot be divided evenly.
     """
 
     def __init__(self, batch_size: int, accumulate: int, rank: int, world_size: int, first_step: int):
@@ -74,6 +82,11 @@ class MicroBatches(Sampler[list[int]]):
 
 def micro_batch_size(batch_size: int, accumulate: int, world_size: int) -> int:
     """Samples that one process handles at once.
+
+    Args:
+        batch_size: global batch.
+        accumulate: micro-steps per optimizer step.
+        world_size: number of processes.
 
     Raises:
         UserError: the global batch cannot be divided evenly.
@@ -97,7 +110,14 @@ def _leave_signals(worker: int) -> None:
 
 
 def training_loader(stream: ImageStream, batches: MicroBatches, num_workers: int, pin_memory: bool) -> DataLoader:
-    """Loader of (images, labels, positions); the images are decoded before workers fork and share them."""
+    """Loader of (images, labels, positions); images in memory are decoded here, before workers fork and share them.
+
+    Args:
+        stream: the training data.
+        batches: positions of each micro-batch.
+        num_workers: processes that load; 0 = this one.
+        pin_memory: for copies to a GPU.
+    """
     if stream.dataset.in_memory:
         stream.dataset.load()
     return DataLoader(

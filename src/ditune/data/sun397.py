@@ -13,6 +13,8 @@ from ditune.errors import UserError
 
 
 class SUN397(Benchmark):
+    """SUN397; arguments as of every `Benchmark`."""
+
     config = "sun397"
     title = "SUN397"
     homepage = "https://vision.princeton.edu/projects/2010/SUN/"
@@ -28,6 +30,7 @@ class SUN397(Benchmark):
 
     @classmethod
     def read(cls, top: Path) -> tuple[list[str], list[Record]]:
+        """Annotations of the official layout; see `Benchmark.read`."""
         classes = [line[3:] for line in read_lines(top / "ClassName.txt")]  # /a/apartment_building/outdoor
         index = {name: label for label, name in enumerate(classes)}
         records = []

@@ -1,4 +1,4 @@
-"""Every image of a dataset is read, hashed and decoded once; the manifest says which ones are sound."""
+"""Reading, hashing and decoding every image of a dataset once; the manifest names the broken ones."""
 
 import hashlib
 import json
@@ -25,12 +25,13 @@ SHOWN = 5  # problems in a message; all are in the report
 
 
 def verify(dataset: ImageDataset, path: Path, policy: str, again: bool = False) -> None:
-    """Write the manifest of all splits of `images` to `path`, and report.json beside it.
+    """Write the manifest of all splits of `dataset` to `path`, and report.json beside it.
 
     What was found is kept in checked.csv beside it; while that is valid, nothing is read again.
 
     Args:
-        images: as they are, without a manifest.
+        dataset: with all its splits, made without a manifest.
+        path: of the manifest.
         policy: 'skip' = leave broken images out and report them; 'raise' = stop at them.
         again: read everything again.
 
@@ -63,7 +64,7 @@ def verify(dataset: ImageDataset, path: Path, policy: str, again: bool = False) 
 
 
 def is_valid(items: list[Item], path: Path) -> bool:
-    """True when the file lists these images, with the sizes of their files."""
+    """Whether the manifest `path` lists these images with the sizes of their files."""
     if not path.is_file():
         return False
     try:
@@ -100,7 +101,15 @@ def _check_all(items: list[Item], path: Path, resolution: int) -> None:
 
 
 def check(item: Item, resolution: int) -> Check:
-    """Read and decode an image."""
+    """Read and decode an image.
+
+    Args:
+        item: the image.
+        resolution: that it is decoded to.
+
+    Returns:
+        Size, hashes, and the problem if there is one.
+    """
     try:
         content = item.source.read(item.name)
     except FileNotFoundError:

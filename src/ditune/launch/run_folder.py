@@ -1,4 +1,4 @@
-"""A run folder belongs to one process at a time, from before Hydra's first file in it until the process ends."""
+"""A run folder belongs to one process at a time, from before Hydra writes to it until the process ends."""
 
 import errno
 from contextlib import AbstractContextManager, nullcontext
