@@ -22,8 +22,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ditune.data.classes import SHOWN, class_names_of, notes_on_classes, read_classes, untrained_classes
 from ditune.data.formats import count_kinds, decoders, left_out
-from ditune.data.layouts import read_items, some
+from ditune.data.layouts import read_items
 from ditune.data.manifest import apply_manifest
 from ditune.data.sources import Item, open_source
 from ditune.data.splits import is_in, normal_split, settle
@@ -33,7 +34,6 @@ from ditune.progress import meter
 
 log = logging.getLogger(__name__)
 
-SHOWN = 10  # classes in a line
 # What Pillow, zipfile and the file system raise for damaged, truncated, missing, encrypted or absurdly large files.
 BROKEN = (OSError, ValueError, SyntaxError, RuntimeError, EOFError, TypeError, IndexError)
 BROKEN += (struct.error, zlib.error, zipfile.BadZipFile, Image.DecompressionBombError)
@@ -90,7 +90,7 @@ class ImageDataset(Dataset):
         ]
         found = settle([item for items, _ in read for item in items])
         split = _test_or_val(split, found)
-        self.fill(found, _class_names(listed, found), resolution, split, in_memory, limit, manifest, notes)
+        self.fill(found, class_names_of(listed, found), resolution, split, in_memory, limit, manifest, notes)
         self.not_images = dict(sum(map(Counter, kinds), Counter()))
 
     def fill(
@@ -140,7 +140,7 @@ class ImageDataset(Dataset):
         trained_on = items if trains else [item for item in kept if item.split == "train"]
         self.untrained = untrained_classes(class_names, found, trained_on)
         self.not_images: dict[str, int] = {}
-        self.notes = [*notes, *_class_notes(class_names, found, self.untrained)]
+        self.notes = [*notes, *notes_on_classes(class_names, found, self.untrained)]
 
     def describe_classes(self) -> str:
         """One line such as '3 classes: cat 12, dog 10, owl 1': the first ten, and the smallest of more."""
@@ -244,48 +244,6 @@ def decode(content: bytes, resolution: int) -> Tensor:
     return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()  # (3, R, R)
 
 
-def read_classes(classes: str | Path | Sequence[str] | None) -> list[str] | None:
-    """Class names from a list or a text file with one per line; None for None.
-
-    Raises:
-        UserError: the file cannot be read, there is no name, or a name is there twice.
-    """
-    if classes is None:
-        return None
-    if isinstance(classes, (str, Path)):
-        path = Path(classes).expanduser()
-        if not path.is_file():
-            raise UserError(f"There is no file {path}, where class names are expected, one a line. Correct the path.")
-        try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"The class names in {path} cannot be read ({error}). Save it as UTF-8 text.") from error
-        entries = [(f"line {n} of {path}", line.strip()) for n, line in enumerate(lines, start=1) if line.strip()]
-    else:
-        entries = [(f"place {n} of `classes`", str(name)) for n, name in enumerate(classes, start=1)]
-    first: dict[str, str] = {}
-    for place, name in entries:
-        if name in first:
-            raise UserError(f"The class '{name}' in {place} is there already, in {first[name]}. Remove one of them.")
-        first[name] = place
-    if not first:
-        raise UserError("`classes` names no class. Give at least one, or leave it out for the folders' names.")
-    return list(first)
-
-
-def _class_names(listed: list[str] | None, items: list[Item]) -> list[str]:
-    if listed is None:
-        return sorted({item.class_name for item in items})
-    known = set(listed)
-    unknown = next((item for item in items if item.class_name not in known), None)
-    if unknown is not None:
-        raise UserError(
-            f"The image {unknown.name} in {unknown.source.path} has the class '{unknown.class_name}', "
-            f"which is not one of the {len(listed)} in `classes`. Add it there, or leave `classes` out."
-        )
-    return listed
-
-
 def _test_or_val(split: str | None, items: list[Item]) -> str | None:
     """'val' where the split 'test' is asked for, which is not there; nothing else is replaced."""
     there = {item.split for item in items}
@@ -293,21 +251,3 @@ def _test_or_val(split: str | None, items: list[Item]) -> str | None:
         return split
     log.warning("There is no split 'test' in the data; its split 'val' is used instead.")
     return "val"
-
-
-def untrained_classes(class_names: Sequence[str], everything: Sequence[Item], trained_on: Sequence[Item]) -> list[str]:
-    """Classes that have images, but none among those that are trained on; none if nothing is trained on."""
-    there, trained = ({item.class_name for item in items} for items in (everything, trained_on))
-    return [name for name in class_names if name in there - trained] if trained_on else []
-
-
-def _class_notes(class_names: Sequence[str], everything: Sequence[Item], untrained: Sequence[str]) -> list[str]:
-    """Sentences about labels that nothing trains."""
-    there = {item.class_name for item in everything}
-    absent = [name for name in class_names if name not in there]
-    return [
-        f"{len(names):,} of {len(class_names):,} classes {'has' if len(names) == 1 else 'have'} no {what} and "
-        f"will not be learned: {some(names, SHOWN)}."
-        for names, what in ((absent, "image at all"), (untrained, "training image"))
-        if names
-    ]
