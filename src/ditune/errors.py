@@ -1,7 +1,10 @@
 """Mistakes that a user can mend."""
 
 import errno
+import sys
+from typing import NoReturn
 
+USER_ERROR = 2  # exit code
 PLACES = "run_dir=, out= or one of paths.*="  # keys that say where files go
 
 # what stops a file from being written, whoever wrote the program
@@ -53,3 +56,9 @@ def refusal(error: OSError, places: str = PLACES) -> str | None:
         return None
     room = "Free some space, or choose" if error.errno in FULL else "Choose"
     return f"{error.filename} cannot be used: {CAUSES[error.errno]}. {room} another place for it by {places}."
+
+
+def fail(text: str) -> NoReturn:
+    """End the process as for a mistake of the user: the sentence on stderr, exit code 2, no traceback."""
+    sys.stderr.write(f"\nError: {text}\n")
+    sys.exit(USER_ERROR)

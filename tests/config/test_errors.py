@@ -14,7 +14,7 @@ from helpers import ROOT, SMALL
 # overrides of a small training, and a part of the message
 MISTAKES = {
     "no pictures": (["data.root=/nowhere"], "There is nothing at /nowhere"),
-    "no such split": (["data.pictures.split=val"], "no picture in the split 'val'"),
+    "no such split": (["data.pictures.split=val"], "no image in the split 'val'"),
     "no class file": (["data.classes=/nowhere/classes.txt"], "no file /nowhere/classes.txt"),
     "class not in the list": (["data.classes=@one_class"], "which is not one of the 1 in `classes`"),
     "no base network": (["pretrained=/nowhere/base.safetensors"], "There is no network file"),

@@ -1,9 +1,10 @@
-"""The public data sets are read in their official layouts, with the labels that other readers give them."""
+"""The public datasets are read in their official layouts, with the labels that other readers give them."""
 
 import shutil
 from pathlib import Path
 
 import pytest
+from hydra.utils import get_class
 from omegaconf import DictConfig
 from torchvision import datasets
 
@@ -50,7 +51,7 @@ def read(roots: dict[str, Path], configs: dict[str, DictConfig]):
 
 
 @pytest.mark.parametrize("name", MINIATURES)
-def test_counts_and_pictures(read, name):
+def test_counts_and_images(read, name):
     for split, count in COUNTS[name].items():
         pictures = read(name, split=split)
         assert len(pictures) == count
@@ -152,10 +153,18 @@ def test_what_is_missing_is_said(read, tmp_path, name):
     assert cls.licence.endswith(".")
 
 
-# Bad annotations: (data set, file, its new content or None for none, what is said)
+@pytest.mark.parametrize("name", MINIATURES)
+def test_messages_name_the_config_of_the_dataset(configs, tmp_path, name):
+    """The class says which config is its own, and that config names the class."""
+    cls = get_class(configs[name].pictures._target_)
+    assert cls.config == name
+    assert f"data={name}`" in cls.missing(tmp_path)
+
+
+# Bad annotations: (dataset, file, its new content or None for none, what is said)
 BAD = [
     ("cub", "CUB_200_2011/classes.txt", None, "classes.txt is missing"),
-    ("cub", "CUB_200_2011/image_class_labels.txt", "1 1\n", "differ at picture"),
+    ("cub", "CUB_200_2011/image_class_labels.txt", "1 1\n", "differ at image"),
     ("cub", "CUB_200_2011/images.txt", "1\n", "has 1 fields, not 2"),
     ("cub", "CUB_200_2011/images.txt", b"\xff\xfe\xff", "damaged"),
     ("food101", "food-101/meta/test.json", '{"waffles": ["waffles/1"]}', "which classes.txt has not"),

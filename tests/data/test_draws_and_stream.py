@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from ditune.data import Augment, Pictures
-from ditune.data.stream import MicroBatches, PictureStream, micro_batch_size, training_loader
+from ditune.data import Augment, ImageDataset
+from ditune.data.stream import ImageStream, MicroBatches, micro_batch_size, training_loader
 from ditune.errors import UserError
 from ditune.rng import Draws, generator, mix
 
@@ -16,7 +16,7 @@ N = 10  # pictures
 
 @pytest.fixture
 def stream(pictures):
-    return PictureStream(Pictures(pictures, 16, "train"), seed=3)
+    return ImageStream(ImageDataset(pictures, 16, "train"), seed=3)
 
 
 def positions(batch_size, accumulate, world_size, first_step=0, steps=3):
@@ -75,17 +75,17 @@ def test_draws_have_their_distributions():
 # Stream
 
 
-def test_every_pass_shows_every_picture_once(stream):
+def test_every_pass_shows_every_image_once(stream):
     orders = [stream._permutation(epoch) for epoch in range(3)]
     assert all(sorted(order) == list(range(N)) for order in orders)
     assert orders[0] != orders[1] != orders[2]
     shown, _, positions = stream.__getitems__(range(7, 17))  # the last 3 of a pass, the first 7 of the next
     expected = [orders[0][i] for i in (7, 8, 9)] + orders[1][:7]
-    assert torch.equal(shown, stream.pictures.load()[expected])
+    assert torch.equal(shown, stream.dataset.load()[expected])
     assert positions.tolist() == list(range(7, 17))
 
 
-def test_picture_of_a_position_does_not_depend_on_its_batch(stream):
+def test_image_of_a_position_does_not_depend_on_its_batch(stream):
     pictures, labels, _ = stream.__getitems__(range(12))
     for p in (0, 9, 10, 11):
         picture, label, _ = stream.__getitems__([p])
@@ -94,7 +94,7 @@ def test_picture_of_a_position_does_not_depend_on_its_batch(stream):
 
 
 def test_flips_are_half_and_fixed(stream):
-    flipping = PictureStream(stream.pictures, seed=3, flip=True)
+    flipping = ImageStream(stream.dataset, seed=3, flip=True)
     plain, _, _ = stream.__getitems__(range(400))
     flipped, _, _ = flipping.__getitems__(range(400))
     mirrored = (flipped == plain.flip(-1)).flatten(1).all(dim=1)
@@ -108,10 +108,10 @@ ALL = {"share": 1.0, "degrees": 15, "scale": (0.75, 1.1), "shift": 0.1, "hue": 0
 
 
 def test_a_share_is_changed_without_class_and_the_rest_is_as_it_was(stream):
-    augmented = PictureStream(stream.pictures, seed=3, augment=Augment(**ALL | {"share": 0.4}, shading=0.4))
+    augmented = ImageStream(stream.dataset, seed=3, augment=Augment(**ALL | {"share": 0.4}, shading=0.4))
     before, classes, _ = stream.__getitems__(range(400))
     after, labels, _ = augmented.__getitems__(range(400))
-    hidden = labels == stream.pictures.num_classes
+    hidden = labels == stream.dataset.num_classes
     assert 120 < hidden.sum() < 200
     assert torch.equal(labels[~hidden], classes[~hidden])
     same = (before == after).flatten(1).all(dim=1)

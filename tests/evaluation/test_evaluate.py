@@ -270,7 +270,7 @@ def test_too_few_pictures_and_small_sets(caplog):
         name, identity, columns = "tiny", {}, {"features": slice(None)}
 
     x, y = torch.randn(3, 8), torch.randn(20, 8)
-    with pytest.raises(UserError, match="Draw more"):
+    with pytest.raises(UserError, match="Generate more"):
         Judge(Tiny()).compare(x, y)
     Judge(Tiny()).compare(torch.randn(8, 8), y)
     assert "biased" in caplog.text

@@ -142,12 +142,16 @@ def test_hash_is_of_what_decides_the_result(tmp_path):
     ],
 )
 def test_what_a_job_needs(accelerator, devices, gpus, per_job, expected):
-    trainer = OmegaConf.create({"accelerator": accelerator, "devices": devices})
     if isinstance(expected, tuple):
-        assert needs(trainer, gpus, per_job) == expected
+        assert needs(accelerator, devices, gpus, per_job) == expected
     else:
         with pytest.raises(UserError, match=expected):
-            needs(trainer, gpus, per_job)
+            needs(accelerator, devices, gpus, per_job)
+
+
+def test_a_job_of_several_machines_is_refused():
+    with pytest.raises(UserError, match="submitit_slurm"):
+        needs("gpu", 1, gpus=1, gpus_per_job=None, num_nodes=2)
 
 
 def test_places_are_kept(tmp_path):

@@ -20,7 +20,7 @@ from ditune.errors import UserError
 from ditune.metrics import (
     DINOv2,
     Inception2015,
-    InceptionJudge,
+    InceptionMetrics,
     density_coverage,
     extract,
     frechet_distance,
@@ -34,14 +34,14 @@ from ditune.metrics.dinov2 import resize_positions
 from ditune.metrics.inception import read_statistics
 
 
-def draw(*shape: int, seed: int = 0) -> Tensor:
+def samples_of(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def sets() -> tuple[Tensor, Tensor]:
-    """Features of 300 generated and 200 real pictures, 32 dimensions, correlated and shifted."""
-    mixing = draw(32, 32, seed=2)
-    return draw(300, 32) @ mixing + 0.2, draw(200, 32, seed=1) @ mixing
+    """Features of 300 generated and 200 real images, 32 dimensions, correlated and shifted."""
+    mixing = samples_of(32, 32, seed=2)
+    return samples_of(300, 32) @ mixing + 0.2, samples_of(200, 32, seed=1) @ mixing
 
 
 # Formulas on shared features
@@ -89,7 +89,7 @@ PRC = {"prc_neighborhood": 3, "prc_batch_size": 64, "save_cpu_ram": True, "verbo
 
 
 def test_precision_and_recall_equal_torch_fidelity():
-    x, y = 2 * draw(300, 3) + 1, draw(200, 3, seed=1)
+    x, y = 2 * samples_of(300, 3) + 1, samples_of(200, 3, seed=1)
     theirs = prc_features_to_metric(x, y, **PRC)
     expected = theirs["precision"], theirs["recall"]
     assert precision_recall(x, y) == pytest.approx(expected, abs=1e-6)
@@ -109,7 +109,7 @@ def test_density_and_coverage_by_definition():
 
 
 def test_inception_score_equals_torch_fidelity():
-    logits = 3 * draw(120, 10)
+    logits = 3 * samples_of(120, 10)
     theirs = isc_features_to_metric(logits, splits=3, shuffle=False, rng_seed=0)
     assert inception_score(logits, split=40) == pytest.approx(theirs["inception_score_mean"], rel=1e-9)
     assert inception_score(torch.zeros(8, 10)) == pytest.approx(1)
@@ -138,17 +138,17 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def pictures(count: int, seed: int) -> Tensor:
-    """Smooth random pictures: of noise alone, all features would be the same."""
+def images(count: int, seed: int) -> Tensor:
+    """Smooth random images: of noise alone, all features would be the same."""
     coarse = torch.rand(count, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
     return (nn.functional.interpolate(coarse, 32, mode="bilinear") * 255).to(torch.uint8)
 
 
 def test_one_inception_gives_both_the_same_metrics(weights: Path):
-    generated, real = pictures(7, 0), pictures(8, 1)
-    judge = InceptionJudge(Inception2015(weights, sha256(weights)), batch_size=8)
-    x, y = (extract(judge.extractor, batch, 8) for batch in (generated, real))
-    ours, features = judge.compare(x, y), judge.extractor.columns["features"]
+    generated, real = images(7, 0), images(8, 1)
+    suite = InceptionMetrics(Inception2015(weights, sha256(weights)), batch_size=8)
+    x, y = (extract(suite.extractor, batch, 8) for batch in (generated, real))
+    ours, features = suite.compare(x, y), suite.extractor.columns["features"]
     network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(weights))
     (their_x, logits), (their_y, _) = network(generated), network(real)
     assert their_x.std(0).mean() > 0.01
@@ -175,7 +175,7 @@ def test_spatial_features_are_those_of_adms_evaluator(weights: Path):
     """The first 7 channels of mixed_6's 1x1 branch, as the network itself has them between its layers."""
     extractor, seen = Inception2015(weights, sha256(weights)), {}
     extractor.network.Mixed_6c.register_forward_hook(lambda module, inputs, output: seen.update(before=output.clone()))
-    features = extractor(pictures(2, 0))
+    features = extractor(images(2, 0))
     expected = extractor.network.Mixed_6d.branch1x1(seen["before"])[:, :7]
     assert expected.shape == (2, 7, 17, 17)
     torch.testing.assert_close(features[:, extractor.columns["spatial"]], expected.flatten(1))
@@ -238,10 +238,10 @@ def test_dinov2_reads_the_authors_layout(tmp_path: Path):
     path = tmp_path / "dinov2.pth"
     torch.save(state, path)
     extractor = DINOv2(path, sha256(path), "vit_small_patch14_dinov2")
-    features = extractor(pictures(3, 0))
+    features = extractor(images(3, 0))
     assert features.shape == (3, 384)
     assert features.isfinite().all()
-    assert features.std(0).mean() > 1e-4  # pictures are told apart
+    assert features.std(0).mean() > 1e-4  # images are told apart
 
 
 def test_positions_are_resized_as_dinov2_does():

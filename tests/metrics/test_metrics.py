@@ -1,4 +1,4 @@
-"""The numbers that judge pictures: right, independent of batches, and refused where they would mislead."""
+"""Metrics of images: right, independent of batches, and refused where they would mislead."""
 
 import io
 import json
@@ -19,7 +19,7 @@ from torchmetrics.image.kid import poly_mmd
 from ditune.errors import UserError
 from ditune.metrics import (
     EfficientNetLite0,
-    Judge,
+    MetricSuite,
     density_coverage,
     distances,
     extract,
@@ -38,32 +38,32 @@ WEIGHTS = ASSETS / "extractors" / "efficientnet_lite0.fp16.safetensors"
 SHA256 = "29e2dfe2b2de0f2f56c85b5f0345bb937bf3367e1549e690fa892144dd9980a3"
 
 
-def draw(*shape: int, seed: int = 0) -> Tensor:
+def samples_of(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def load_emoji(name: str, count: int) -> Tensor:
-    """`count` pictures spread evenly over the whole zip, uint8 (count, 3, 64, 64)."""
+    """`count` images spread evenly over the whole zip, uint8 (count, 3, 64, 64)."""
     with zipfile.ZipFile(ASSETS / "emoji" / f"{name}.zip") as file:
         names = sorted(entry for entry in file.namelist() if entry.endswith(".webp"))
         chosen = [names[i * len(names) // count] for i in range(count)]
-        pictures = [np.array(Image.open(io.BytesIO(file.read(entry))).convert("RGB")) for entry in chosen]
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+        images = [np.array(Image.open(io.BytesIO(file.read(entry))).convert("RGB")) for entry in chosen]
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 
 
 class Fake:
-    """A picture set of random pictures."""
+    """An image set of random images."""
 
     def __init__(self, count: int, fingerprint: str = "one") -> None:
         self.fingerprint = fingerprint
         generator = torch.Generator().manual_seed(count)
-        self.pictures = torch.randint(0, 256, (count, 3, 8, 8), dtype=torch.uint8, generator=generator)
+        self.images = torch.randint(0, 256, (count, 3, 8, 8), dtype=torch.uint8, generator=generator)
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        return self.pictures[indices], torch.zeros(len(indices), dtype=torch.int64)
+        return self.images[indices], torch.zeros(len(indices), dtype=torch.int64)
 
 
 class Tiny(nn.Module):
@@ -76,11 +76,11 @@ class Tiny(nn.Module):
         super().__init__()
         self.identity = {"extractor": self.name, "sha256": str(seed), "resolution": 8}
         self.rows: list[int] = []
-        self.matrix = nn.Parameter(draw(3 * 8 * 8, 6, seed=seed).float(), requires_grad=False)
+        self.matrix = nn.Parameter(samples_of(3 * 8 * 8, 6, seed=seed).float(), requires_grad=False)
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        self.rows.append(len(pictures))
-        return pictures.flatten(1).float() / 255 @ self.matrix
+    def forward(self, images: Tensor) -> Tensor:
+        self.rows.append(len(images))
+        return images.flatten(1).float() / 255 @ self.matrix
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def extractor() -> EfficientNetLite0:
 
 
 def test_kid_equals_double_loop_and_torchmetrics():
-    x, y = draw(23, 5), draw(23, 5, seed=1) + 0.3
+    x, y = samples_of(23, 5), samples_of(23, 5, seed=1) + 0.3
 
     def kernel(a: Tensor, b: Tensor) -> float:
         return (sum(p * q for p, q in zip(a.tolist(), b.tolist(), strict=True)) / 5 + 1) ** 3
@@ -104,7 +104,7 @@ def test_kid_equals_double_loop_and_torchmetrics():
 
 
 def test_kid_is_the_same_in_chunks():
-    x, y = draw(50, 7), draw(31, 7, seed=1)
+    x, y = samples_of(50, 7), samples_of(31, 7, seed=1)
     u, v = torch.ones(50, 1, dtype=torch.float64), torch.ones(31, 1, dtype=torch.float64)
     whole, chunked = (distances.kernel_sums(x, y, u, v, chunk) for chunk in (512, 8))
     assert whole.item() == pytest.approx(chunked.item(), rel=1e-12)
@@ -112,15 +112,15 @@ def test_kid_is_the_same_in_chunks():
 
 def test_kid_is_unbiased_and_its_deviation_is_honest():
     """Zero on average for equal distributions whatever the sizes; the standard error as repeated draws have it."""
-    same = torch.tensor([kid(draw(20, 4, seed=s), draw(60, 4, seed=s + 10_000)) for s in range(400)])
+    same = torch.tensor([kid(samples_of(20, 4, seed=s), samples_of(60, 4, seed=s + 10_000)) for s in range(400)])
     assert abs(same.mean()) < 4 * same.std() / 400**0.5
     assert (same < 0).any()
 
-    found = [kid_with_deviation(draw(64, 4, seed=s), draw(96, 4, seed=s + 10_000) + 0.7) for s in range(60)]
+    found = [kid_with_deviation(samples_of(64, 4, seed=s), samples_of(96, 4, seed=s + 10_000) + 0.7) for s in range(60)]
     values, deviations = torch.tensor(found).T
     assert deviations.mean().item() == pytest.approx(values.std().item(), rel=0.4)
-    assert found[0] == kid_with_deviation(draw(64, 4), draw(96, 4, seed=10_000) + 0.7)
-    assert found[0][0] == pytest.approx(kid(draw(64, 4), draw(96, 4, seed=10_000) + 0.7), rel=1e-12)
+    assert found[0] == kid_with_deviation(samples_of(64, 4), samples_of(96, 4, seed=10_000) + 0.7)
+    assert found[0][0] == pytest.approx(kid(samples_of(64, 4), samples_of(96, 4, seed=10_000) + 0.7), rel=1e-12)
 
 
 # Frechet distance
@@ -128,7 +128,7 @@ def test_kid_is_unbiased_and_its_deviation_is_honest():
 
 def test_frechet_distance_in_one_dimension():
     """(m1 - m2)^2 + (s1 - s2)^2."""
-    x, y = draw(100, 1) * 3 + 1, draw(80, 1, seed=1)
+    x, y = samples_of(100, 1) * 3 + 1, samples_of(80, 1, seed=1)
     expected = (x.mean() - y.mean()) ** 2 + (x.std() - y.std()) ** 2
     assert frechet_distance(x, y) == pytest.approx(expected.item(), rel=1e-10)
 
@@ -136,7 +136,7 @@ def test_frechet_distance_in_one_dimension():
 @pytest.mark.parametrize(("n", "m"), [(90, 60), (20, 60), (15, 12)])
 def test_frechet_distance_equals_the_eigenvalue_form(n: int, m: int, caplog: pytest.LogCaptureFixture):
     """Tr (S1^1/2 S2 S1^1/2)^1/2 by eigh; also with fewer samples than dimensions, which is warned of."""
-    x, y = draw(n, 30) @ draw(30, 30, seed=2), draw(m, 30, seed=1) + 0.5
+    x, y = samples_of(n, 30) @ samples_of(30, 30, seed=2), samples_of(m, 30, seed=1) + 0.5
     values, vectors = torch.linalg.eigh(torch.cov(x.T))
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     trace_root = torch.linalg.eigvalsh(root @ torch.cov(y.T) @ root).clamp(min=0).sqrt().sum()
@@ -149,12 +149,12 @@ def test_frechet_distance_equals_the_eigenvalue_form(n: int, m: int, caplog: pyt
 
 def test_too_few_samples_are_refused():
     for distance in (kid, frechet_distance):
-        with pytest.raises(UserError, match="at least 2 pictures, here are 1"):
-            distance(draw(1, 3), draw(5, 3))
+        with pytest.raises(UserError, match="at least 2 images, here are 1"):
+            distance(samples_of(1, 3), samples_of(5, 3))
     with pytest.raises(UserError, match="at least 4"):
-        kid_with_deviation(draw(5, 3), draw(3, 3))
+        kid_with_deviation(samples_of(5, 3), samples_of(3, 3))
     with pytest.raises(UserError, match="NaN"):
-        kid(draw(5, 3), draw(5, 3) * float("nan"))
+        kid(samples_of(5, 3), samples_of(5, 3) * float("nan"))
 
 
 def test_self_test_finds_broken_linear_algebra(monkeypatch: pytest.MonkeyPatch):
@@ -169,7 +169,7 @@ def test_self_test_finds_broken_linear_algebra(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_nearest_neighbours():
-    references = draw(40, 6)
+    references = samples_of(40, 6)
     distance, index = nearest(references[[7, 3]] * 5, references, k=3, chunk=1)
     assert index[:, 0].tolist() == [7, 3]
     assert distance[:, 0].abs().max() < 1e-6
@@ -180,7 +180,7 @@ def test_nearest_neighbours():
 
 def test_neighbours_are_found_far_from_the_origin():
     """Cosines differ from 1 by some 1e-8 there, which float32 cannot hold: it found the right one 3 times of 50."""
-    x, y = (draw(50, 64) + 1e4).float(), (draw(60, 64, seed=1) + 1e4).float()
+    x, y = (samples_of(50, 64) + 1e4).float(), (samples_of(60, 64, seed=1) + 1e4).float()
     directions = [torch.nn.functional.normalize(features.double(), dim=1) for features in (x, y)]
     exact = torch.cdist(*directions, compute_mode="donot_use_mm_for_euclid_dist").square() / 2
     distance, index = nearest(x, y)
@@ -191,7 +191,7 @@ def test_neighbours_are_found_far_from_the_origin():
 @pytest.mark.parametrize(("offset", "spread"), [(0.0, 1.0), (1e3, 1e-3), (1e4, 1e-4)])
 def test_shares_do_not_depend_on_where_the_features_lie(offset, spread):
     """About the origin, |a|^2 + |b|^2 - 2 a.b of the last ones is wrong by a factor of 3: precision 1, coverage 0."""
-    x, y = draw(2, 300, 64)
+    x, y = samples_of(2, 300, 64)
     moved = x * spread + offset, y * 1.05 * spread + offset
     assert precision_recall(*moved) == precision_recall(x, y * 1.05)
     assert density_coverage(*moved) == density_coverage(x, y * 1.05)
@@ -202,7 +202,7 @@ def test_shares_do_not_depend_on_where_the_features_lie(offset, spread):
 @pytest.mark.parametrize("offset", [1e3, 1e4])
 def test_kid_keeps_its_digits_far_from_the_origin(offset):
     """The kernel depends on the origin, so nothing is moved; exact fractions say what is right."""
-    x, y = draw(2, 12, 4) + offset
+    x, y = samples_of(2, 12, 4) + offset
     rows = [[[Fraction(value) for value in row] for row in features.tolist()] for features in (x, y)]
 
     def mean(a: list, b: list, pairs: int) -> Fraction:
@@ -214,14 +214,14 @@ def test_kid_keeps_its_digits_far_from_the_origin(offset):
 
 
 def test_nearest_pixels_is_exact():
-    pictures = Fake(30).pictures
-    query = pictures[[4]].clone()
+    images = Fake(30).images
+    query = images[[4]].clone()
     query[0, 0, 0, 0] ^= 1
-    distance, index = nearest_pixels(query, pictures, k=2, chunk=7)
+    distance, index = nearest_pixels(query, images, k=2, chunk=7)
     assert index[0, 0] == 4
     assert distance[0, 0].item() == pytest.approx(1 / 255, rel=1e-12)
-    assert nearest_pixels(pictures[[4]], pictures)[0].item() == 0
-    exact = torch.cdist(query.flatten(1).double() / 255, pictures.flatten(1).double() / 255).sort().values
+    assert nearest_pixels(images[[4]], images)[0].item() == 0
+    exact = torch.cdist(query.flatten(1).double() / 255, images.flatten(1).double() / 255).sort().values
     torch.testing.assert_close(distance, exact[:, :2])
 
 
@@ -239,36 +239,36 @@ def test_weights_are_checked(tmp_path: Path):
 
 
 def test_features_do_not_depend_on_the_batch(extractor: EfficientNetLite0):
-    pictures = load_emoji("noto", 11)
-    features = extract(extractor, pictures, batch_size=4)
+    images = load_emoji("noto", 11)
+    features = extract(extractor, images, batch_size=4)
     assert features.shape == (11, 1280)
     assert features.dtype == torch.float32
     for count in (1, 5, 8):
-        assert torch.equal(features[:count], extract(extractor, pictures[:count], batch_size=4))
-    torch.testing.assert_close(features, extract(extractor, pictures, batch_size=11), rtol=1e-3, atol=1e-4)
+        assert torch.equal(features[:count], extract(extractor, images[:count], batch_size=4))
+    torch.testing.assert_close(features, extract(extractor, images, batch_size=11), rtol=1e-3, atol=1e-4)
 
 
 def test_extractor_ignores_train_mode_autocast_and_gradients(extractor: EfficientNetLite0):
-    pictures = load_emoji("twemoji", 2)
-    expected = extractor(pictures)
+    images = load_emoji("twemoji", 2)
+    expected = extractor(images)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(extractor.train()(pictures), expected)
+        assert torch.equal(extractor.train()(images), expected)
     assert not any(parameter.requires_grad for parameter in extractor.parameters())
     with pytest.raises(TypeError, match="uint8"):
-        extractor(pictures.float())
+        extractor(images.float())
 
 
 def test_batches_are_padded_and_data_sets_are_read():
-    tiny, pictures = Tiny(), Fake(10)
-    features = extract(tiny, pictures, batch_size=4)
+    tiny, images = Tiny(), Fake(10)
+    features = extract(tiny, images, batch_size=4)
     assert tiny.rows == [4, 4, 4]
-    assert torch.equal(features, extract(tiny, pictures.pictures, batch_size=4))
-    with pytest.raises(UserError, match="no pictures"):
-        extract(tiny, pictures.pictures[:0])
+    assert torch.equal(features, extract(tiny, images.images, batch_size=4))
+    with pytest.raises(UserError, match="no images"):
+        extract(tiny, images.images[:0])
 
 
 def test_distances_between_the_domains(extractor: EfficientNetLite0):
-    """Measured on all pictures: Noto to Twemoji 0.053, Noto to Fluent 3D 0.108, Twemoji to Fluent 3D 0.169."""
+    """Measured on all images: Noto to Twemoji 0.053, Noto to Fluent 3D 0.108, Twemoji to Fluent 3D 0.169."""
     noto, twemoji, fluent = (extract(extractor, load_emoji(name, 150)) for name in ("noto", "twemoji", "fluent3d"))
     assert abs(kid(noto[::2], noto[1::2])) < 0.02
     assert kid(noto, twemoji) == pytest.approx(0.053, abs=0.025)
@@ -276,65 +276,65 @@ def test_distances_between_the_domains(extractor: EfficientNetLite0):
     assert kid(twemoji, fluent) == pytest.approx(0.169, abs=0.04)
 
 
-# judge
+# The metric suite
 
 
 def test_judge_names_the_extractor_and_caches_the_reference(tmp_path: Path):
-    judge, reference, samples = Judge(Tiny(), tmp_path / "cache"), Fake(40), Fake(12)
-    numbers = judge(samples.pictures, reference)
+    suite, reference, samples = MetricSuite(Tiny(), tmp_path / "cache"), Fake(40), Fake(12)
+    numbers = suite(samples.images, reference)
     manifold = {f"{name}_tiny" for name in ("precision", "recall", "density", "coverage")}
     keys = {"kid_tiny", "kid_tiny_std", "fd_tiny", "n", "n_reference", "nearest_mean", "nearest_min"}
     assert set(numbers) == keys | manifold
     assert (numbers["n"], numbers["n_reference"]) == (12, 40)
     json.dumps(numbers)
-    calls = len(judge.extractor.rows)
-    assert judge(samples, reference) == numbers
-    assert len(judge.extractor.rows) == calls + 1, "the reference came from the cache"
-    assert Judge(Tiny())(samples, reference) == numbers
-    distance, index = judge.neighbours(reference.pictures[[5]], reference, k=2)
+    calls = len(suite.extractor.rows)
+    assert suite(samples, reference) == numbers
+    assert len(suite.extractor.rows) == calls + 1, "the reference came from the cache"
+    assert MetricSuite(Tiny())(samples, reference) == numbers
+    distance, index = suite.neighbours(reference.images[[5]], reference, k=2)
     assert index[0, 0] == 5
     assert distance.shape == (1, 2)
 
-    judge.reference(Fake(40, "other"))
-    Judge(Tiny(seed=1), tmp_path / "cache").reference(reference)
+    suite.reference(Fake(40, "other"))
+    MetricSuite(Tiny(seed=1), tmp_path / "cache").reference(reference)
     names = sorted(path.name for path in (tmp_path / "cache").iterdir())
-    assert len(names) == 3, "other pictures and another extractor have their own files, no temporary ones are left"
+    assert len(names) == 3, "other images and another extractor have their own files, no temporary ones are left"
     assert all(name.startswith("tiny-") for name in names)
 
 
 def test_foreign_and_damaged_caches_are_refused(tmp_path: Path):
-    judge, reference = Judge(Tiny(), tmp_path), Fake(40)
-    features = judge.reference(reference)
+    suite, reference = MetricSuite(Tiny(), tmp_path), Fake(40)
+    features = suite.reference(reference)
     (path,) = tmp_path.iterdir()
     good = path.read_bytes()
 
-    judge.reference(Fake(40, "other"))
+    suite.reference(Fake(40, "other"))
     (other,) = (p for p in tmp_path.iterdir() if p != path)
     path.write_bytes(other.read_bytes())
     with pytest.raises(UserError, match=r"not the expected ones \(data\).*Delete"):
-        judge.reference(reference)
+        suite.reference(reference)
 
     save_file({"features": load_file(path)["features"]}, path)
     with pytest.raises(UserError, match="not the expected ones"):
-        judge.reference(reference)
+        suite.reference(reference)
 
     path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
     with pytest.raises(UserError, match="damaged"):
-        judge.reference(reference)
+        suite.reference(reference)
 
     path.write_bytes(good[: len(good) // 2])
     with pytest.raises(UserError, match="cannot be read"):
-        judge.reference(reference)
+        suite.reference(reference)
 
     path.unlink()
-    assert torch.equal(judge.reference(reference), features)
+    assert torch.equal(suite.reference(reference), features)
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ditune.metrics.suite.os.fsync", full)
+    monkeypatch.setattr("ditune.files.atomic.os.fsync", full)
     with pytest.raises(OSError, match="space"):
-        Judge(Tiny(), tmp_path).reference(Fake(8))
+        MetricSuite(Tiny(), tmp_path).reference(Fake(8))
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""Files in and out: networks, adapters, safe writing. No pickle is executed."""
+"""Networks and adapters as files. No pickle is executed."""
 
 from ditune.checkpoints.adapters import check_file, load_adapter, load_adapters, read_adapter, save_adapter
 from ditune.checkpoints.networks import (

@@ -1,6 +1,6 @@
-"""Adapters as folders: `adapter_model.safetensors` holds what trained, `adapter_config.json` says onto what it goes.
+"""Adapters as folders: `adapter_model.safetensors` holds what was trained, `adapter_config.json` names the base.
 
-Methods of huggingface peft are written in peft's own format, with what it has no place for in the tensors' header.
+Methods of huggingface peft are written in peft's own format; other facts go into the header of the tensors' file.
 """
 
 import json
@@ -18,17 +18,17 @@ from ditune.peft.label_table import resize_labels
 from ditune.peft.slots import all_or_nothing
 
 FORMAT = "ditune-adapter-1"
-RESHAPED = ("num_classes", "input_size", "pos_embed_scale")  # what an adapted network may have otherwise than its base
+RESHAPED = ("num_classes", "input_size", "pos_embed_scale")  # may differ between an adapted network and its base
 
 
 def save_adapter(network: nn.Module, folder: Path | str, base: dict[str, Any] | None = None, **facts: Any) -> None:
-    """Write what trained of an adapted network.
+    """Write the trained part of an adapted network.
 
     Args:
-        network: with a method applied; its parameters as they are (inside `Ema.applied`: the average).
+        network: with a method applied; its parameters are written as they are (inside `Ema.applied`: the EMA).
         folder: created if missing.
         base: file, sha256 and network (config) of the base network.
-        facts: what else a reader should know: process, class_names, autoencoder, resolution, data.
+        facts: further facts for readers: process, class_names, autoencoder, resolution, data.
 
     Raises:
         UserError: the network is not adapted.
@@ -50,7 +50,13 @@ def save_adapter(network: nn.Module, folder: Path | str, base: dict[str, Any] | 
 
 
 def read_adapter(folder: Path | str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Config and tensors of an adapter, ours or peft's. Of peft's own files only the key "peft_config" is known.
+    """Read an adapter of ours or of peft.
+
+    Args:
+        folder: of the adapter.
+
+    Returns:
+        (config, tensors). The config of an adapter that peft itself has written has only the key "peft_config".
 
     Raises:
         UserError: a file is missing, damaged, or of another format.
@@ -77,7 +83,14 @@ def read_adapter(folder: Path | str) -> tuple[dict[str, Any], dict[str, Tensor]]
 
 
 def load_adapter(network: nn.Module, folder: Path | str) -> PeftMethod:
-    """Apply the adapter's method to a base network and load what it trained; returns the method.
+    """Apply the adapter's method to a base network and load its tensors.
+
+    Args:
+        network: the base; changed in place.
+        folder: of the adapter.
+
+    Returns:
+        The method.
 
     Raises:
         UserError: the adapter is damaged or was trained on another network; the network is as it was.
@@ -94,7 +107,14 @@ def load_adapter(network: nn.Module, folder: Path | str) -> PeftMethod:
 
 
 def load_adapters(network: nn.Module, folders: dict[str, Path | str]) -> Adapters:
-    """Several adapters beside each other on one base network, by name; none of them is in use yet.
+    """Load several adapters onto one base network; none of them is active yet.
+
+    Args:
+        network: the base.
+        folders: of the adapters, by the name that each one gets.
+
+    Returns:
+        The adapters, to switch between.
 
     Raises:
         UserError: one of them is damaged or was trained on another network.
@@ -108,7 +128,15 @@ def load_adapters(network: nn.Module, folders: dict[str, Path | str]) -> Adapter
 
 
 def build_method(config: dict[str, Any], folder: Path | str) -> PeftMethod:
-    """The method of an adapter's config."""
+    """The method of an adapter.
+
+    Args:
+        config: of the adapter, by `read_adapter`.
+        folder: of the adapter, for messages.
+
+    Raises:
+        UserError: this release does not know the method.
+    """
     try:
         if "peft_config" in config:
             return from_peft_config(config["peft_config"])
@@ -118,10 +146,15 @@ def build_method(config: dict[str, Any], folder: Path | str) -> PeftMethod:
 
 
 def check_network(network: nn.Module, config: dict[str, Any], folder: Path | str) -> None:
-    """Refuse an adapter of another base, as far as the adapter and the network say what they are.
+    """Refuse an adapter of another base network, by config and, if the network has one, by file.
+
+    Args:
+        network: the base that the adapter would be applied to.
+        config: of the adapter, by `read_adapter`.
+        folder: of the adapter, for messages.
 
     Raises:
-        UserError: they differ.
+        UserError: the adapter was trained on another network.
     """
     if "network" not in config:
         return  # of peft's own making: only names and shapes of the tensors can tell
@@ -139,10 +172,15 @@ def check_network(network: nn.Module, config: dict[str, Any], folder: Path | str
 
 
 def check_file(file: Path, config: dict[str, Any], folder: Path | str) -> None:
-    """Refuse an adapter of another base, by the base's file.
+    """Refuse an adapter of another base, by the hash of the base's file.
+
+    Args:
+        file: of the base network.
+        config: of the adapter, by `read_adapter`.
+        folder: of the adapter, for messages.
 
     Raises:
-        UserError: its hash differs from the adapter's.
+        UserError: the file has another hash than the adapter names.
     """
     base = config.get("base") or {}
     if "sha256" in base and sha256(file) != base["sha256"]:

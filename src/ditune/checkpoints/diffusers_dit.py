@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ditune.checkpoints.official_dit import drawing  # noqa: F401  # the same networks by the same authors
+from ditune.checkpoints.official_dit import depth_of, sampling  # noqa: F401  # sampling: the same networks
 from ditune.checkpoints.source import Content, Source
 from ditune.checkpoints.weight_files import find_weights, listed
 from ditune.errors import UserError
@@ -45,20 +45,22 @@ COPIED = {
 
 
 def recognises(source: Source) -> bool:
+    """Whether this is a folder of diffusers' DiT, or of a pipeline with one in it."""
     return source.path.is_dir() and _folder(source).json("config.json").get("_class_name") == CLASS
 
 
 def read(source: Source, known: Mapping[str, Any], **_: Any) -> Content:
+    """The network in a folder, whose config.json says all of its arguments."""
     source = _folder(source)
     config = _config(source)
     return Content(DiT, config, to_ours(_weights(source), config["depth"], source))
 
 
 def process(source: Source) -> dict[str, Any] | None:
-    """As the pipeline's scheduler says; None for the model alone, which says nothing.
+    """Config of the process that the pipeline's scheduler names; None for a model without a pipeline.
 
     Raises:
-        UserError: the scheduler is of no diffusion that is known.
+        UserError: the scheduler belongs to no diffusion that is known.
     """
     theirs = source.json("scheduler/scheduler_config.json")
     if not theirs:
@@ -83,7 +85,7 @@ def process(source: Source) -> dict[str, Any] | None:
 
 
 def _schedule(theirs: dict[str, Any], timesteps: int) -> str | None:
-    """Our name of a scheduler's betas, None for those of no name here."""
+    """Our name of a scheduler's betas; None for betas that are not known here."""
     if theirs.get("trained_betas") is None:
         ends = theirs.get("beta_start", 1e-4), theirs.get("beta_end", 0.02)
         linear = theirs.get("beta_schedule", "linear") == "linear" and ends == (1e-4, 0.02) and timesteps == 1000
@@ -137,6 +139,11 @@ def _weights(source: Source) -> dict[str, Tensor]:
 def to_ours(theirs: dict[str, Tensor], depth: int, source: Source) -> dict[str, Tensor]:
     """Our state dict from theirs, without the computed position table.
 
+    Args:
+        theirs: their state dict.
+        depth: number of blocks.
+        source: the folder, for messages.
+
     Raises:
         UserError: keys are missing or left over, or the embedders' copies differ.
     """
@@ -173,9 +180,13 @@ def to_ours(theirs: dict[str, Tensor], depth: int, source: Source) -> dict[str, 
 
 
 def to_theirs(ours: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Their state dict from ours; inverts `to_ours`."""
+    """Their state dict from ours; inverts `to_ours`.
+
+    Raises:
+        UserError: a tensor is none of DiT's, such as an adapter's.
+    """
     theirs: dict[str, Tensor] = {}
-    depth = 1 + max(int(key.split(".")[1]) for key in ours if key.startswith("blocks."))
+    depth = depth_of(ours)
     for key, tensor in ours.items():
         if key == "pos_embed":
             continue

@@ -1,11 +1,11 @@
-"""A DiT that DiTune has exported, in diffusers: class-conditional pictures by DDIM or another scheduler.
+"""A DiT that DiTune has exported, in diffusers: class-conditional images by DDIM or another scheduler.
 
 This file needs torch and diffusers only, and lies in the folder of every export:
 
     from diffusers import DiffusionPipeline
     code = {"custom_pipeline": f"{folder}/pipeline.py", "trust_remote_code": True}
     pipeline = DiffusionPipeline.from_pretrained(folder, **code)
-    pictures = pipeline(class_labels=[0, 1], guidance_scale=1.5, num_inference_steps=50).images
+    images = pipeline(class_labels=[0, 1], guidance_scale=1.5, num_inference_steps=50).images
 
 It corrects three things of diffusers' own DiT: the timestep's frequencies (10000^(-k/128), not k/127) and an epsilon
 (1e-6), with which the network computes what it was trained to; and the null class, which is the network's, not 1000.
@@ -33,12 +33,14 @@ def correct(transformer, pos_embed_scale=1.0):
 
 
 class DiTunePipeline(DiffusionPipeline):
-    """Pictures of classes 0 .. K-1.
+    """Images of classes 0 .. K-1.
 
-    transformer, scheduler  as DiffusionPipeline loads them
-    vae                     None = the latents themselves are returned
-    id2label                names of the classes
-    pos_embed_scale         of the network
+    Args:
+        transformer: DiTTransformer2DModel.
+        scheduler: of the diffusion.
+        vae: decodes latents; None = the latents themselves are returned.
+        id2label: names of the classes.
+        pos_embed_scale: of the network.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -52,7 +54,15 @@ class DiTunePipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def __call__(self, class_labels, guidance_scale=1.5, generator=None, num_inference_steps=50, output_type="pil"):
-        """Pictures of `class_labels`, a list of N numbers; output_type: pil, np, pt, or latent."""
+        """Generate images.
+
+        Args:
+            class_labels: list of N class numbers.
+            guidance_scale: 1 = without guidance.
+            generator: of the initial noise.
+            num_inference_steps: steps of the scheduler.
+            output_type: pil, np, pt or latent.
+        """
         config, device, n = self.transformer.config, self._execution_device, len(class_labels)
         shape = (n, config.in_channels, config.sample_size, config.sample_size)
         x = torch.randn(shape, generator=generator, dtype=self.transformer.dtype).to(device)
@@ -71,8 +81,8 @@ class DiTunePipeline(DiffusionPipeline):
             x = self.scheduler.step(out, t, x).prev_sample
         if self.vae is None or output_type == "latent":
             return ImagePipelineOutput(images=x)
-        pictures = self.vae.decode(x / self.vae.config.scaling_factor).sample
-        pictures = (pictures / 2 + 0.5).clamp(0, 1)
+        images = self.vae.decode(x / self.vae.config.scaling_factor).sample
+        images = (images / 2 + 0.5).clamp(0, 1)
         if output_type != "pt":
-            pictures = pictures.permute(0, 2, 3, 1).cpu().float().numpy()
-        return ImagePipelineOutput(images=self.numpy_to_pil(pictures) if output_type == "pil" else pictures)
+            images = images.permute(0, 2, 3, 1).cpu().float().numpy()
+        return ImagePipelineOutput(images=self.numpy_to_pil(images) if output_type == "pil" else images)

@@ -1,8 +1,8 @@
 """Torch files whose pickles hold more than tensors, read without any of their objects.
 
-Whatever class or function a pickle names is never looked up: a stand-in takes its place, which takes what the pickle
-gives it and does nothing. Only tensors, numpy arrays, argparse.Namespace and plain values can be told apart afterwards.
-So a configuration, an optimizer or an attack in the file is passed over, and the weights beside it are read.
+Classes and functions that a pickle names are never looked up. A stand-in takes the place of each; it accepts everything
+and does nothing. Only tensors, numpy arrays, argparse.Namespace and plain values keep their content. A configuration,
+an optimizer or an attack in the file is passed over, and the weights beside it are read.
 """
 
 import pickle
@@ -27,7 +27,7 @@ NUMPY_DTYPES = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "b1")
 
 
 class Inert:
-    """Stands for an object of any class: does nothing, whatever it is given or asked for."""
+    """Stand-in for an object of any class; it does nothing."""
 
     name = ""  # of the class or function that it stands for
 
@@ -47,13 +47,13 @@ class Inert:
         pass
 
     def append(self, value: object) -> None:
-        pass
+        """Do nothing, for objects that a pickle fills as lists."""
 
     extend = add = update = append
 
 
 class Table(Inert, dict):
-    """An OrderedDict, a defaultdict, or a Namespace's attributes."""
+    """Stand-in for an OrderedDict or a defaultdict."""
 
     def __init__(self, *content: object, **_: object) -> None:
         pairs = content[0] if content and isinstance(content[0], list | tuple | dict) else ()
@@ -64,14 +64,14 @@ class Table(Inert, dict):
 
 
 class Namespace(Table):
-    """argparse.Namespace, a plain holder of values."""
+    """Stand-in for argparse.Namespace; its attributes are the entries."""
 
     def __setstate__(self, state: object) -> None:
         dict.update(self, state if isinstance(state, dict) else {})
 
 
 class Storage(Inert):
-    """Bytes in the archive, by their key."""
+    """Bytes in the archive, by their key; `dtype` is None for types that are not read."""
 
     def __init__(self, key: object = "", dtype: torch.dtype | None = None) -> None:
         self.key, self.dtype = str(key), dtype
@@ -90,12 +90,13 @@ class StoredTensor(Inert):
         self.shape, self.stride = _integers(size), _integers(stride)
 
     def read(self, archive: "Archive") -> Tensor:
+        """The tensor; its errors are made one kind by `Archive.tensor`."""
         flat = torch.frombuffer(archive.bytes_of(self.storage.key), dtype=self.storage.dtype)
         return torch.as_strided(flat, self.shape, self.stride, self.offset)  # which checks the bounds
 
 
 class Parameter(Inert):
-    """A parameter is its tensor."""
+    """Stand-in for a parameter: its tensor."""
 
     def __new__(cls, data: object = None, *_: object) -> Any:
         return data
@@ -112,13 +113,14 @@ class StoredArray(Inert):
         self.shape = _integers(shape)
 
     def read(self, _: "Archive") -> Tensor:
+        """The array as a tensor; its errors are made one kind by `Archive.tensor`."""
         array = np.frombuffer(self.data, np.dtype(self.dtype.order + self.dtype.code))
         array = array.reshape(self.shape, order="F" if self.fortran else "C")
         return torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
 
 
 class Dtype(Inert):
-    """Of an array; others than those of numbers are not read."""
+    """Type of an array; `code` is None for types other than numbers, which are not read."""
 
     order = "<"
 
@@ -131,7 +133,7 @@ class Dtype(Inert):
 
 
 class Encoded(Inert):
-    """Bytes, as pickles of the second protocol write them."""
+    """Bytes, in the form that the second protocol of pickle writes."""
 
     def __new__(cls, text: object = "", *_: object) -> Any:
         return text.encode("latin1") if isinstance(text, str) else b""
@@ -153,7 +155,7 @@ UNREMARKABLE = {"numpy.ndarray", *(f"torch.{name}" for name in STORAGES)}
 
 
 class _Unpickler(pickle.Unpickler):
-    """Builds plain values and stand-ins; its classes are made anew for every file, so that no file can change them."""
+    """Builds plain values and stand-ins. Every file has stand-in classes of its own, which no other file can change."""
 
     def __init__(self, file: Any) -> None:
         super().__init__(file)
@@ -178,11 +180,15 @@ class _Unpickler(pickle.Unpickler):
 class Archive:
     """A torch file in its zip container.
 
-    path       the file
-    content    its object: plain values, dicts, `StoredTensor`, `StoredArray` and stand-ins
-    strangers  names of the classes and functions that it asks for, and which were passed over
+    Its attribute `content` is the object in the file, made of plain values, dicts, `StoredTensor`, `StoredArray` and
+    stand-ins; `strangers` are the names of classes and functions that were passed over.
 
-    Raises pickle.UnpicklingError or zipfile.BadZipFile when it is damaged.
+    Args:
+        path: the file.
+
+    Raises:
+        pickle.UnpicklingError: the file is damaged.
+        zipfile.BadZipFile: the file is damaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -201,7 +207,7 @@ class Archive:
         self.strangers = unpickler.strangers
 
     def tensor(self, value: StoredTensor | StoredArray) -> Tensor | None:
-        """The tensor itself; None where it is of a kind that is not read.
+        """Read a tensor or an array of the content; None for types that are not read.
 
         Raises:
             pickle.UnpicklingError: it reaches beyond its bytes.
@@ -215,6 +221,12 @@ class Archive:
             raise pickle.UnpicklingError(f"a tensor does not fit its bytes ({error})") from error
 
     def bytes_of(self, key: str) -> bytearray:
+        """Bytes of the storage `key`.
+
+        Raises:
+            KeyError: there is none.
+            ValueError: it is compressed.
+        """
         with zipfile.ZipFile(self.path) as archive:
             info = archive.getinfo(f"{self.folder}data/{key}")
             if info.compress_type != zipfile.ZIP_STORED:

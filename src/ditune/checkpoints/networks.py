@@ -1,4 +1,4 @@
-"""Networks as files: ours (safetensors that explain themselves), and those of others, one module for each format."""
+"""Networks as files: our own (safetensors with a header), and foreign ones, with one module for each format."""
 
 import json
 import logging
@@ -26,11 +26,11 @@ from ditune.progress import Meter, meter
 log = logging.getLogger(__name__)
 
 FORMAT = "ditune-network-1"
-# The formats of others, asked in this order. Each module has a TITLE, the HEADS of published files where shapes do not
-# tell them, `recognises(source)`, `read(source, known, **overrides)`, `process(source)` (None = the file does not say),
-# and `drawing(process, config)`: how its authors draw.
+# The foreign formats, asked in this order. Each module has a TITLE, the HEADS of published files if shapes do not tell
+# them, `recognises(source)`, `read(source, known, **overrides)`, `process(source)` (None = the file does not say), and
+# `sampling(process, config)`: the sampler settings of its authors.
 FOREIGN: tuple[ModuleType, ...] = (shortcut_jax, diffusers_dit, official_dit, official_dit_moe)
-# What a file of others can be read as; {} is DiT's own diffusion, which predicts epsilon.
+# What a foreign file can be read as; {} is DiT's own diffusion, which predicts epsilon.
 PROCESSES: dict[str, dict[str, Any]] = {"diffusion": {}, "sit": official_dit.SIT, "repa": official_dit.REPA}
 DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float64": "fp64"}
 
@@ -41,15 +41,20 @@ class NetworkFile:
 
     Args:
         network: with the file's weights.
-        header: what a file of ours says about itself; None = a file of others.
+        header: of our own file; None = a foreign file.
         process: config of the process that the network is for; {} = DiT's own diffusion.
-        drawing: steps and guidance that the authors of a file of others draw with, keys as in configs/sampler/.
+        sampling: sampler settings of the authors of a foreign file, keys as in configs/sampler/.
     """
 
     network: nn.Module
     header: dict[str, Any] | None
     process: dict[str, Any]
-    drawing: dict[str, Any]
+    sampling: dict[str, Any]
+
+    @property
+    def drawing(self) -> dict[str, Any]:
+        """Earlier name of `sampling`."""
+        return self.sampling
 
 
 def save_network(
@@ -61,8 +66,11 @@ def save_network(
         path: `.safetensors` file to write.
         network: a plain network (merge an adapter first).
         process: config of the process that the network was trained for.
-        position_table: the computed table is stored too, as other readers of DiT's keys expect it.
-        provenance: what else a reader should know: class names, training set, steps, metrics.
+        position_table: also store the computed table, which other readers of DiT's keys expect.
+        provenance: further facts for readers: class names, training set, steps, metrics.
+
+    Raises:
+        OSError: the file cannot be written.
     """
     header = {"format": FORMAT, "class": network.kind, "network": network.config, "process": process}
     header["provenance"] = provenance
@@ -90,7 +98,7 @@ def read_header(path: Path | str | Source) -> dict:
 
 
 def is_ours(path: Path | str | Source) -> bool:
-    """True for a file by `save_network`, whose header says what the others leave unsaid."""
+    """Whether `save_network` has written this file."""
     source = path if isinstance(path, Source) else Source(path)
     return "ditune" in source.header
 
@@ -100,11 +108,14 @@ def load_network(path: Path | str, known: Mapping[str, Any] | None = None, **ove
 
     Args:
         path: our `.safetensors`; a `.pt` or `.safetensors` with the keys of DiT or DiT-MoE, whatever containers and
-            prefixes are around them (an average goes first); a folder of such files with an index; a folder of
-            diffusers' DiTTransformer2DModel or DiTPipeline; a pickle of the shortcut models' code (its average).
+            prefixes are around them (an EMA is preferred); a folder of such files with an index; a folder of
+            diffusers' DiTTransformer2DModel or DiTPipeline; a pickle of the shortcut models' code (its EMA).
         known: config of a network that is known to be of this kind; used only for what the file cannot tell.
-        overrides: constructor arguments that replace those of the file. `input_size` is for another resolution. With
-            `step` a network learns to be told steps, which it begins by ignoring.
+        overrides: constructor arguments that replace those of the file. `input_size` is for another resolution.
+            `step=True` adds a zero-initialised step embedding to a network that has none.
+
+    Returns:
+        The network; its attribute `file` is the path.
 
     Raises:
         UserError: the file is missing, damaged, of an unknown kind, or does not fit the overrides.
@@ -120,16 +131,18 @@ def read_network(
     key: str = "process",
     **overrides: Any,
 ) -> NetworkFile:
-    """`load_network` and what goes with the network; for a file of others, the log shows what it was read as.
+    """Read a network together with its header, process and sampler settings; the log says how a foreign file was read.
 
     Args:
-        process: what a file of others is for: one of `PROCESSES`, or a config of ditune.processes. None = as the file
-            says, else as its format's authors train.
-        key: of the config that sets `process`, for messages.
-        path, known, overrides: as in `load_network`.
+        path: as in `load_network`.
+        process: what a foreign file is for: one of `PROCESSES`, or a config of ditune.processes. None = as the file
+            says, else as the authors of its format train.
+        known: as in `load_network`.
+        key: config key that sets `process`, for messages.
+        overrides: as in `load_network`.
 
     Raises:
-        UserError: as `load_network`; or the process is unknown, or a file of ours says another.
+        UserError: as in `load_network`; or the process is unknown, or is given for a file of our own.
     """
     source = Source(path)
     if is_ours(source):
@@ -144,7 +157,7 @@ def read_network(
     log.info("read %s: %s", source.path, _summary(source, module, network, f"{name_of(config)} ({how})"))
     if how == "assumed":
         _warn(source, key)
-    return NetworkFile(network, None, config, module.drawing(config, network.config))
+    return NetworkFile(network, None, config, module.sampling(config, network.config))
 
 
 def network_like(name: str, checkpoint: str | None, cache_dir: str, **overrides: Any) -> nn.Module:
@@ -166,13 +179,21 @@ def network_like(name: str, checkpoint: str | None, cache_dir: str, **overrides:
 
 
 def foreign_process(path: Path | str) -> dict[str, Any]:
-    """Config of the process that a file of others is for, by the code that it comes from; {} = DiT's own diffusion."""
+    """Config of the process that a foreign file is for; {} = DiT's own diffusion.
+
+    Raises:
+        UserError: the file is missing, damaged or of an unknown kind.
+    """
     source = Source(path)
     return _format_of(source).process(source) or {}
 
 
 def name_of(process: Mapping[str, Any]) -> str:
-    """A process in words."""
+    """Name of a process in messages.
+
+    Args:
+        process: config of the process.
+    """
     if process.get("kind") != "flow":
         return f"{process.get('prediction', 'epsilon')} diffusion"
     return f"flow with times up to {process.get('time_scale', 1000.0):g} and data at {process.get('data_at', 0)}"
@@ -189,7 +210,7 @@ def _content(source: Source, known: Mapping[str, Any], **overrides: Any) -> Cont
 
 
 def _build(source: Source, content: Content, overrides: dict[str, Any]) -> nn.Module:
-    """The network of a content, its tensors copied into it."""
+    """Build the network and copy its tensors into it."""
     try:
         network = content.build(**(content.config | overrides))
     except (TypeError, ValueError) as error:
@@ -215,7 +236,7 @@ def _build(source: Source, content: Content, overrides: dict[str, Any]) -> nn.Mo
 
 
 def _fill(network: nn.Module, tensors: dict[str, Tensor], progress: Meter | None) -> None:
-    """Copy tensors, which may only be read from disk by that, into the network."""
+    """Copy tensors into the network; mapped ones are read from disk only here."""
     hooks = []
     for module in network.modules() if progress else ():
         size = sum(p.nbytes for p in module.parameters(recurse=False))
@@ -236,7 +257,7 @@ def _format_of(source: Source) -> ModuleType:
 def _process(
     source: Source, module: ModuleType, network: nn.Module, given: str | Mapping[str, Any] | None, key: str
 ) -> tuple[dict[str, Any], str]:
-    """What a file of others was trained on, and who says so."""
+    """Process of a foreign file, and who says so."""
     if isinstance(given, Mapping):
         return dict(given), f"by {key}="
     if given is not None:
@@ -248,7 +269,7 @@ def _process(
 
 
 def _for_outputs(process: dict[str, Any], network: nn.Module) -> dict[str, Any]:
-    """DiT's diffusion for a network without variance has the fixed one of DiT's code."""
+    """DiT's diffusion; a network without learned variance gets the fixed one of DiT's code."""
     return process or ({} if network.config["learn_sigma"] else {"variance": "fixed_large"})
 
 
@@ -267,7 +288,7 @@ def _summary(source: Source, module: ModuleType, network: nn.Module, process: st
 
 
 def _warn(source: Source, key: str) -> None:
-    """A guess is said at every use, and louder where the path's name speaks against it."""
+    """Log the guess at every use, and as a warning if the path's name contradicts it."""
     words = {word for part in source.path.parts[-3:] for word in re.findall(r"[a-z]+", part.lower())}
     for name in ("sit", "repa"):
         if name in words:

@@ -18,27 +18,29 @@ TITLE = "official DiT"
 # Hidden size: heads, of published files (arXiv 2212.09748, Table 1). No network of ours is ever added here.
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 PROJECTORS = "projectors."  # of REPA (arXiv 2410.06940), for its training only
-# Times are told unscaled. SiT's transport/path.py goes from noise at 0 to data at 1, REPA's loss.py the other way.
+# Networks get unscaled times. SiT's transport/path.py goes from noise at 0 to data at 1, REPA's loss.py the other way.
 SIT = {"kind": "flow", "time_scale": 1.0, "data_at": 1, "sigma_min": 0.0}
 REPA = {"kind": "flow", "time_scale": 1.0, "data_at": 0, "sigma_min": 0.0}
 
 
 def recognises(source: Source) -> bool:
+    """Whether the tensors have the names of DiT's blocks."""
     return {"x_embedder.proj.weight", "y_embedder.embedding_table.weight", "blocks.0.mlp.fc1.weight"} <= set(
         source.tensors
     )
 
 
 def read(source: Source, known: Mapping[str, Any], **overrides: Any) -> Content:
+    """The network in a file; arguments as in `ditune.checkpoints.load_network`."""
     tensors = {key: value for key, value in source.tensors.items() if not key.startswith(PROJECTORS)}
     return Content(DiT, infer_config(tensors, source, known, **overrides), tensors)
 
 
 def process(source: Source) -> dict[str, Any] | None:
-    """By what the file holds beside the weights; None where it says nothing.
+    """Config of the process that the file names beside its weights; None if it names none.
 
     Raises:
-        UserError: it was trained on what is not known here.
+        UserError: the network was trained on a process that is not known here.
     """
     said = source.attributes()
     path, prediction = str(said.get("path_type", "linear")).lower(), said.get("prediction", "v")
@@ -52,10 +54,15 @@ def process(source: Source) -> dict[str, Any] | None:
     return SIT if "path_type" in said else None
 
 
-def drawing(process: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """250 ancestral steps and guidance 1.5 are behind the FID of arXiv 2212.09748, Table 4.
+def sampling(process: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Sampler settings of the papers, keys as in configs/sampler/.
 
-    For flows as many evaluations as in arXiv 2401.08740, by Euler's method, guided at 1.5 as there.
+    Diffusion: 250 ancestral steps and guidance 1.5, behind the FID of arXiv 2212.09748, Table 4. Flows: as many
+    evaluations as in arXiv 2401.08740, by Euler's method, and its guidance 1.5.
+
+    Args:
+        process: config of the network's process.
+        config: of the network.
     """
     if process.get("kind") == "flow":
         return {"sampler": "Euler", "steps": 250, "guidance": 1.5}
@@ -70,7 +77,35 @@ def infer_config(
     num_heads: int | None = None,
     **overrides: Any,
 ) -> dict[str, Any]:
-    """Constructor arguments from shapes; the number of heads from the published sizes."""
+    """Constructor arguments of DiT from shapes; the number of heads from the published sizes.
+
+    Args:
+        tensors: the state dict.
+        source: the file, for messages.
+        known: config of a network that is known to be of this kind, for what the file cannot tell.
+        input_size: side of the latents; None = from the position table.
+        num_heads: None = as in the published sizes.
+        overrides: see `infer_classes`.
+
+    Raises:
+        UserError: the file does not tell an argument.
+    """
+    common = infer_common(tensors, source, known, input_size, **overrides)
+    hidden_size = common["hidden_size"]
+    return common | {
+        "num_heads": num_heads or infer_heads(HEADS, hidden_size, source, known),
+        "mlp_ratio": ratio(tensors["blocks.0.mlp.fc1.weight"].shape[0], hidden_size),
+    }
+
+
+def infer_common(
+    tensors: dict[str, Tensor],
+    source: Source,
+    known: Mapping[str, Any],
+    input_size: int | None = None,
+    **overrides: Any,
+) -> dict[str, Any]:
+    """Those constructor arguments that DiT and DiT-MoE share, from shapes; arguments as in `infer_config`."""
     hidden_size, in_channels, patch_size, _ = tensors["x_embedder.proj.weight"].shape
     out = tensors["final_layer.linear.bias"].numel() // patch_size**2
     return {
@@ -78,12 +113,15 @@ def infer_config(
         "patch_size": patch_size,
         "in_channels": in_channels,
         "hidden_size": hidden_size,
-        "depth": 1 + max(int(key.split(".")[1]) for key in tensors if key.startswith("blocks.")),
-        "num_heads": num_heads or infer_heads(HEADS, hidden_size, source, known),
-        "mlp_ratio": ratio(tensors["blocks.0.mlp.fc1.weight"].shape[0], hidden_size),
+        "depth": depth_of(tensors),
         "learn_sigma": out == 2 * in_channels,
         **infer_classes(tensors, known, **overrides),
     }
+
+
+def depth_of(tensors: Mapping[str, Tensor]) -> int:
+    """Number of blocks, from the names of tensors."""
+    return 1 + max(int(key.split(".")[1]) for key in tensors if key.startswith("blocks."))
 
 
 def ratio(width: int, hidden_size: int) -> float:
@@ -93,7 +131,17 @@ def ratio(width: int, hidden_size: int) -> float:
 
 
 def infer_heads(published: Mapping[int, int], hidden_size: int, source: Source, known: Mapping[str, Any]) -> int:
-    """Heads of a published width, else those that `known` gives for this width; shapes do not tell them."""
+    """Number of attention heads, which no shape tells.
+
+    Args:
+        published: hidden size: heads, of published files.
+        hidden_size: of the network.
+        source: the file, for messages.
+        known: config of a network of this kind; its heads are taken if its hidden size is this one.
+
+    Raises:
+        UserError: neither gives the heads of this width.
+    """
     heads = published.get(hidden_size)
     if heads is None and known.get("hidden_size", hidden_size) == hidden_size:
         heads = known.get("num_heads")
@@ -107,7 +155,11 @@ def infer_heads(published: Mapping[int, int], hidden_size: int, source: Source, 
 
 
 def infer_input_size(tensors: dict[str, Tensor], source: Source, patch_size: int) -> int:
-    """Side of the input, from the position table."""
+    """Side of the latents, from the position table.
+
+    Raises:
+        UserError: the file has no position table.
+    """
     if "pos_embed" not in tensors:
         raise UserError(
             f"{source.path} has no pos_embed, which would tell its resolution. Give input_size: "
@@ -117,9 +169,15 @@ def infer_input_size(tensors: dict[str, Tensor], source: Source, patch_size: int
 
 
 def infer_classes(tensors: dict[str, Tensor], known: Mapping[str, Any], **overrides: Any) -> dict[str, Any]:
-    """Classes, and whether the label table's last row is the null class, as in every published file.
+    """Number of classes, and whether the label table has a last row for the null class.
 
-    It is not where the caller says so: by as many classes as there are rows, or by a class_dropout_prob of 0.
+    Every published file has that row. The caller says that it is missing by as many classes as there are rows, or by
+    class_dropout_prob = 0.
+
+    Args:
+        tensors: the state dict.
+        known: config of a network that is known to be of this kind.
+        overrides: constructor arguments that the caller sets.
     """
     rows = tensors["y_embedder.embedding_table.weight"].shape[0]
     given = overrides if {"num_classes", "class_dropout_prob"} & overrides.keys() else known

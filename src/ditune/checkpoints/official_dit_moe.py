@@ -1,8 +1,8 @@
 """DiT-MoE as its authors publish it (feizc/DiT-MoE): a `.pt` file, bare or with "ema" or "model" inside.
 
-Each expert is a module of its own there; ours are stacked, and transposed. The published XL and G have fused attention
-with norms on queries and keys. They are also the ones that were trained as rectified flows, on times that are told
-unscaled; S and B were trained as DiT. No file says so: it is known from the authors' README.
+There, each expert is a module of its own; ours are stacked and transposed. The published XL and G have fused attention
+with norms on queries and keys. They were trained as rectified flows on unscaled times, S and B as DiT. No file says so:
+the authors' README does.
 """
 
 import re
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ditune.checkpoints import official_dit
-from ditune.checkpoints.official_dit import infer_classes, infer_heads, infer_input_size, ratio
+from ditune.checkpoints.official_dit import infer_common, infer_heads, ratio
 from ditune.checkpoints.source import Content, Source
 from ditune.errors import UserError
 from ditune.networks import DiTMoE
@@ -21,7 +21,7 @@ from ditune.networks import DiTMoE
 TITLE = "official DiT-MoE"
 # Hidden size: heads, of published files (arXiv 2407.11633, Table 1). No network of ours is ever added here.
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16, 1408: 16}
-TOP_K = 2  # of all of them
+TOP_K = 2  # of all published files
 # the fused attention's names: ours
 ATTENTION = {"attn.Wqkv.": "attn.qkv.", "attn.out_proj.": "attn.proj."}
 # an expert's layers: our stacked ones
@@ -31,28 +31,37 @@ FLOW = {"kind": "flow", "time_scale": 1.0, "data_at": 0, "sigma_min": 0.0}
 
 
 def recognises(source: Source) -> bool:
+    """Whether the tensors have the names of DiT-MoE's experts."""
     return {"x_embedder.proj.weight", "blocks.0.moe.experts.0.gate_proj.weight"} <= set(source.tensors)
 
 
 def read(source: Source, known: Mapping[str, Any], **overrides: Any) -> Content:
+    """The network in a file; arguments as in `ditune.checkpoints.load_network`."""
     tensors = to_ours(source.tensors)
     return Content(DiTMoE, infer_config(tensors, source, known, **overrides), tensors)
 
 
 def process(source: Source) -> dict[str, Any] | None:
-    """Config of the process that the file's network was trained for; None where it is not known."""
+    """Config of the process that the file's network was trained for; None if it is not known."""
     return FLOW if "blocks.0.attn.Wqkv.weight" in source.tensors else None
 
 
-def drawing(process: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """For flows 50 Euler steps, which are the code's; the paper does not give its guidance, others report with 1.5."""
+def sampling(process: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Sampler settings of the authors, keys as in configs/sampler/; arguments as in `official_dit.sampling`.
+
+    Flows: 50 Euler steps, as in the authors' code. The paper gives no guidance; 1.5 is what others report with.
+    """
     if process.get("kind") == "flow":
         return {"sampler": "Euler", "steps": 50, "guidance": 1.5}
-    return official_dit.drawing(process, config)
+    return official_dit.sampling(process, config)
 
 
 def to_ours(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our state dict from theirs."""
+    """Our state dict from theirs.
+
+    Raises:
+        UserError: an expert is missing.
+    """
     ours: dict[str, Tensor] = {}
     experts: dict[str, dict[int, Tensor]] = {}
     for key, tensor in theirs.items():
@@ -104,26 +113,32 @@ def infer_config(
     top_k: int | None = None,
     **overrides: Any,
 ) -> dict[str, Any]:
-    """Constructor arguments from shapes; heads from the norms of queries, or from the published sizes."""
-    hidden_size, in_channels, patch_size, _ = ours["x_embedder.proj.weight"].shape
+    """Constructor arguments of DiT-MoE from shapes; heads from the norms of queries, or from the published sizes.
+
+    Args:
+        ours: the state dict, by `to_ours`.
+        source: the file, for messages.
+        known: config of a network that is known to be of this kind, for what the file cannot tell.
+        input_size: side of the latents; None = from the position table.
+        num_heads: None = from the file or the published sizes.
+        top_k: experts per token; None = as published.
+        overrides: see `official_dit.infer_classes`.
+
+    Raises:
+        UserError: the file does not tell an argument.
+    """
+    common = infer_common(ours, source, known, input_size, **overrides)
+    hidden_size = common["hidden_size"]
     norm = ours.get("blocks.0.attn.q_norm.weight")
     if num_heads is None:
         published = HEADS if norm is None else {hidden_size: hidden_size // len(norm)}
         num_heads = infer_heads(published, hidden_size, source, known)
     num_experts, _, width = ours["blocks.0.moe.experts.w_gate_EDF"].shape
-    out = ours["final_layer.linear.bias"].numel() // patch_size**2
-    return {
-        "input_size": input_size or infer_input_size(ours, source, patch_size),
-        "patch_size": patch_size,
-        "in_channels": in_channels,
-        "hidden_size": hidden_size,
-        "depth": 1 + max(int(key.split(".")[1]) for key in ours if key.startswith("blocks.")),
+    return common | {
         "num_heads": num_heads,
-        "learn_sigma": out == 2 * in_channels,
         "num_experts": num_experts,
         "top_k": min(top_k or TOP_K, num_experts),
         "expert_ratio": ratio(width, hidden_size),
         "shared_ratio": ratio(len(ours["blocks.0.moe.shared_experts.gate_proj.weight"]), hidden_size),
         "qk_norm": norm is not None,
-        **infer_classes(ours, known, **overrides),
     }

@@ -1,9 +1,9 @@
-"""Published networks by name: found where they were put, or fetched once; their hashes are recorded then."""
+"""Published networks by name: found in a folder, or downloaded once; their hashes are recorded then."""
 
 from pathlib import Path
 
 from ditune.errors import UserError
-from ditune.files import download as fetch  # the module: it imports this package, and may be half loaded here
+from ditune.files.download import fetch, record_first_use
 
 ADDRESS = "https://dl.fbaipublicfiles.com/DiT/models"
 # name: its file. Licence of the weights: CC-BY-NC 4.0 (facebookresearch/DiT).
@@ -14,10 +14,15 @@ PUBLISHED = {
 
 
 def locate(name: str, folder: Path | str, download: bool = True) -> Path:
-    """Path of a network: `name` itself, unless it is the name of a published one, which lies in `folder`.
+    """Path of a network file.
+
+    Args:
+        name: a path, which is returned as it is; or a name in `PUBLISHED`.
+        folder: where published files lie.
+        download: whether a published file that is missing may be downloaded.
 
     Raises:
-        UserError: it is not there and is not to be fetched or cannot be; or it has changed since its first use.
+        UserError: a published file is missing and cannot or may not be downloaded, or has changed since its first use.
     """
     if name not in PUBLISHED:
         return Path(name)
@@ -26,6 +31,6 @@ def locate(name: str, folder: Path | str, download: bool = True) -> Path:
     if not path.is_file():
         if not download:
             raise UserError(f"The network {name} is not there. Put {url} at {path}, or start without dry_run.")
-        fetch.fetch(url, path)
-    fetch.record_first_use(path, url)
+        fetch(url, path)
+    record_first_use(path, url)
     return path

@@ -1,8 +1,8 @@
 """Checkpoints of the shortcut models' own code (kvfrans/shortcut-models): pickled trees of numpy arrays.
 
-A pickle can run anything, so this one is read by an unpickler that builds arrays, dicts and numbers and refuses the
-rest; neither JAX nor its optimizers need be there. What the network does differently is folded into the weights:
-logits are q k / d instead of q k / sqrt(d), and keys, queries and values stand apart, in this order.
+A pickle can run anything. This one is read by an unpickler that builds arrays, dicts and numbers and refuses the rest;
+JAX need not be installed. Differences of the network are folded into the weights: its logits are q k / d instead of
+q k / sqrt(d), and it has separate layers for keys, queries and values, in this order.
 """
 
 import pickle
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ditune.checkpoints.official_dit import infer_heads
+from ditune.checkpoints.official_dit import depth_of, infer_heads
 from ditune.checkpoints.source import Content, Source
 from ditune.errors import UserError
 from ditune.networks import DiT
@@ -23,7 +23,7 @@ TITLE = "shortcut models' pickle"
 # Hidden size: heads, of the code's configurations. No network of ours is ever added here.
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 
-# how its networks are told time and step; a config of ditune.processes
+# how its networks are conditioned on time and step size; a config of ditune.processes
 PROCESS = {
     "kind": "flow",
     "time_scale": 1.0,
@@ -36,7 +36,7 @@ UNUSED = "Embed_0/embedding"  # a table of the original that nothing reads
 
 
 class _Ignored(dict):
-    """Stands for the optimizer's state and for frozen dicts: keeps what a dict keeps, and nothing else."""
+    """Stand-in for the optimizer's state and for frozen dicts: keeps only the entries of a dict."""
 
     def __new__(cls, *_: object) -> "_Ignored":
         return super().__new__(cls)
@@ -54,7 +54,7 @@ ARRAYS = {(module, name) for module in NUMPY for name in ("_reconstruct", "ndarr
 
 
 class _Stranger(pickle.UnpicklingError):
-    """The file is whole, but asks for more than weights are made of."""
+    """The file is whole, but asks for objects that weights do not need."""
 
 
 class _Unpickler(pickle.Unpickler):
@@ -71,23 +71,41 @@ class _Unpickler(pickle.Unpickler):
 
 
 def process(source: Source) -> dict[str, Any]:
+    """Config of the process, which is the same for all of these files."""
     return PROCESS
 
 
-def drawing(process: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """As the commands of the code's README: 128 steps, guided at 1.5 where there are classes (ImageNet)."""
+def sampling(process: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Sampler settings of the code's README: 128 steps, guidance 1.5 if there are classes (ImageNet).
+
+    Args:
+        process: config of the network's process.
+        config: of the network.
+    """
     return {"sampler": "Jumps", "steps": 128, "guidance": 1.5 if config["num_classes"] > 1 else 1.0}
 
 
 def recognises(source: Source) -> bool:
-    """A bare pickle, as these checkpoints are, and not one of torch's."""
+    """Whether this is a bare pickle, and not a file of torch."""
     return source.kind == "pickle"
 
 
 def read(
     source: Source, known: Mapping[str, Any], num_heads: int | None = None, input_size: int = 32, **_: Any
 ) -> Content:
-    """The position table is not stored; all published networks are of 32 x 32 latents and patches of 2."""
+    """The network in a file.
+
+    The position table is not stored. All published networks have 32 x 32 latents and patches of 2.
+
+    Args:
+        source: the pickle.
+        known: config of a network that is known to be of this kind.
+        num_heads: None = as in the code's configurations.
+        input_size: side of the latents.
+
+    Raises:
+        UserError: the file is damaged, holds more than weights, or does not tell its heads.
+    """
     parameters = read_shortcut(source.path)
     patch_size, _, in_channels, hidden_size = parameters["PatchEmbed_0/Conv_0/kernel"].shape
     num_heads = num_heads or infer_heads(HEADS, hidden_size, source, known)
@@ -97,7 +115,7 @@ def read(
         "patch_size": patch_size,
         "in_channels": in_channels,
         "hidden_size": hidden_size,
-        "depth": 1 + max(int(key.split(".")[1]) for key in tensors if key.startswith("blocks.")),
+        "depth": depth_of(tensors),
         "num_heads": num_heads,
         "num_classes": tensors["y_embedder.embedding_table.weight"].shape[0] - 1,
         "learn_sigma": False,
@@ -106,12 +124,12 @@ def read(
     return Content(DiT, config, tensors)
 
 
-def read_shortcut(path: Path | str, average: bool = True) -> dict[str, Tensor]:
+def read_shortcut(path: Path | str, ema: bool = True) -> dict[str, Tensor]:
     """Parameters of a checkpoint, by names like `DiTBlock_0/Dense_1/kernel`.
 
     Args:
         path: the pickle.
-        average: the average of the parameters (`params_ema`); else the parameters themselves.
+        ema: read the EMA of the parameters (`params_ema`), else the parameters themselves.
 
     Raises:
         UserError: the file is damaged, holds more than weights, or is of another kind.
@@ -119,7 +137,7 @@ def read_shortcut(path: Path | str, average: bool = True) -> dict[str, Tensor]:
     try:
         with open(path, "rb") as file:
             content = _Unpickler(file).load()
-        tree = content["train_state"]["params_ema" if average else "params"]
+        tree = content["train_state"]["params_ema" if ema else "params"]
     except _Stranger as error:
         raise UserError(
             f"{path} holds more than weights: {error}, and nothing was executed. Save its parameters without that."
@@ -145,6 +163,9 @@ def convert_shortcut(parameters: dict[str, Tensor], num_heads: int) -> dict[str,
     Args:
         parameters: by `read_shortcut`'s names; dense kernels are (in, out), the convolution's (h, w, in, out).
         num_heads: heads of each attention.
+
+    Raises:
+        UserError: there are parameters of another network.
     """
     left = {name: value for name, value in parameters.items() if name != UNUSED}
     tensors: dict[str, Tensor] = {}

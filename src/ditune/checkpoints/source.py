@@ -1,4 +1,4 @@
-"""One file or folder of weights, opened at most once and without executing anything, for the recognisers of formats."""
+"""A file or folder of weights, opened at most once and without executing anything, for the modules of formats."""
 
 import argparse
 import json
@@ -47,7 +47,13 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Content:
-    """A network as a file holds it: `build(**config)` takes `tensors` as its state dict."""
+    """A network as a file holds it.
+
+    Args:
+        build: makes the network.
+        config: arguments of `build`.
+        tensors: state dict of the network.
+    """
 
     build: Callable[..., nn.Module]
     config: dict[str, Any]
@@ -55,15 +61,15 @@ class Content:
 
 
 class Source:
-    """Path of a checkpoint, and what is in it by its container, which its first bytes tell.
+    """A checkpoint: its path and, read when first asked for, its content.
 
-    path        a file or a folder
-    kind        one of `KINDS`
-    header      metadata of a safetensors file, else {}
-    content     tensors of safetensors files, or the object of a torch file without anything that could run
-    strangers   names of classes in a torch file that were passed over
+    Its attribute `strangers` has the names of classes in a torch file that were passed over.
 
-    Raises UserError when there is nothing at the path, or it is damaged.
+    Args:
+        path: a file or a folder.
+
+    Raises:
+        UserError: there is nothing at the path; or, when it is read, it is damaged.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -75,6 +81,7 @@ class Source:
 
     @cached_property
     def kind(self) -> str:
+        """One of `KINDS`, by the first bytes."""
         if self.path.is_dir():
             return "folder"
         with open(self.path, "rb") as file:
@@ -109,6 +116,7 @@ class Source:
 
     @cached_property
     def header(self) -> dict[str, str]:
+        """Metadata of a safetensors file, else {}."""
         if self.kind != "safetensors":
             return {}
         try:
@@ -119,7 +127,10 @@ class Source:
 
     @cached_property
     def content(self) -> Any:
-        """Tensors are mapped from the file, not read, where their container allows it."""
+        """Tensors of safetensors files, or the object of a torch file without anything that could run.
+
+        Tensors are mapped from the file instead of read, if their container allows it.
+        """
         try:
             if self.kind == "safetensors":
                 with safe_open(self.path, framework="pt") as file:
@@ -132,7 +143,7 @@ class Source:
         return {key: value for file in files for key, value in Source(file).entries.items()}
 
     def _torch(self) -> Any:
-        """The object of a torch file; where there is more in it than tensors, what is not plain is passed over."""
+        """The object of a torch file; objects that are neither tensors nor plain values are passed over."""
         try:
             with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of pickle protocols; `Archive` knows them all
@@ -159,7 +170,7 @@ class Source:
 
     @cached_property
     def state_dict(self) -> StateDict | None:
-        """The DiT in the content, wherever it stands there; its tensors read."""
+        """The DiT inside the content, with its tensors read; None if there is none."""
         found = find(self.content, self.path)
         if found is None or self._archive is None:
             return found
@@ -174,18 +185,18 @@ class Source:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """The DiT's state dict; {} where there is none."""
+        """The DiT's state dict; {} if there is none."""
         return self.state_dict.tensors if self.state_dict else {}
 
     @property
     def entries(self) -> dict[str, Tensor]:
-        """Of one of several files: the DiT's part is not known by a key that every part has."""
+        """All tensors of one of several files; a part of a network has no key by which to find the DiT."""
         content = self.content if isinstance(self.content, dict) else {}
         archive = self._archive
         return content if archive is None else {k: archive.tensor(v) for k, v in content.items() if hasattr(v, "shape")}
 
     def attributes(self) -> dict[str, Any]:
-        """Arguments of the training that a file holds beside its weights, {} where it holds none."""
+        """Arguments of the training that a file holds beside its weights; {} if it holds none."""
         content = self.content if isinstance(self.content, dict) else {}
         for key in ("args", "hparams", "hyper_parameters", "config"):
             value = content.get(key)
@@ -194,7 +205,11 @@ class Source:
         return {}
 
     def json(self, name: str) -> dict[str, Any]:
-        """A JSON file of a folder; {} where it is not there."""
+        """A JSON file of the folder; {} if it is not there.
+
+        Raises:
+            UserError: it is damaged.
+        """
         path = self.path / name
         if not path.is_file():
             return {}
@@ -205,5 +220,6 @@ class Source:
         return content if isinstance(content, dict) else {}
 
     def damaged(self, error: object) -> UserError:
+        """The error to raise for damaged content."""
         reason = (str(error).splitlines() or ["it ends too early"])[0]
         return UserError(f"{self.path} is damaged ({reason}). Copy or fetch it again.")

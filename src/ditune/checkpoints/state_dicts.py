@@ -1,8 +1,8 @@
-"""The network's tensors among all that a checkpoint holds, under their own names.
+"""Finding the network's tensors in a checkpoint, under their own names.
 
 Training codes put a state dict into containers ("ema", "state_dict", "model"), and wrappers put prefixes before its
-keys ("module.", "_orig_mod.", "model.diffusion_model."). Both are the same thing here: what stands before a key that
-every DiT has. An average of the weights goes before the weights.
+keys ("module.", "_orig_mod.", "model.diffusion_model."). Both are found as the prefix of a key that every DiT has. The
+EMA of the weights is preferred to the weights.
 """
 
 import re
@@ -21,23 +21,35 @@ WRAPPERS = re.compile(r"\b(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wra
 # the prefix, then the key that every DiT has, with wrappers between its parts
 ANCHOR = re.compile(rf"((?:.*\.)?)x_embedder\.(?:{WRAPPERS.pattern})*proj\.weight")
 AVERAGE = re.compile(r"(?<![a-z])(ema|averaged?)(?![a-z])")
-FIRST = ("model", "state_dict", "network", "net", "module")  # of several containers without an average
+FIRST = ("model", "state_dict", "network", "net", "module")  # preferred containers if there is no EMA
 DEPTH = 4  # of containers in containers
 
 
 @dataclass(frozen=True)
 class StateDict:
-    """A network's tensors, and where in the file they were found: "ema", "state_dict.model", "" = the file itself."""
+    """A network's tensors.
+
+    Args:
+        where: container in the file: "ema", "state_dict.model"; "" = the file itself.
+        tensors: by the network's own names.
+    """
 
     where: str
     tensors: dict[str, Tensor | StoredTensor | StoredArray]
 
 
 def find(content: Any, path: Path) -> StateDict | None:
-    """The network in the content of a file; None where there is none.
+    """Find the network in the content of a file.
+
+    Args:
+        content: object of the file.
+        path: of the file, for messages.
+
+    Returns:
+        The network; None if there is none.
 
     Raises:
-        UserError: there are several, and nothing says which one is meant; or an average has no names.
+        UserError: there are several networks and no rule chooses one; or an EMA is a list without names.
     """
     found = list(_candidates(content, ()))
     averages = [candidate for candidate in found if AVERAGE.search(candidate.where.lower())]
@@ -55,6 +67,7 @@ def find(content: Any, path: Path) -> StateDict | None:
 
 
 def is_tensor(value: object) -> bool:
+    """Whether this is a tensor, read or still in its file."""
     return isinstance(value, Tensor | StoredTensor | StoredArray)
 
 
@@ -72,11 +85,11 @@ def _candidates(content: Any, where: tuple[str, ...]) -> Iterator[StateDict]:
 
 
 def _refuse_lists(content: Any, path: Path, where: str = "") -> None:
-    """Averages of torch-ema and diffusers' EMAModel are lists without names; the raw weights must not replace them."""
+    """Refuse the EMA of torch-ema and diffusers' EMAModel, a list without names; raw weights must not replace it."""
     for key, value in content.items() if isinstance(content, dict) and where.count(".") < DEPTH else ():
         if key == "shadow_params" and isinstance(value, list | tuple):
             raise UserError(
-                f"{path} holds its average as a list without names, '{where}{key}'. In the code that made it, copy the "
-                "average into the network (ema.copy_to) and save the network's state_dict()."
+                f"{path} holds its EMA as a list without names, '{where}{key}'. In the code that made it, copy the "
+                "EMA into the network (ema.copy_to) and save the network's state_dict()."
             )
         _refuse_lists(value, path, f"{where}{key}.")

@@ -1,4 +1,4 @@
-"""What to say of files that are given as networks and are none, or none that can be taken as they are."""
+"""Messages for files that are given as networks and are none, or cannot be used directly."""
 
 from ditune.checkpoints.inert import Inert
 from ditune.checkpoints.source import KINDS, Source
@@ -10,10 +10,10 @@ OF_LIGHTNING = {"identity", "method", "state_dict"}  # keys that only checkpoint
 
 
 def refuse_ours(source: Source) -> None:
-    """Say of a run, an adapter or a training checkpoint of this project what to give instead.
+    """Refuse a run, an adapter or a training checkpoint of this project, and name the file to give instead.
 
     Raises:
-        UserError: it is one.
+        UserError: the source is one of these.
     """
     path = source.path
     folder = path if path.is_dir() else path.parent
@@ -37,7 +37,7 @@ def refuse_ours(source: Source) -> None:
 
 
 def unknown(source: Source, known: list[str]) -> UserError:
-    """That a file is of no known kind, and what it is instead.
+    """The error for a file of no known kind, which says what the file is instead.
 
     Args:
         source: the file or folder.

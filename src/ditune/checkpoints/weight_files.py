@@ -22,7 +22,13 @@ VARIANTS = ("fp32", "bf16", "fp16")  # the more exact ones first; then others by
 
 @dataclass(frozen=True)
 class Weights:
-    """One network's files: `files` in the order of their names, their variant ("fp16"; None = the plain ones)."""
+    """The files of one network.
+
+    Args:
+        files: in the order of their names.
+        variant: such as "fp16"; None = the plain files.
+        is_safetensors: whether they are safetensors; else they are torch files.
+    """
 
     files: tuple[Path, ...]
     variant: str | None
@@ -30,14 +36,17 @@ class Weights:
 
 
 def find_weights(folder: Path, stem: str | None = None) -> Weights | None:
-    """The weights in a folder; None where there are none. Plain ones go before variants, safetensors before torch's.
+    """Find the weights in a folder. Plain files are preferred to variants, safetensors to torch files.
 
     Args:
         folder: that holds them.
-        stem: their name, where it is known.
+        stem: beginning of their names; None = any.
+
+    Returns:
+        The files; None if there are none.
 
     Raises:
-        UserError: an index names files that are not there, or several files are as good.
+        UserError: an index names files that are missing, or no rule chooses between several networks.
     """
     choices = []
     for path in folder.iterdir():
@@ -58,10 +67,10 @@ def find_weights(folder: Path, stem: str | None = None) -> Weights | None:
 
 
 def read_index(path: Path) -> tuple[Path, ...]:
-    """The files that an index names.
+    """The files that an index names, in the folder of the index.
 
     Raises:
-        UserError: it is damaged, or a file is missing.
+        UserError: the index is damaged, or a file is missing.
     """
     try:
         names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
@@ -75,7 +84,7 @@ def read_index(path: Path) -> tuple[Path, ...]:
 
 
 def listed(folder: Path) -> str:
-    """What a folder holds, for messages."""
+    """Names of what a folder holds, for messages."""
     names = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir() if not path.name.startswith("."))
     return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "") or "nothing"
 

@@ -1,4 +1,4 @@
-"""Pictures in, batches out; knows nothing of models."""
+"""Datasets of images and the batches from them; networks are unknown here."""
 
 from ditune.data.artbench10 import ArtBench10
 from ditune.data.augment import Augment
@@ -10,7 +10,7 @@ from ditune.data.df20m_mini import DF20MMini
 from ditune.data.flowers102 import Flowers102
 from ditune.data.food101 import Food101
 from ditune.data.imagenet import ImageNet
-from ditune.data.images import Pictures
+from ditune.data.images import ImageDataset, Pictures
 from ditune.data.stanford_cars import StanfordCars
 from ditune.data.sun397 import SUN397
 from ditune.data.transforms import center_crop, from_uint8, to_rgb, to_uint8
@@ -26,6 +26,7 @@ __all__ = [
     "DF20MMini",
     "Flowers102",
     "Food101",
+    "ImageDataset",
     "ImageNet",
     "Pictures",
     "StanfordCars",

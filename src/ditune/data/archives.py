@@ -1,4 +1,4 @@
-"""Published archives of a data set: found or fetched, verified, and unpacked so that nothing leaves its folder."""
+"""Published archives of a dataset: found or fetched, verified, and unpacked so that nothing leaves its folder."""
 
 import logging
 import shutil
@@ -23,15 +23,16 @@ BROKEN = (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, OSError, V
 
 @dataclass(frozen=True)
 class Archive:
-    """A published file of a data set.
+    """A published file of a dataset.
 
-    file    its name
-    makes   path below the root that is there once it has been unpacked (of a file that needs no unpacking, itself)
-    urls    where it can be fetched; none = by hand only
-    md5     as published; None = nobody has published one, and its hash is recorded at the first use
-    into    folder below the root that it is unpacked into
-    inner   archives inside of it that hold the pictures, by the end of their names
-    needed  False = the data set can be read without it
+    Args:
+        file: its name.
+        makes: path below the root that exists once it has been unpacked; the file's own path if it is not packed.
+        urls: where it can be fetched; () = by hand only.
+        md5: as published; None = none is published, and its hash is recorded at the first use.
+        into: folder below the root that it is unpacked into.
+        inner: ending of the archives inside that hold the images; None = there are none.
+        needed: False = the dataset can be read without it.
     """
 
     file: str
@@ -43,12 +44,20 @@ class Archive:
     needed: bool = True
 
     def find(self, root: Path) -> Path | None:
-        """The file, where somebody has put it."""
+        """Path of the file, if it lies in or below the root; else None."""
         return next((path for path in (root / self.file, root / self.into / self.file) if path.is_file()), None)
 
 
 def install(archive: Archive, root: Path, download: bool) -> bool:
-    """Bring `root / archive.makes` about; False when there is neither a file nor an address.
+    """Fetch and unpack an archive so that `root / archive.makes` exists.
+
+    Args:
+        archive: the file.
+        root: folder of the dataset.
+        download: whether it may be downloaded.
+
+    Returns:
+        False if there is neither a file nor an address.
 
     Raises:
         UserError: it cannot be fetched, is damaged, or holds what must not be unpacked. Nothing is left half unpacked.
@@ -91,7 +100,11 @@ def _fetch_from_any(archive: Archive, path: Path) -> None:
 
 
 def unpack(path: Path, folder: Path) -> None:
-    """Unpack a tar or zip file into a folder.
+    """Unpack a tar or zip file.
+
+    Args:
+        path: the file.
+        folder: to unpack into.
 
     Raises:
         UserError: it is damaged or truncated, or holds links, devices, or names that point outside of the folder.
@@ -145,7 +158,7 @@ def _unpack_inner(folder: Path, ending: str) -> None:
     """Replace the contents of `folder` by those of its archives; one with loose files gets a folder of its name."""
     inner = sorted(path for path in folder.rglob(f"*{ending}") if not is_hidden(path.relative_to(folder).as_posix()))
     if not inner:
-        raise UserError(f"There is no *{ending} in the archive, where the pictures should be. Fetch it again.")
+        raise UserError(f"There is no *{ending} in the archive, where the images should be. Fetch it again.")
     result = folder / ".inner"
     for path in inner:
         with _empty(folder / ".one") as one:

@@ -3,14 +3,17 @@
 from pathlib import Path
 
 from ditune.data.archives import Archive
-from ditune.data.benchmark import Benchmark, Record, pictures_below
+from ditune.data.benchmark import Benchmark, Record, images_below
 from ditune.errors import UserError
 
 
 class ArtBench10(Benchmark):
+    """ArtBench-10; arguments as of every `Benchmark`."""
+
+    config = "artbench10"
     title = "ArtBench-10"
     homepage = "https://github.com/liaopeiyuan/artbench"
-    licence = "Its authors declare fair use of the pictures, for research; their code is MIT."
+    licence = "Its authors declare fair use of the images, for research; their code is MIT."
     archives = (
         Archive(
             "artbench-10-imagefolder-split.tar",
@@ -25,11 +28,12 @@ class ArtBench10(Benchmark):
 
     @classmethod
     def read(cls, top: Path) -> tuple[list[str], list[Record]]:
-        names = {split: pictures_below(top / split) for split in ("train", "test")}
+        """Annotations of the official layout; see `Benchmark.read`."""
+        names = {split: images_below(top / split) for split in ("train", "test")}
         classes = sorted({name.partition("/")[0] for name in names["train"]})
         unknown = {name.partition("/")[0] for name in names["test"]} - set(classes)
         if unknown or not names["test"]:
-            what = f"the style '{min(unknown)}', which train/ has not" if unknown else "no pictures"
+            what = f"the style '{min(unknown)}', which train/ has not" if unknown else "no images"
             raise UserError(f"{top / 'test'} has {what}. Unpack the archive again.")
         index = {name: label for label, name in enumerate(classes)}
         return [name.replace("_", " ") for name in classes], [

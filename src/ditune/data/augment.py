@@ -1,4 +1,4 @@
-"""Changed drawings beside the drawings themselves, for training from scratch on few of them."""
+"""Augmentation of drawings on white, for training from scratch on few images."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,19 +14,19 @@ PURPOSE = 2  # keeps these numbers apart from the stream's others
 
 @dataclass(frozen=True)
 class Augment:
-    """Mirror, turn, resize, move, recolour and shade a share of the pictures, drawings on white that stays white.
+    """Mirror, rotate, scale, shift, recolour and shade a share of the images; the white background stays white.
 
-    Changed pictures have the null class: the network learns from them what pictures are made of, and no class learns
-    tilts and colours that its own pictures lack. (EDM, arXiv 2206.00364, tells the network the change instead.)
+    Changed images get the null class. The network learns from them without conditioning, and no class learns rotations
+    and colours that its own images lack. (EDM, arXiv 2206.00364, conditions the network on the change instead.)
 
     Args:
-        share: of the positions, in [0, 1].
-        degrees: largest turn, either way.
+        share: of the images, in [0, 1].
+        degrees: largest rotation in either direction, in degrees.
         scale: smallest and largest factor on the size.
-        shift: largest move, either way, as part of the side.
-        hue: largest turn of the colours, either way, as part of the colour circle; at most 0.5.
+        shift: largest shift in either direction, as a fraction of the side.
+        hue: largest shift of the hue in either direction, as a fraction of the colour circle; at most 0.5.
         saturation: smallest and largest factor on the saturation.
-        shading: largest change of darkness from one side of the picture to the other, as part of it.
+        shading: largest change of darkness from one side of the image to the other, as a fraction of it.
     """
 
     share: float
@@ -38,35 +38,46 @@ class Augment:
     shading: float
 
     def __call__(
-        self, pictures: Tensor, labels: Tensor, positions: Sequence[int], seed: int, null_class: int
+        self, images: Tensor, labels: Tensor, positions: Sequence[int], seed: int, null_class: int
     ) -> tuple[Tensor, Tensor]:
-        """uint8 pictures (B, 3, R, R) and labels (B,); what happens to one depends on seed and position alone."""
-        pictures, labels = pictures.clone(), labels.clone()
+        """Augment a batch; the change of an image depends on seed and position alone.
+
+        Args:
+            images: uint8 (B, 3, R, R).
+            labels: (B,).
+            positions: B positions in the training's stream.
+            seed: of the run.
+            null_class: label of changed images.
+
+        Returns:
+            Images and labels of the same shapes.
+        """
+        images, labels = images.clone(), labels.clone()
         for row, position in enumerate(positions):
             numbers = generator(seed, PURPOSE, position)
             if torch.rand((), generator=numbers).item() < self.share:
-                pictures[row] = self.changed(pictures[row], numbers)
+                images[row] = self.changed(images[row], numbers)
                 labels[row] = null_class
-        return pictures, labels
+        return images, labels
 
-    def changed(self, picture: Tensor, numbers: torch.Generator) -> Tensor:
-        """uint8 (3, R, R) -> the same."""
+    def changed(self, image: Tensor, numbers: torch.Generator) -> Tensor:
+        """A changed copy of an image, uint8 (3, R, R), by random numbers of a generator."""
         from torchvision.transforms import InterpolationMode  # the import takes seconds
         from torchvision.transforms.v2 import functional as tv
 
         def between(low: float, high: float) -> float:
             return low + (high - low) * torch.rand((), generator=numbers).item()
 
-        ink, side = 1 - picture.float() / WHITE, picture.shape[-1]  # uint8 would lose a step in every change
+        ink, side = 1 - image.float() / WHITE, image.shape[-1]  # uint8 would lose a step in every change
         if between(0, 1) < 0.5:
             ink = ink.flip(-1)
         move = [round(between(-self.shift, self.shift) * side) for _ in range(2)]
         turn, factor = between(-self.degrees, self.degrees), between(*self.scale)
         ink = tv.affine(ink, turn, move, factor, [0.0], InterpolationMode.BILINEAR)  # its fill= leaves seams
-        picture = tv.adjust_hue(1 - ink, between(-self.hue, self.hue))
-        picture = tv.adjust_saturation(picture, between(*self.saturation))
+        image = tv.adjust_hue(1 - ink, between(-self.hue, self.hue))
+        image = tv.adjust_saturation(image, between(*self.saturation))
         angle, strength = torch.tensor(between(0, 2 * torch.pi)), between(0, self.shading)
         line = torch.linspace(-1, 1, side)
         ramp = line * angle.cos() + line[:, None] * angle.sin()  # (R, R)
-        shaded = 1 - (1 - picture) * (1 + strength * ramp)
+        shaded = 1 - (1 - image) * (1 + strength * ramp)
         return (shaded.clamp(0, 1) * WHITE).round().byte()

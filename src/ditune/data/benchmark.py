@@ -1,6 +1,6 @@
-"""What the public data sets share: where their files come from, how their annotations are read, what is checked.
+"""Base class of the public datasets, and readers of their annotation files.
 
-A data set is a file with one class: its official layout becomes labelled pictures, in the order of its own lists.
+A dataset is a file with one class, which turns its official layout into labelled images.
 """
 
 import csv
@@ -15,8 +15,8 @@ from typing import ClassVar
 import numpy as np
 
 from ditune.data.archives import Archive, install
-from ditune.data.formats import is_picture
-from ditune.data.images import BROKEN, Pictures
+from ditune.data.formats import is_image
+from ditune.data.images import BROKEN, ImageDataset
 from ditune.data.sources import Folder, Item
 from ditune.errors import UserError
 
@@ -25,34 +25,55 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Record:
-    """One picture as the annotations have it: path below the top folder, label 0 .. K-1, split."""
+    """One image as the annotations have it.
+
+    Args:
+        name: path below the top folder, with slashes.
+        label: 0 .. K-1.
+        split: train, val or test.
+    """
 
     name: str
     label: int
     split: str
 
 
-class Benchmark(Pictures):
-    """Pictures of a public data set in its official layout.
+class Benchmark(ImageDataset):
+    """Images of a public dataset in its official layout.
 
-    root        folder that holds the data set's top folder, or that folder itself
-    resolution  side of the square pictures, in pixels
-    split       train, test or val as the data set has them; None = all
-    manifest    file written by src/prepare.py: broken pictures are left out, checksums are known without reading
-    in_memory   decode everything at the first access; False = decode what is asked for
-    limit       keep this many, evenly spaced
+    A subclass implements `read` and sets these facts (for each file to download, see also `Archive`):
 
-    Raises UserError when the files are not there (with what to put where), or annotations are missing or damaged.
+    config     name of its config, configs/data/<config>.yaml, which messages name
+    title      its name in messages
+    homepage   where its authors describe it
+    licence    a sentence or two, shown before the first download
+    archives   the files that are published; unpacked, they make the layout below `root`
+    by_hand    what to do if no address works; "" = nothing to add
+    tops       names that its top folder may have below `root`, the usual one first; "" = the root itself
+    marker     a path below the top folder by which it is recognised
+    published  published numbers: images of each split or of `all`, and `classes`
+
+    Args:
+        root: folder that holds the dataset's top folder, or that folder itself.
+        resolution: side of the square images, in pixels.
+        split: train, test or val as the dataset has them; None = all.
+        manifest: file written by src/prepare.py: broken images are left out, checksums are known without reading.
+        in_memory: decode everything at the first access; False = decode what is asked for.
+        limit: keep this many, evenly spaced.
+
+    Raises:
+        UserError: the files are not there (with what to put where), or annotations are missing or damaged.
     """
 
+    config: ClassVar[str]
     title: ClassVar[str]
     homepage: ClassVar[str]
-    licence: ClassVar[str]  # shown before the first download
+    licence: ClassVar[str]
     archives: ClassVar[tuple[Archive, ...]]
-    by_hand: ClassVar[str] = ""  # what to do where no address works
-    tops: ClassVar[tuple[str, ...]]  # names of the top folder; "" = the root itself
-    marker: ClassVar[str]  # a path that every top folder has
-    published: ClassVar[dict[str, int]]  # pictures of each split, and `classes`
+    by_hand: ClassVar[str] = ""
+    tops: ClassVar[tuple[str, ...]]
+    marker: ClassVar[str]
+    published: ClassVar[dict[str, int]]
 
     def __init__(
         self,
@@ -76,16 +97,31 @@ class Benchmark(Pictures):
 
     @classmethod
     def find(cls, root: Path) -> Path | None:
-        """The top folder; None when the data set is not there."""
+        """The top folder of the dataset below `root`; None when it is not there."""
         return find_top(root, cls.tops, cls.marker)
 
     @classmethod
     @abstractmethod
     def read(cls, top: Path) -> tuple[list[str], list[Record]]:
-        """Class names in the order of their labels, and all pictures of all splits."""
+        """Read the annotations.
+
+        Args:
+            top: the top folder.
+
+        Returns:
+            Class names in the order of their labels, and all images of all splits.
+
+        Raises:
+            UserError: an annotation file is missing or damaged.
+        """
 
     @classmethod
     def check(cls, class_names: Sequence[str], records: Sequence[Record]) -> None:
+        """Check annotations.
+
+        Raises:
+            UserError: a class is named twice, a label is not 0 .. K-1, or a path leads out of the dataset.
+        """
         if len(set(class_names)) != len(class_names):
             twice = sorted({name for name in class_names if list(class_names).count(name) > 1})
             raise UserError(f"{cls.title} names the class '{twice[0]}' twice. Fetch its annotations again.")
@@ -100,7 +136,11 @@ class Benchmark(Pictures):
 
     @classmethod
     def fetch(cls, root: Path, download: bool) -> None:
-        """Bring the data set to `root`: from archives that lie there, or from its address; what is there is left.
+        """Bring the dataset to `root`, from archives that lie there or from its address; leave what is there.
+
+        Args:
+            root: folder for it.
+            download: whether archives that are missing may be downloaded.
 
         Raises:
             UserError: a file is missing (with what to put where), cannot be fetched, or is damaged.
@@ -117,12 +157,20 @@ class Benchmark(Pictures):
             raise UserError(cls.missing(root))
 
     @classmethod
+    def is_complete(cls, root: Path) -> bool:
+        """Whether everything that the archives make is in `root`; layouts of another name count as complete."""
+        found = cls.find(root)
+        if found is None or found != root / cls.tops[0]:
+            return found is not None
+        return all((root / archive.makes).exists() for archive in cls.archives)
+
+    @classmethod
     def missing(cls, root: Path) -> str:
-        """What to put where, when the data set is not in `root`."""
+        """Sentences that say what to put where, when the dataset is not in `root`."""
         files = [f"{root / a.file}" + (f" (from {a.urls[0]})" if a.urls else "") for a in cls.archives if a.needed]
         top = root / cls.tops[0] / cls.marker
         hand = f" {cls.by_hand}" if cls.by_hand else ""
-        command = f"python src/prepare.py data={cls.__module__.rpartition('.')[2]}"
+        command = f"python src/prepare.py data={cls.config}"
         return (
             f"{cls.title} is not in {root}: there is no {top}. Put {', '.join(files)} there and run "
             f"`{command}` with data.root={root}, which unpacks and checks it.{hand}"
@@ -135,19 +183,23 @@ class Benchmark(Pictures):
         for item in self.everything:
             found[item.split] = found.get(item.split, 0) + 1
         return [
-            f"{self.title} has {found.get(key, 0):,} {UNITS.get(key, f'pictures in {key}')}, published are {count:,}"
+            f"{self.title} has {found.get(key, 0):,} {UNITS.get(key, f'images in {key}')}, published are {count:,}"
             for key, count in self.published.items()
             if found.get(key, 0) != count
         ]
 
 
 def find_top(root: Path, tops: Iterable[str], marker: str) -> Path | None:
-    """The folder with `marker` in it: one of `tops` below `root`, or `root`."""
+    """The first folder that has `marker` in it, among `tops` below `root` and `root` itself; None = there is none."""
     return next((root / top for top in (*tops, "") if (root / top / marker).exists()), None)
 
 
 def read_lines(path: Path) -> list[str]:
-    """Lines of an annotation file that are not empty; UserError when it is missing or no text."""
+    """Lines of an annotation file that are not empty, stripped.
+
+    Raises:
+        UserError: the file is missing or is no text.
+    """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError as error:
@@ -158,7 +210,11 @@ def read_lines(path: Path) -> list[str]:
 
 
 def read_table(path: Path, columns: int) -> list[list[str]]:
-    """Rows of an annotation file, split at blanks into `columns` fields; the last keeps its blanks."""
+    """Rows of an annotation file, split at blanks into `columns` fields; the last field keeps its blanks.
+
+    Raises:
+        UserError: the file is missing or damaged, or a row has fewer fields.
+    """
     rows = [line.split(maxsplit=columns - 1) for line in read_lines(path)]
     for number, row in enumerate(rows, start=1):
         if len(row) != columns:
@@ -167,7 +223,11 @@ def read_table(path: Path, columns: int) -> list[list[str]]:
 
 
 def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """Rows of a CSV file with a head line that has at least `columns`."""
+    """Rows of a CSV file as dictionaries; its first line names at least `columns`.
+
+    Raises:
+        UserError: the file is missing or damaged, or a column is missing.
+    """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, restval="")
@@ -183,7 +243,11 @@ def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
 
 
 def read_mat(path: Path, key: str) -> np.ndarray:
-    """One array of a MATLAB file, without dimensions of length 1."""
+    """The array `key` of a MATLAB file, without dimensions of length 1.
+
+    Raises:
+        UserError: the file is missing or damaged, or has no such array.
+    """
     from scipy.io import loadmat
     from scipy.io.matlab import MatReadError
 
@@ -199,17 +263,21 @@ def read_mat(path: Path, key: str) -> np.ndarray:
 
 
 def number(text: str, path: Path) -> int:
-    """An integer of an annotation file."""
+    """An integer of the annotation file `path`.
+
+    Raises:
+        UserError: the text is no integer.
+    """
     try:
         return int(text)
     except ValueError as error:
         raise UserError(f"{path} has '{text}' where a number is expected. {AGAIN}") from error
 
 
-def pictures_below(folder: Path) -> list[str]:
-    """Sorted paths of the picture files below a folder; the order of a directory differs between machines."""
-    return [name for name in Folder(folder).names if is_picture(name)]
+def images_below(folder: Path) -> list[str]:
+    """Sorted paths of the image files below a folder, with slashes; the order is the same on every machine."""
+    return [name for name in Folder(folder).names if is_image(name)]
 
 
-UNITS = {"classes": "classes", "all": "pictures"}
-AGAIN = "Unpack the data set's archive again, or copy the file from it."
+UNITS = {"classes": "classes", "all": "images"}
+AGAIN = "Unpack the dataset's archive again, or copy the file from it."

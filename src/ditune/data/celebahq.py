@@ -12,9 +12,12 @@ LAST_TRAIN, LAST_VAL = 162770, 182637
 
 
 class CelebAHQ(Benchmark):
+    """CelebA-HQ; arguments as of every `Benchmark`."""
+
+    config = "celebahq"
     title = "CelebA-HQ"
     homepage = "https://github.com/switchablenorms/CelebAMask-HQ"
-    licence = "Non-commercial research and education only, says its homepage; pictures of real people."
+    licence = "Non-commercial research and education only, says its homepage; images of real people."
     archives = (Archive("CelebAMask-HQ.zip", makes="CelebAMask-HQ"),)
     by_hand = "The homepage links to the archive on Google Drive."
     tops = ("CelebAMask-HQ",)
@@ -23,6 +26,7 @@ class CelebAHQ(Benchmark):
 
     @classmethod
     def read(cls, top: Path) -> tuple[list[str], list[Record]]:
+        """Annotations of the official layout; see `Benchmark.read`."""
         records = []
         for i, _, original in read_table(top / cls.marker, 3)[1:]:  # idx orig_idx orig_file
             n = number(original.partition(".")[0], top / cls.marker)

@@ -8,6 +8,9 @@ from ditune.errors import UserError
 
 
 class CUB(Benchmark):
+    """CUB-200-2011; arguments as of every `Benchmark`."""
+
+    config = "cub"
     title = "CUB-200-2011"
     homepage = "https://www.vision.caltech.edu/datasets/cub_200_2011/"
     licence = "The licence is not stated; photographs from Flickr whose rights are their authors'. Research use."
@@ -25,6 +28,7 @@ class CUB(Benchmark):
 
     @classmethod
     def read(cls, top: Path) -> tuple[list[str], list[Record]]:
+        """Annotations of the official layout; see `Benchmark.read`."""
         classes = read_table(top / "classes.txt", 2)  # 1 001.Black_footed_Albatross
         paths = dict(read_table(top / "images.txt", 2))
         labels = dict(read_table(top / "image_class_labels.txt", 2))  # 1 .. 200
@@ -32,7 +36,7 @@ class CUB(Benchmark):
         for name, table in (("image_class_labels.txt", labels), ("train_test_split.txt", splits)):
             if table.keys() != paths.keys():
                 different = sorted(table.keys() ^ paths.keys())[0]
-                raise UserError(f"{top / name} and images.txt differ at picture {different}. Unpack the archive again.")
+                raise UserError(f"{top / name} and images.txt differ at image {different}. Unpack the archive again.")
         records = [
             Record(
                 f"images/{path}",

@@ -11,6 +11,9 @@ FILES = {"train": "DF20M-train_metadata_PROD.csv", "test": "DF20M-public_test_me
 
 
 class DF20MMini(Benchmark):
+    """Danish Fungi 2020 - Mini; arguments as of every `Benchmark`."""
+
+    config = "df20m_mini"
     title = "Danish Fungi 2020 - Mini"
     homepage = "https://sites.google.com/view/danish-fungi-dataset"
     licence = "Non-commercial research only, says its homepage."
@@ -24,6 +27,7 @@ class DF20MMini(Benchmark):
 
     @classmethod
     def read(cls, top: Path) -> tuple[list[str], list[Record]]:
+        """Annotations of the official layout; see `Benchmark.read`."""
         names: dict[int, str] = {}
         rows = []
         for split, file in FILES.items():

@@ -11,6 +11,9 @@ SPLITS = {"train": "trnid", "val": "valid", "test": "tstid"}
 
 
 class Flowers102(Benchmark):
+    """Oxford Flowers-102; arguments as of every `Benchmark`."""
+
+    config = "flowers102"
     title = "Oxford Flowers-102"
     homepage = f"{ADDRESS}/"
     licence = "The licence is not stated; photographs from the web whose rights are their authors'. Research use."
@@ -43,12 +46,13 @@ class Flowers102(Benchmark):
 
     @classmethod
     def read(cls, top: Path) -> tuple[list[str], list[Record]]:
+        """Annotations of the official layout; see `Benchmark.read`."""
         labels = read_mat(top / "imagelabels.mat", "labels").astype(int) - 1  # 1 .. 102 in the file
         records = []
         for split, key in SPLITS.items():
             for i in read_mat(top / "setid.mat", key).astype(int).tolist():  # 1-based
                 if not 1 <= i <= len(labels):
-                    raise UserError(f"{top / 'setid.mat'} names picture {i}, which has no label. {AGAIN}")
+                    raise UserError(f"{top / 'setid.mat'} names image {i}, which has no label. {AGAIN}")
                 records.append(Record(f"jpg/image_{i:05d}.jpg", int(labels[i - 1]), split))
         from torchvision.datasets import Flowers102 as Torchvision  # the import takes seconds
 

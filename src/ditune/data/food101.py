@@ -9,6 +9,9 @@ from ditune.errors import UserError
 
 
 class Food101(Benchmark):
+    """Food-101; arguments as of every `Benchmark`."""
+
+    config = "food101"
     title = "Food-101"
     homepage = "https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101/"
     licence = "Photographs from Foodspotting; their terms are in license_agreement.txt of the archive. Research use."
@@ -26,17 +29,18 @@ class Food101(Benchmark):
 
     @classmethod
     def read(cls, top: Path) -> tuple[list[str], list[Record]]:
+        """Annotations of the official layout; see `Benchmark.read`."""
         classes = read_lines(top / "meta" / "classes.txt")
         records = []
         for split in ("train", "test"):
             path = top / "meta" / f"{split}.json"
             try:
                 lists = json.loads("\n".join(read_lines(path)))  # {class: [class/id, ...]}
-                entries = [(name, picture) for name, pictures in lists.items() for picture in pictures]
+                entries = [(name, image) for name, images in lists.items() for image in images]
             except (ValueError, AttributeError, TypeError) as error:
                 raise UserError(f"The annotation file {path} is damaged ({error}). {AGAIN}") from error
             unknown = sorted({name for name, _ in entries} - set(classes))
             if unknown:
                 raise UserError(f"{path} has the class '{unknown[0]}', which classes.txt has not. {AGAIN}")
-            records += [Record(f"images/{picture}.jpg", classes.index(name), split) for name, picture in entries]
+            records += [Record(f"images/{image}.jpg", classes.index(name), split) for name, image in entries]
         return classes, records

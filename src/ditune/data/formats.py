@@ -1,4 +1,4 @@
-"""Which files are images, by the ends of their names, and which belong to the system and are passed over."""
+"""Which files are images, by the endings of their names, and which belong to the system and are ignored."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -60,8 +60,8 @@ def endings() -> frozenset[str]:
     return frozenset(end for end, name in Image.registered_extensions().items() if name in readable) - ODD_ENDINGS
 
 
-def is_picture(name: str) -> bool:
-    """Whether a file of this name is taken for an image."""
+def is_image(name: str) -> bool:
+    """Whether a file of this name counts as an image."""
     return splitext(name)[1].lower() in endings()
 
 
@@ -87,7 +87,12 @@ def describe_kinds(kinds: dict[str, int]) -> str:
 
 
 def left_out(place: object, kinds: dict[str, int]) -> list[str]:
-    """A sentence about the files that are no images here, with the remedy where there is one; none for no files."""
+    """A sentence about files that are no images, with a remedy if there is one; none for no files.
+
+    Args:
+        place: where they lie, for the message.
+        kinds: numbers of files by the end of their names.
+    """
     if not kinds:
         return []
     total = sum(kinds.values())

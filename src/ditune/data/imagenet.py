@@ -3,15 +3,16 @@
 from pathlib import Path
 
 from ditune.data.archives import Archive
-from ditune.data.benchmark import AGAIN, Benchmark, Record, number, pictures_below, read_lines, read_mat
+from ditune.data.benchmark import AGAIN, Benchmark, Record, images_below, number, read_lines, read_mat
 from ditune.errors import UserError
 
 DEVKIT = "ILSVRC2012_devkit_t12"
 
 
 class ImageNet(Benchmark):
-    """Pictures in train/<synset>/*.JPEG, and in val/<synset>/*.JPEG or val/*.JPEG with the development kit."""
+    """Images in train/<synset>/*.JPEG, and in val/<synset>/*.JPEG or val/*.JPEG with the development kit."""
 
+    config = "imagenet"
     title = "ImageNet-1k (ILSVRC 2012)"
     homepage = "https://image-net.org/challenges/LSVRC/2012/"
     licence = "ImageNet's terms of access, which every user accepts there: non-commercial research and education."
@@ -33,7 +34,8 @@ class ImageNet(Benchmark):
 
     @classmethod
     def read(cls, top: Path) -> tuple[list[str], list[Record]]:
-        train = pictures_below(top / "train")
+        """Annotations of the official layout; see `Benchmark.read`."""
+        train = images_below(top / "train")
         synsets = sorted({name.partition("/")[0] for name in train})
         index = {synset: label for label, synset in enumerate(synsets)}
         records = [Record(f"train/{name}", index[name.partition("/")[0]], "train") for name in train]
@@ -45,13 +47,13 @@ class ImageNet(Benchmark):
 
     @classmethod
     def _validation(cls, top: Path) -> dict[str, str]:
-        """Synset of each validation picture."""
-        names = pictures_below(top / "val")
+        """Synset of each validation image."""
+        names = images_below(top / "val")
         if all("/" in name for name in names):
             return {name: name.partition("/")[0] for name in names}
         data = top / DEVKIT / "data"
         truth = [number(line, data) for line in read_lines(data / "ILSVRC2012_validation_ground_truth.txt")]
         synsets = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in read_mat(data / "meta.mat", "synsets")}
         if len(truth) != len(names):
-            raise UserError(f"{top / 'val'} has {len(names):,} pictures, the development kit {len(truth):,}. {AGAIN}")
+            raise UserError(f"{top / 'val'} has {len(names):,} images, the development kit {len(truth):,}. {AGAIN}")
         return {name: synsets[i] for name, i in zip(names, truth, strict=True)}

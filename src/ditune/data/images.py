@@ -1,4 +1,4 @@
-"""Labelled pictures from folders, zip and Parquet files, as one map-style data set that hands out whole batches.
+"""Labelled images from folders, zip and Parquet files, as one map-style dataset that hands out whole batches.
 
 `layouts` says how class and split are found; docs/guide/data.md shows every layout.
 """
@@ -22,8 +22,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ditune.data.classes import SHOWN, class_names_of, notes_on_classes, read_classes, untrained_classes
 from ditune.data.formats import count_kinds, decoders, left_out
-from ditune.data.layouts import read_items, some
+from ditune.data.layouts import read_items
 from ditune.data.manifest import apply_manifest
 from ditune.data.sources import Item, open_source
 from ditune.data.splits import is_in, normal_split, settle
@@ -33,35 +34,37 @@ from ditune.progress import meter
 
 log = logging.getLogger(__name__)
 
-SHOWN = 10  # classes in a line
 # What Pillow, zipfile and the file system raise for damaged, truncated, missing, encrypted or absurdly large files.
 BROKEN = (OSError, ValueError, SyntaxError, RuntimeError, EOFError, TypeError, IndexError)
 BROKEN += (struct.error, zlib.error, zipfile.BadZipFile, Image.DecompressionBombError)
 
 
-class Pictures(Dataset):
-    """uint8 RGB pictures with int64 labels, centre-cropped to `resolution`; one of that size already is unchanged.
+class ImageDataset(Dataset):
+    """uint8 RGB images with int64 labels, centre-cropped to `resolution`; an image of that size is unchanged.
 
-    sources       folders, zip or Parquet files (one or several), read in this order
-    resolution    side of the square pictures, in pixels
-    split         name of the split (or a usual other spelling of it); None = all. From the column `split`, or from top
-                  folders train/, val/, test/. A source with neither, or with train/ alone, is split by a hash of each
-                  file's path: a tenth is 'test', the rest 'train'; every class keeps an image in 'train'.
-                  'train.val' is a tenth of 'train', by such a hash too, and 'train.fit' the rest: to search settings.
-                  Where 'test' is asked for and only 'val' is there, 'val' is used, with a warning.
-    class_column  column of the metadata that names the class (must be there); None = the first folder
-    classes       class names in the order of their labels, or a text file with one a line;
-                  None = the sorted names of all splits of all sources (as text: '10' comes before '2')
-    in_memory     decode everything at the first access, or in `load()`; call that before worker processes start,
-                  else each of them decodes for itself. False = decode what is asked for.
-    limit         keep this many (at least 1), evenly spaced over the sorted pictures; None = all
-    manifest      file written by src/prepare.py; where it is there, pictures that it skips are left out
+    Images are sorted by (source, file name). A DataLoader over it needs the identity as `collate_fn`, because
+    `__getitems__` returns a batch. Attributes: `labels` (N,) int64; `class_names`; `names` and `rows` (N entries);
+    `notes`, sentences about what was left out and decided; `not_images`, numbers of such files by the end of their
+    names; `untrained`, classes without a training image.
 
-    Sorted by (source, file name). `labels` (N,) int64; `class_names`, `num_classes`; `names` and `rows` (N entries).
-    `notes`: sentences about what was left out and decided. `not_images`: numbers of such files by the end of their
-    names. `untrained`: classes without a training image.
-    A DataLoader over it needs `collate_fn` to be the identity, since `__getitems__` returns a batch.
-    Raises UserError when sources, columns or classes do not fit together; a broken picture when it is first decoded.
+    Args:
+        sources: folders, zip or Parquet files (one or several), read in this order.
+        resolution: side of the square images, in pixels.
+        split: name of the split (or a usual other spelling of it); None = all. It is taken from the column `split`, or
+            from top folders train/, val/, test/. A source with neither, or with train/ alone, is split by a hash of
+            each file's path: a tenth is 'test', the rest 'train'; every class keeps an image in 'train'. 'train.val' is
+            a tenth of 'train', by such a hash too, and 'train.fit' the rest: to search settings. If 'test' is asked for
+            and only 'val' is there, 'val' is used, with a warning.
+        class_column: column of the metadata that names the class (must be there); None = the first folder.
+        classes: class names in the order of their labels, or a text file with one per line; None = the sorted names of
+            all splits of all sources (as text: '10' comes before '2').
+        in_memory: decode everything at the first access, or in `load()`; call that before worker processes start, else
+            each of them decodes for itself. False = decode what is asked for.
+        limit: keep this many (at least 1), evenly spaced over the sorted images; None = all.
+        manifest: file written by src/prepare.py; if it exists, images that it calls broken are left out.
+
+    Raises:
+        UserError: sources, columns or classes do not fit together; or, when it is first decoded, an image is broken.
     """
 
     def __init__(
@@ -87,7 +90,7 @@ class Pictures(Dataset):
         ]
         found = settle([item for items, _ in read for item in items])
         split = _test_or_val(split, found)
-        self.fill(found, _class_names(listed, found), resolution, split, in_memory, limit, manifest, notes)
+        self.fill(found, class_names_of(listed, found), resolution, split, in_memory, limit, manifest, notes)
         self.not_images = dict(sum(map(Counter, kinds), Counter()))
 
     def fill(
@@ -101,15 +104,29 @@ class Pictures(Dataset):
         manifest: str | Path | None,
         notes: Sequence[str] = (),
     ) -> None:
-        """Take the pictures of one split out of all that were found."""
+        """Keep the images of one split.
+
+        Args:
+            found: images of all splits.
+            class_names: in the order of their labels.
+            resolution: as of the class.
+            split: as of the class.
+            in_memory: as of the class.
+            limit: as of the class.
+            manifest: as of the class.
+            notes: sentences about what was left out and decided.
+
+        Raises:
+            UserError: the split has no images, `limit` is below 1, or the manifest is of other images.
+        """
         self.class_names, self.everything = class_names, found
         self.checksums, kept = apply_manifest(found, manifest)
         items = kept if split is None else [item for item in kept if is_in(item, split)]
         if not items:
             splits = ", ".join(sorted({item.split for item in found}))
-            raise UserError(f"There is no picture in the split '{split}'. The sources have these splits: {splits}.")
+            raise UserError(f"There is no image in the split '{split}'. The sources have these splits: {splits}.")
         if limit is not None and limit < 1:
-            raise UserError(f"`limit` is {limit}, which leaves no picture. Give 1 or more, or leave it out for all.")
+            raise UserError(f"`limit` is {limit}, which leaves no image. Give 1 or more, or leave it out for all.")
         if limit is not None and limit < len(items):
             items = [items[i * len(items) // limit] for i in range(limit)]
         self.resolution, self.split, self.in_memory = resolution, split, in_memory
@@ -123,7 +140,7 @@ class Pictures(Dataset):
         trained_on = items if trains else [item for item in kept if item.split == "train"]
         self.untrained = untrained_classes(class_names, found, trained_on)
         self.not_images: dict[str, int] = {}
-        self.notes = [*notes, *_class_notes(class_names, found, self.untrained)]
+        self.notes = [*notes, *notes_on_classes(class_names, found, self.untrained)]
 
     def describe_classes(self) -> str:
         """One line such as '3 classes: cat 12, dog 10, owl 1': the first ten, and the smallest of more."""
@@ -137,13 +154,14 @@ class Pictures(Dataset):
 
     @property
     def num_classes(self) -> int:
+        """Number of classes, with those that have no image in this split."""
         return len(self.class_names)
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of what is in this data set, wherever it lies: names, CRCs, labels, classes, resolution, split.
+        """SHA-256 of the content, independent of its place: names, CRCs, labels, classes, resolution, split.
 
-        A manifest makes it quick and nothing else: a run that began before there was one goes on.
+        A manifest makes it faster and does not change it: a run that started without one can resume with one.
         """
         contents = []
         with meter("reading checksums", len(self), "images") as shown:
@@ -155,12 +173,12 @@ class Pictures(Dataset):
         return hashlib.sha256(text.encode()).hexdigest()
 
     def load(self) -> Tensor:
-        """All pictures, uint8 (N, 3, R, R); decoded once and kept, so do not change them in place."""
+        """All images, uint8 (N, 3, R, R); decoded once and kept, so do not change them in place."""
         if self._decoded is None:
             with ThreadPoolExecutor(2) as pool, meter("decoding images", len(self), "images") as shown:
                 decoded = []
-                for picture in pool.map(self._decode, self._items):
-                    decoded.append(picture)
+                for image in pool.map(self._decode, self._items):
+                    decoded.append(image)
                     shown.advance()
             self._decoded = torch.stack(decoded)
         return self._decoded
@@ -170,8 +188,8 @@ class Pictures(Dataset):
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         """uint8 (3, R, R) and its label, int64 ()."""
-        pictures, labels = self.__getitems__([i])
-        return pictures[0], labels[0]
+        images, labels = self.__getitems__([i])
+        return images[0], labels[0]
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """uint8 (B, 3, R, R) and labels (B,) int64."""
@@ -181,65 +199,49 @@ class Pictures(Dataset):
         return torch.stack([self._decode(self._items[i]) for i in index.tolist()]), self.labels[index]
 
     def take(self, indices: Sequence[int], mirrored: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """As `__getitems__`; where `mirrored` (B,) is True, left and right are exchanged."""
-        pictures, labels = self.__getitems__(indices)
+        """Images and labels at given positions, some of them mirrored.
+
+        Args:
+            indices: B positions.
+            mirrored: (B,) bool, True = exchange left and right; None = none.
+
+        Returns:
+            uint8 (B, 3, R, R) and labels (B,) int64.
+        """
+        images, labels = self.__getitems__(indices)
         if mirrored is not None:
-            pictures = torch.where(mirrored[:, None, None, None], pictures.flip(-1), pictures)
-        return pictures, labels
+            images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+        return images, labels
 
     def _decode(self, item: Item) -> Tensor:
         try:
             return decode(item.source.read(item.name), self.resolution)
         except BROKEN as error:
             raise UserError(
-                f"The picture {item.name} in {item.source.path} cannot be read ({error}). Replace it or take it out; "
+                f"The image {item.name} in {item.source.path} cannot be read ({error}). Replace it or take it out; "
                 "`python src/prepare.py` with policy=skip leaves out all that are broken."
             ) from error
 
 
+Pictures = ImageDataset  # its name in configs
+
+
 def decode(content: bytes, resolution: int) -> Tensor:
-    """The picture in a file's bytes, uint8 (3, R, R); one of `BROKEN` when there is none."""
+    """Decode and crop an image.
+
+    Args:
+        content: bytes of the file.
+        resolution: R, side of the crop in pixels.
+
+    Returns:
+        uint8 (3, R, R).
+
+    Raises:
+        Exception: one of `BROKEN`, if the bytes are no image.
+    """
     with Image.open(io.BytesIO(content), formats=decoders()) as image:
         square = center_crop(to_rgb(image), resolution)
     return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()  # (3, R, R)
-
-
-def read_classes(classes: str | Path | Sequence[str] | None) -> list[str] | None:
-    """Class names from a list or a text file with one a line; UserError when a name is there twice."""
-    if classes is None:
-        return None
-    if isinstance(classes, (str, Path)):
-        path = Path(classes).expanduser()
-        if not path.is_file():
-            raise UserError(f"There is no file {path}, where class names are expected, one a line. Correct the path.")
-        try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"The class names in {path} cannot be read ({error}). Save it as UTF-8 text.") from error
-        entries = [(f"line {n} of {path}", line.strip()) for n, line in enumerate(lines, start=1) if line.strip()]
-    else:
-        entries = [(f"place {n} of `classes`", str(name)) for n, name in enumerate(classes, start=1)]
-    first: dict[str, str] = {}
-    for place, name in entries:
-        if name in first:
-            raise UserError(f"The class '{name}' in {place} is there already, in {first[name]}. Remove one of them.")
-        first[name] = place
-    if not first:
-        raise UserError("`classes` names no class. Give at least one, or leave it out for the folders' names.")
-    return list(first)
-
-
-def _class_names(listed: list[str] | None, items: list[Item]) -> list[str]:
-    if listed is None:
-        return sorted({item.class_name for item in items})
-    known = set(listed)
-    unknown = next((item for item in items if item.class_name not in known), None)
-    if unknown is not None:
-        raise UserError(
-            f"The picture {unknown.name} in {unknown.source.path} has the class '{unknown.class_name}', "
-            f"which is not one of the {len(listed)} in `classes`. Add it there, or leave `classes` out."
-        )
-    return listed
 
 
 def _test_or_val(split: str | None, items: list[Item]) -> str | None:
@@ -249,21 +251,3 @@ def _test_or_val(split: str | None, items: list[Item]) -> str | None:
         return split
     log.warning("There is no split 'test' in the data; its split 'val' is used instead.")
     return "val"
-
-
-def untrained_classes(class_names: Sequence[str], everything: Sequence[Item], trained_on: Sequence[Item]) -> list[str]:
-    """Classes that have images, but none of those that are trained on; none where nothing is."""
-    there, trained = ({item.class_name for item in items} for items in (everything, trained_on))
-    return [name for name in class_names if name in there - trained] if trained_on else []
-
-
-def _class_notes(class_names: Sequence[str], everything: Sequence[Item], untrained: Sequence[str]) -> list[str]:
-    """Sentences about labels that nothing trains."""
-    there = {item.class_name for item in everything}
-    absent = [name for name in class_names if name not in there]
-    return [
-        f"{len(names):,} of {len(class_names):,} classes {'has' if len(names) == 1 else 'have'} no {what} and "
-        f"will not be learned: {some(names, SHOWN)}."
-        for names, what in ((absent, "image at all"), (untrained, "training image"))
-        if names
-    ]

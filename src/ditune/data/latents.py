@@ -1,20 +1,21 @@
-"""Latents of a split, encoded once: a folder with one memory-mapped array, its labels, and a header of its origin.
+"""The latents of a split, encoded once: a folder with a memory-mapped array, labels, and a header of their origin.
 
-latents.npy  float16 (N, 2, M, C, h, w): picture, plain or mirrored, mean and log-variance (M = 1: mean only)
+latents.npy  float16 (N, 2, M, C, h, w): image, plain or mirrored, mean and log-variance (M = 1: mean only)
 labels.npy   int64 (N,)
-header.json  the pictures (hash of manifest), transform and autoencoder that it was made from
+header.json  the images (hash of manifest), transform and autoencoder that it was made from
 """
 
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ditune.data.images import Pictures
+from ditune.data.images import ImageDataset
 from ditune.errors import UserError
 from ditune.files.atomic import read_json, sha256
 
@@ -23,28 +24,43 @@ HEADER, ARRAY, LABELS = "header.json", "latents.npy", "labels.npy"
 REMEDY = "Run `python src/prepare.py` with the same data=, autoencoder= and data.resolution= to make it anew."
 
 
-def expected_header(pictures: Pictures, manifest: Path, autoencoder: str, shape: Sequence[int], moments: int) -> dict:
-    """What the cache of these pictures under this autoencoder (its latent_fingerprint) must say about itself."""
+def expected_header(
+    dataset: ImageDataset, manifest: Path, autoencoder: str, shape: Sequence[int], moments: int
+) -> dict[str, Any]:
+    """The header that a cache of these images under this autoencoder must have.
+
+    Args:
+        dataset: one split at one resolution.
+        manifest: file of the dataset.
+        autoencoder: its `latent_fingerprint`.
+        shape: (C, h, w) of the latents.
+        moments: M, 1 = mean, 2 = mean and log-variance.
+    """
     return {
         "format": FORMAT,
         "manifest": sha256(manifest),
-        "split": pictures.split,
-        "pictures": pictures.fingerprint,
-        "transform": f"centre crop of ADM to {pictures.resolution} pixels, RGB",
+        "split": dataset.split,
+        "pictures": dataset.fingerprint,
+        "transform": f"centre crop of ADM to {dataset.resolution} pixels, RGB",
         "autoencoder": autoencoder,
-        "shape": [len(pictures), 2, moments, *shape],
+        "shape": [len(dataset), 2, moments, *shape],
     }
 
 
 class Latents:
-    """Batches from a cache; stands where `Pictures` stands for the stream of a training.
+    """Batches from a cache; the stream of a training reads it as it reads an `ImageDataset`.
 
-    Raises UserError when the cache is missing, damaged, or was made from something else than `header` says.
+    Args:
+        folder: the cache.
+        header: what the cache must say about itself.
+
+    Raises:
+        UserError: the cache is missing, damaged, or has another header.
     """
 
     in_memory = False
 
-    def __init__(self, folder: Path, header: dict) -> None:
+    def __init__(self, folder: Path, header: dict[str, Any]) -> None:
         found = check(folder, header)
         self.folder, self.shape = folder, tuple(found["shape"])
         self.labels = torch.from_numpy(np.load(folder / LABELS, allow_pickle=False))  # (N,)
@@ -54,7 +70,15 @@ class Latents:
         return self.shape[0]
 
     def take(self, indices: Sequence[int], mirrored: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance, float16 (B, M, C, h, w), of pictures or their mirror images, and labels (B,)."""
+        """Latents of images or of their mirror images.
+
+        Args:
+            indices: B positions in the split.
+            mirrored: (B,) bool, True = the mirror image; None = none.
+
+        Returns:
+            Mean and log-variance, float16 (B, M, C, h, w), and labels (B,) int64.
+        """
         if self._array is None:  # every process maps the file for itself
             self._array = np.lib.format.open_memmap(self.folder / ARRAY, mode="r")
         side = np.zeros(len(indices), np.int64) if mirrored is None else mirrored.numpy().astype(np.int64)
@@ -64,8 +88,8 @@ class Latents:
         return {**self.__dict__, "_array": None}
 
 
-def check(folder: Path, header: dict) -> dict:
-    """The header of the cache in `folder`, after comparing it with the expected one.
+def check(folder: Path, header: dict[str, Any]) -> dict[str, Any]:
+    """Compare the cache in `folder` with the expected header; returns the header that it has.
 
     Raises:
         UserError: there is no cache, it is damaged, or it is stale or foreign.
@@ -90,9 +114,14 @@ def check(folder: Path, header: dict) -> dict:
 
 
 class Writer:
-    """Rows of a cache that several processes write at once, in a folder that becomes the cache when it is whole."""
+    """Writes a cache, in a folder that becomes the cache when it is whole; several processes may write at once.
 
-    def __init__(self, folder: Path, header: dict) -> None:
+    Args:
+        folder: created if missing.
+        header: of the cache; its "shape" is (N, 2, M, C, h, w).
+    """
+
+    def __init__(self, folder: Path, header: dict[str, Any]) -> None:
         self.folder, self.shape = folder, tuple(header["shape"])
         folder.mkdir(parents=True, exist_ok=True)
         self.row = int(np.prod(self.shape[1:])) * 2  # bytes
@@ -105,7 +134,15 @@ class Writer:
             os.ftruncate(self._file, self.start + self.row * self.shape[0])
 
     def write(self, first: int, rows: Tensor) -> None:
-        """Rows first, first + 1, ..., float16 (n, 2, M, C, h, w), on disk when this returns."""
+        """Write rows; they are on disk when this returns.
+
+        Args:
+            first: position of the first row.
+            rows: float16 (n, 2, M, C, h, w).
+
+        Raises:
+            ValueError: the rows have another shape or type than the cache.
+        """
         if rows.dtype != torch.float16 or tuple(rows.shape[1:]) != self.shape[1:]:
             raise ValueError(f"rows of {rows.dtype} {tuple(rows.shape)} do not fit into {self.shape}")
         content, offset = memoryview(rows.contiguous().numpy()).cast("B"), self.start + first * self.row
@@ -116,9 +153,10 @@ class Writer:
         os.fsync(self._file)
 
     def finish(self, labels: Tensor, header: dict) -> None:
-        """Labels and, last, the header, which says that all rows are there."""
+        """Write the labels (N,) and, last, the header, which says that all rows are there."""
         np.save(self.folder / LABELS, labels.numpy(), allow_pickle=False)
         (self.folder / HEADER).write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
 
     def close(self) -> None:
+        """Close the file of the array."""
         os.close(self._file)

@@ -8,7 +8,7 @@ train/metadata.csv, test/metadata.csv             one table for each folder, wit
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from ditune.data.formats import count_kinds, describe_kinds, is_metadata, is_picture, remedies
+from ditune.data.formats import count_kinds, describe_kinds, is_image, is_metadata, remedies
 from ditune.data.metadata import Table, read_table
 from ditune.data.parquet import Parquet
 from ditune.data.sources import ONE_CLASS, Item, Source
@@ -24,7 +24,10 @@ def read_items(source: Source, class_column: str | None, classes: Collection[str
     Args:
         source: where they lie.
         class_column: column of the metadata that names the class; None = the first folder.
-        classes: names that are known to be classes; where they are all top folders, none of these is a split.
+        classes: names that are known to be classes; if all top folders are among them, none of these is a split.
+
+    Returns:
+        (images, sentences).
 
     Raises:
         UserError: there are no images, or folders, tables and settings do not fit together.
@@ -54,12 +57,16 @@ def read_items(source: Source, class_column: str | None, classes: Collection[str
 
 @dataclass(frozen=True)
 class Splits:
-    """The split of each top folder; no folders = none of them is a split."""
+    """The split of each top folder.
+
+    Args:
+        folders: split by the name of its folder; {} = no folder is a split.
+    """
 
     folders: dict[str, str]
 
     def place(self, name: str) -> tuple[str, str | None]:
-        """The path inside of the split's folder, and the split; None = by hash."""
+        """Path inside the split's folder, and the split; None = by hash."""
         top, _, inside = name.partition("/")
         if top not in self.folders:
             return name, None
@@ -67,7 +74,7 @@ class Splits:
         return inside, None if alone else self.folders[top]
 
     def note(self, source: Source) -> list[str]:
-        """A sentence where 'test' is a part of the only folder, train/."""
+        """A sentence if train/ is the only folder, so that a part of it is 'test'; else none."""
         if set(self.folders.values()) != {"train"}:
             return []
         return [
@@ -105,7 +112,7 @@ def _splits(source: Source, names: Sequence[str], classes: Collection[str], stri
 
 
 def _from_folders(source: Source, classes: Collection[str], notes: list[str]) -> list[Item]:
-    names = [name for name in source.names if is_picture(name)]
+    names = [name for name in source.names if is_image(name)]
     splits = _splits(source, names, classes, strict=True)
     items = [_from_folder(source, name, splits) for name in names]
     _refuse_loose(items, splits)
@@ -138,10 +145,10 @@ def _refuse_loose(items: Sequence[Item], splits: Splits) -> None:
     deep = {item.name.partition("/")[0] for item in items if not _is_loose(item, splits)}
     if flat and not flat & deep:
         raise UserError(
-            f"The picture {name} in {path} lies in no folder of a class, while {min(deep)}/ has them. Move the "
+            f"The image {name} in {path} lies in no folder of a class, while {min(deep)}/ has them. Move the "
             f"images of {min(flat)}/ into folders of their classes, or take {min(flat)}/ away."
         )
-    raise UserError(f"The picture {name} in {path} lies beside the folders of the classes. Move it into one of them.")
+    raise UserError(f"The image {name} in {path} lies beside the folders of the classes. Move it into one of them.")
 
 
 def _refuse_splits_as_classes(items: Sequence[Item], splits: Splits, classes: Collection[str]) -> None:
@@ -188,7 +195,7 @@ def _from_tables(
     source: Source, names: dict[str, str], class_column: str | None, classes: Collection[str], notes: list[str]
 ) -> list[Item]:
     """One item for each row; images that no row names are left out."""
-    present = [name for name in source.names if is_picture(name)]
+    present = [name for name in source.names if is_image(name)]
     _refuse_folders_without(source, present, names, class_column)
     tables = [read_table(source, name, folder) for folder, name in names.items()]
     for table in tables:
@@ -267,4 +274,4 @@ def _nothing(source: Source) -> str:
             "Give a folder or zip file with png, jpg, webp, avif, bmp, tiff or gif files, one folder for each class, "
             "or Parquet files."
         ]
-    return f"There are no pictures in {source.path}.{found} {' '.join(ways)}"
+    return f"There are no images in {source.path}.{found} {' '.join(ways)}"

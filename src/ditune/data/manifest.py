@@ -1,4 +1,4 @@
-"""The files of a data set with their hashes, as src/prepare.py has verified them: one CSV file, whole or not there."""
+"""The manifest of a dataset: a CSV file of all images with their hashes, as src/prepare.py has verified them."""
 
 import csv
 from collections.abc import Sequence
@@ -14,16 +14,23 @@ REMEDY = "Run `python src/prepare.py` for it again."
 
 
 class Check(NamedTuple):
-    """What reading a picture's file has shown."""
+    """Result of reading an image's file.
 
-    size: int  # bytes; -1 = there is no file
+    Args:
+        size: in bytes; -1 = there is no file.
+        crc32: of the file.
+        sha256: of the file, hex.
+        problem: why the image cannot be used; "" = nothing.
+    """
+
+    size: int
     crc32: int
     sha256: str
-    problem: str  # '' = none
+    problem: str
 
 
 def describe(items: Sequence[Item]) -> list[tuple[str, str, str, str]]:
-    """What tells the pictures apart and labels them: number of the source, name, split, class."""
+    """Identity and label of each image: (number of its source, name, split, class)."""
     numbers: dict[int, int] = {}
     return [
         (str(numbers.setdefault(id(item.source), len(numbers))), item.name, item.split, item.class_name)
@@ -32,7 +39,13 @@ def describe(items: Sequence[Item]) -> list[tuple[str, str, str, str]]:
 
 
 def write_manifest(path: Path, items: Sequence[Item], checked: Sequence[Check]) -> None:
-    """One row for each picture."""
+    """Write a manifest, one row per image.
+
+    Args:
+        path: the file.
+        items: all images of a dataset.
+        checked: the result for each of them.
+    """
     with atomic(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
@@ -41,7 +54,11 @@ def write_manifest(path: Path, items: Sequence[Item], checked: Sequence[Check]) 
 
 
 def read_manifest(path: Path) -> list[dict[str, str]]:
-    """Rows of a manifest; UserError when it is damaged."""
+    """Rows of a manifest, by the names in `COLUMNS`.
+
+    Raises:
+        UserError: it is damaged.
+    """
     try:
         with path.open(encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file)
@@ -54,19 +71,27 @@ def read_manifest(path: Path) -> list[dict[str, str]]:
 
 
 def is_current(items: Sequence[Item], rows: Sequence[dict[str, str]]) -> bool:
-    """True when a manifest is of these pictures with these labels and splits; the files are not read."""
+    """Whether the rows of a manifest are of these images with these labels and splits; no image is read."""
     return describe(items) == [(row["source"], row["file_name"], row["split"], row["class"]) for row in rows]
 
 
 def apply_manifest(items: list[Item], path: str | Path | None) -> tuple[dict[Item, int], list[Item]]:
-    """The CRC-32 of each sound picture, and the sound pictures; nothing and all of them where there is no manifest.
+    """Leave out what a manifest calls broken.
 
-    Raises UserError when the manifest is of other pictures or labels.
+    Args:
+        items: all images of a dataset.
+        path: the manifest; if there is none, all images are kept.
+
+    Returns:
+        CRC-32 of each image that is kept ({} without a manifest), and these images.
+
+    Raises:
+        UserError: the manifest is of other images or labels, or damaged.
     """
     if path is None or not Path(path).is_file():
         return {}, items
     rows = read_manifest(Path(path))
     if not is_current(items, rows):
-        raise UserError(f"The manifest {path} is of other pictures, labels or splits than those there now. {REMEDY}")
+        raise UserError(f"The manifest {path} is of other images, labels or splits than those there now. {REMEDY}")
     kept = [(item, int(row["crc32"])) for item, row in zip(items, rows, strict=True) if not row["problem"]]
     return dict(kept), [item for item, _ in kept]

@@ -16,14 +16,23 @@ UNREADABLE = (OSError, ValueError, RuntimeError, zlib.error, zipfile.BadZipFile,
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """The rows of a metadata file; `file_name` is relative to its folder ('' = the top)."""
+    """The rows of a metadata file.
+
+    Args:
+        source: where the file lies.
+        name: of the file.
+        folder: that the column file_name is relative to; "" = the top.
+        columns: their names.
+        rows: values as text, by column.
+        first_line: line of the first row, as editors count.
+    """
 
     source: Source
     name: str
     folder: str
     columns: list[str]
     rows: list[dict[str, str]]
-    first_line: int  # of the first row, as editors count
+    first_line: int
 
     @cached_property
     def _present(self) -> frozenset[str]:
@@ -34,7 +43,11 @@ class Table:
         return {id(row): line for line, row in enumerate(self.rows, start=self.first_line)}
 
     def need(self, *columns: str) -> None:
-        """UserError unless the table has these columns."""
+        """Require columns.
+
+        Raises:
+            UserError: the table lacks one of them.
+        """
         for column in columns:
             if column not in self.columns:
                 raise UserError(
@@ -43,11 +56,15 @@ class Table:
                 )
 
     def line(self, row: dict[str, str]) -> int:
-        """The number of a row."""
+        """Line of a row in the file, as editors count."""
         return self._lines[id(row)]
 
     def file_of(self, row: dict[str, str]) -> str:
-        """Path of a row's image inside the source; UserError when it is not there."""
+        """Path of a row's image inside the source.
+
+        Raises:
+            UserError: there is no such file.
+        """
         raw = row["file_name"]
         for name in (raw, raw.replace("\\", "/").removeprefix("./")):
             path = f"{self.folder}/{name}" if self.folder else name
@@ -59,7 +76,7 @@ class Table:
 
 
 def read_table(source: Source, name: str, folder: str) -> Table:
-    """A metadata file of a source.
+    """Read a metadata file of a source.
 
     Args:
         source: holds the file.

@@ -32,7 +32,7 @@ class Parquet:
         path: what the user has given, for messages.
 
     Raises:
-        UserError: pyarrow lacks, a file is damaged, or there is no column of image bytes.
+        UserError: pyarrow is not installed, a file is damaged, or there is no column of image bytes.
     """
 
     def __init__(self, folder: Path, names: Sequence[str], path: Path) -> None:
@@ -45,9 +45,14 @@ class Parquet:
         self.names = [_name(file, i) for file in self.files for i in range(self._reader.count(file))]
         self.notes += self._reader.large_groups(self.files)
 
-    # The four names of a source
+    # The interface of a source
 
     def read(self, name: str) -> bytes:
+        """The bytes of an image.
+
+        Raises:
+            ValueError: its row holds none.
+        """
         content = self._reader.image(*_row(name), self.image_column)
         if content is None:
             raise ValueError("the row holds no bytes of an image")
@@ -97,7 +102,7 @@ class Parquet:
         if unlabelled:
             notes.append(f"Rows of {self.path} left out, because they have no label in '{column}': {unlabelled:,}.")
         if not items:
-            raise UserError(f"There are no pictures in {self.path} with a label in '{column}'. Set data.class_column.")
+            raise UserError(f"There are no images in {self.path} with a label in '{column}'. Set data.class_column.")
         return items, notes
 
     def _find_image_column(self) -> str:

@@ -22,7 +22,11 @@ LARGE = 2**30  # bytes of a row group that are worth a word
 
 
 def import_pyarrow() -> ModuleType:
-    """pyarrow, which is needed for Parquet files alone; UserError where it lacks."""
+    """pyarrow, which only Parquet files need.
+
+    Raises:
+        UserError: it is not installed.
+    """
     try:
         import pyarrow.parquet
     except ImportError as error:
@@ -33,7 +37,11 @@ def import_pyarrow() -> ModuleType:
 
 
 class ParquetReader:
-    """Open files and the last row groups; threads take turns."""
+    """Open Parquet files and the row groups that were read last; threads take turns.
+
+    Args:
+        folder: of the files.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.process = os.getpid()
@@ -71,7 +79,7 @@ class ParquetReader:
             return self._sizes[file][row]
 
     def large_groups(self, files: Sequence[str]) -> list[str]:
-        """A sentence where an image costs the reading of very much else."""
+        """A sentence if row groups are so large that reading one image is slow; else none."""
         sizes = {file: _group_sizes(self._file(file)[0]) for file in files}
         large = [file for file, found in sizes.items() if max(found, default=0) > LARGE]
         if not large:

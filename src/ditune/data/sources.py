@@ -1,4 +1,4 @@
-"""Where images lie: a folder, a zip file, Parquet files; all read by the same names (path, names, read, size, crc)."""
+"""Where images lie: a folder, a zip file or Parquet files, all with the same interface `Source`."""
 
 import os
 import stat
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
-from ditune.data.formats import is_hidden, is_metadata, is_picture
+from ditune.data.formats import is_hidden, is_image, is_metadata
 from ditune.data.splits import is_split
 from ditune.data.walk import files_below
 from ditune.errors import UserError
@@ -19,18 +19,12 @@ ONE_CLASS = "all"  # class of images that lie in no folder, or have no label
 
 
 class Source(Protocol):
-    """What data sets need of a place where images lie.
+    """What datasets need of a place where images lie."""
 
-    path    the folder or file, for messages
-    names   sorted names of its files, relative and with slashes
-    others  names of files in it that are neither images nor metadata
-    notes   sentences about what was left out or taken to be something else
-    """
-
-    path: Path
-    names: list[str]
-    others: list[str]
-    notes: list[str]
+    path: Path  # the folder or file, for messages
+    names: list[str]  # sorted names of its files, relative and with slashes
+    others: list[str]  # names of files in it that are neither images nor metadata
+    notes: list[str]  # sentences about what was left out or reinterpreted
 
     def read(self, name: str) -> bytes:
         """The bytes of a file."""
@@ -43,7 +37,15 @@ class Source(Protocol):
 
 
 class Folder:
-    """A folder and all below it; `names` are sorted and relative, with slashes (None = looked up)."""
+    """A folder and all below it.
+
+    Args:
+        path: of the folder.
+        names: sorted, relative, with slashes; None = look them up.
+
+    Raises:
+        UserError: a folder cannot be read, or a name is no UTF-8.
+    """
 
     def __init__(self, path: Path, names: list[str] | None = None) -> None:
         self.path = path
@@ -55,6 +57,7 @@ class Folder:
         self.others = _others(names)
 
     def read(self, name: str) -> bytes:
+        """The bytes of a file."""
         return (self.path / name).read_bytes()
 
     def size(self, name: str) -> int:
@@ -70,7 +73,16 @@ class Folder:
 
 
 class Zip:
-    """A zip file, never unpacked; folders around everything, as file managers add them, are left out of `names`."""
+    """A zip file, which is never unpacked; folders around everything, as file managers add them, are not in `names`.
+
+    Args:
+        path: of the file.
+        classes: names that are known to be classes; a folder of such a name is never one around everything.
+
+    Raises:
+        UserError: it holds names that lead out of it.
+        zipfile.BadZipFile: it is no zip file, or damaged.
+    """
 
     def __init__(self, path: Path, classes: Collection[str] = ()) -> None:
         self.path = path
@@ -88,13 +100,14 @@ class Zip:
         self.names = sorted(self._entries)
 
     def read(self, name: str) -> bytes:
+        """The bytes of a file; zipfile checks their CRC."""
         # A forked worker shares the file position with its parent, so every process opens the file for itself.
         if self._process != os.getpid():
             self._archive, self._process = zipfile.ZipFile(self.path), os.getpid()
         return self._archive.read(self._entries[name])
 
     def size(self, name: str) -> int:
-        """Bytes of the picture."""
+        """Bytes of the image."""
         return self._entries[name].file_size
 
     def crc(self, name: str) -> int:
@@ -107,13 +120,21 @@ class Zip:
 
 @dataclass(frozen=True, eq=False)
 class Item:
-    """One image and what its source says about it."""
+    """One image and what its source says about it.
+
+    Args:
+        source: where it lies.
+        name: path inside the source.
+        class_name: its class.
+        split: None = by a hash of the name.
+        row: its row of the metadata, or only file_name.
+    """
 
     source: Source
-    name: str  # path inside the source
+    name: str
     class_name: str
-    split: str | None  # None = by a hash of the name
-    row: dict[str, str]  # its row of the metadata, or only file_name
+    split: str | None
+    row: dict[str, str]
 
 
 def open_source(path: str | Path, classes: Collection[str] = ()) -> Source:
@@ -131,8 +152,8 @@ def open_source(path: str | Path, classes: Collection[str] = ()) -> Source:
         return _open_folder(path, classes)
     if not path.exists():
         raise UserError(
-            f"There is nothing at {path}, where a folder of pictures or a zip file of them is expected. "
-            "Correct the path, or put the pictures there."
+            f"There is nothing at {path}, where a folder of images or a zip file of them is expected. "
+            "Correct the path, or put the images there."
         )
     if path.suffix.lower() == PARQUET:
         return _open_parquet(path.parent, [path.name], path)
@@ -140,7 +161,7 @@ def open_source(path: str | Path, classes: Collection[str] = ()) -> Source:
         return Zip(path, classes)
     except zipfile.BadZipFile as error:
         raise UserError(
-            f"{path} is not a whole zip file ({error}). Copy or download it again, or give a folder of pictures."
+            f"{path} is not a whole zip file ({error}). Copy or download it again, or give a folder of images."
         ) from error
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error}). Allow reading it, or give another path.") from error
@@ -149,7 +170,7 @@ def open_source(path: str | Path, classes: Collection[str] = ()) -> Source:
 def _open_folder(path: Path, classes: Collection[str]) -> Source:
     folder = Folder(path)
     tables = [name for name in folder.names if PurePosixPath(name).suffix.lower() == PARQUET]
-    if tables and not any(map(is_picture, folder.names)):
+    if tables and not any(map(is_image, folder.names)):
         return _open_parquet(path, tables, path)
     prefix = wrapper(folder.names, classes)
     if not prefix:
@@ -170,11 +191,11 @@ def wrapper(names: Collection[str], classes: Collection[str] = ()) -> str:
 
     Such a folder holds metadata or only further folders, and is neither a split nor one of the `classes`.
     """
-    inner = [name for name in names if is_picture(name) or is_metadata(name)]
+    inner = [name for name in names if is_image(name) or is_metadata(name)]
     prefix = ""
     while top := _only_top(inner):
         beside = any(is_metadata(name) and name.count("/") == 1 for name in inner)
-        deep = all(name.count("/") > 1 for name in inner if is_picture(name))
+        deep = all(name.count("/") > 1 for name in inner if is_image(name))
         if is_split(top) or top in classes or not (deep or beside):
             break
         prefix += f"{top}/"
@@ -188,7 +209,7 @@ def _only_top(names: list[str]) -> str:
 
 
 def _others(names: list[str]) -> list[str]:
-    return [name for name in names if not is_picture(name) and not is_metadata(name)]
+    return [name for name in names if not is_image(name) and not is_metadata(name)]
 
 
 def _wrapper_note(path: Path, prefix: str) -> list[str]:
@@ -208,5 +229,5 @@ def _refuse_escape(name: str, path: Path) -> None:
     if ".." in parts or (parts and (parts[0] == "/" or parts[0].endswith(":"))):
         raise UserError(
             f"The zip file {path} holds the name '{name}', which points outside of it. "
-            "Do not trust this file; make a new one from pictures that you know."
+            "Do not trust this file; make a new one from images that you know."
         )

@@ -29,7 +29,15 @@ def is_split(name: str) -> bool:
 
 
 def refuse_two_spellings(names: Iterable[str], place: object) -> None:
-    """UserError when two of the names are the same split, such as train and training."""
+    """Refuse names of which two mean the same split, such as train and training.
+
+    Args:
+        names: of splits.
+        place: where they are, for the message.
+
+    Raises:
+        UserError: two names mean the same split.
+    """
     first: dict[str, str] = {}
     for name in sorted(names):
         other = first.setdefault(normal_split(name), name)
@@ -41,12 +49,12 @@ def refuse_two_spellings(names: Iterable[str], place: object) -> None:
 
 
 def hashed_split(name: str) -> str:
-    """The same for a path on every machine, whatever else is in the source."""
+    """'test' for a tenth of all names, by their hash, else 'train'; independent of machine and other files."""
     return "test" if int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) % 10 == 0 else "train"
 
 
 def is_in(item: "Item", split: str) -> bool:
-    """Whether an item belongs to a split as configs ask for it; 'train.fit' and 'train.val' are parts of 'train'."""
+    """Whether an image belongs to a split; 'train.fit' and 'train.val' are parts of 'train'."""
     whole, dot, part = split.partition(".")
     whole = normal_split(whole)
     if not dot:
@@ -56,7 +64,7 @@ def is_in(item: "Item", split: str) -> bool:
 
 
 def settle(items: Sequence["Item"]) -> list["Item"]:
-    """Items without a split get one by hash: a tenth is 'test', the rest 'train'.
+    """Give images without a split one by hash: a tenth is 'test', the rest 'train'.
 
     A class that would have no training image at all keeps its first image in training.
     """

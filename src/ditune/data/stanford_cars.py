@@ -13,6 +13,9 @@ WHOLE = "cars_annos.mat"
 
 
 class StanfordCars(Benchmark):
+    """Stanford Cars; arguments as of every `Benchmark`."""
+
+    config = "stanford_cars"
     title = "Stanford Cars"
     homepage = "https://github.com/pytorch/vision/issues/7545"
     licence = "The licence is not stated; photographs from the web whose rights are their authors'. Research use."
@@ -38,10 +41,12 @@ class StanfordCars(Benchmark):
 
     @classmethod
     def find(cls, root: Path) -> Path | None:
+        """The top folder of either layout; None when the dataset is not there."""
         return find_top(root, cls.tops, cls.marker) or find_top(root, cls.tops, WHOLE)
 
     @classmethod
     def read(cls, top: Path) -> tuple[list[str], list[Record]]:
+        """Annotations of the official layout; see `Benchmark.read`."""
         if not (top / cls.marker).exists():
             return cls._read_whole(top / WHOLE)
         names = [str(name) for name in read_mat(top / "devkit" / "cars_meta.mat", "class_names")]

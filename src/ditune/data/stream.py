@@ -1,4 +1,4 @@
-"""Training data as a function of (seed, position): where a run stops changes nothing of what comes next."""
+"""Training data as a function of (seed, position): a resumed run sees the same batches as one that never stopped."""
 
 import signal
 from collections.abc import Iterator, Sequence
@@ -9,28 +9,28 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ditune.data.augment import Augment
-from ditune.data.images import Pictures
+from ditune.data.images import ImageDataset
 from ditune.data.latents import Latents
 from ditune.errors import UserError
 from ditune.rng import generator, mix
 
 
-class PictureStream(Dataset):
-    """An endless, shuffled sequence of pictures; position p stands in pass p // N over the N pictures.
+class ImageStream(Dataset):
+    """An endless, shuffled sequence of images; position p belongs to pass p // N over the N images.
 
     Args:
-        pictures: what is drawn from, or the cache of their latents.
+        dataset: the images, or the cache of their latents.
         seed: the run's seed.
         flip: half of the positions are mirrored left to right. Off for flags, signs and letters.
-        augment: changes a share of the pictures and hides their class; not for latents.
+        augment: changes a share of the images and hides their class; not for latents.
     """
 
-    def __init__(self, pictures: Pictures | Latents, seed: int, flip: bool = False, augment: Augment | None = None):
-        self.pictures, self.seed, self.flip, self.augment = pictures, seed, flip, augment
+    def __init__(self, dataset: ImageDataset | Latents, seed: int, flip: bool = False, augment: Augment | None = None):
+        self.dataset, self.seed, self.flip, self.augment = dataset, seed, flip, augment
         self._order = lru_cache(maxsize=2)(self._permutation)
 
     def _permutation(self, epoch: int) -> list[int]:
-        return torch.randperm(len(self.pictures), generator=generator(self.seed, epoch)).tolist()
+        return torch.randperm(len(self.dataset), generator=generator(self.seed, epoch)).tolist()
 
     def __getstate__(self) -> dict:  # a worker process builds its own cache
         return {k: v for k, v in self.__dict__.items() if k != "_order"}
@@ -40,13 +40,17 @@ class PictureStream(Dataset):
         self._order = lru_cache(maxsize=2)(self._permutation)
 
     def __getitems__(self, positions: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """uint8 pictures (B, 3, R, R) or float16 latents (B, M, C, h, w); labels (B,), positions (B,)."""
-        passes = [divmod(position, len(self.pictures)) for position in positions]
+        """The batch of B positions.
+
+        Returns:
+            uint8 images (B, 3, R, R) or float16 latents (B, M, C, h, w); labels (B,); positions (B,).
+        """
+        passes = [divmod(position, len(self.dataset)) for position in positions]
         indices = [self._order(epoch)[item] for epoch, item in passes]
         mirrored = torch.tensor([mix(self.seed, 1, p) % 2 == 1 for p in positions]) if self.flip else None
-        taken, labels = self.pictures.take(indices, mirrored)
+        taken, labels = self.dataset.take(indices, mirrored)
         if self.augment is not None:
-            taken, labels = self.augment(taken, labels, positions, self.seed, null_class=self.pictures.num_classes)
+            taken, labels = self.augment(taken, labels, positions, self.seed, null_class=self.dataset.num_classes)
         return taken, labels, torch.tensor(positions)
 
 
@@ -55,9 +59,13 @@ class MicroBatches(Sampler[list[int]]):
 
     Args:
         batch_size: global batch, the positions that one optimizer step covers.
-        accumulate: micro-steps of a step.
-        rank, world_size: this process among those that share every micro-step.
+        accumulate: micro-steps per optimizer step.
+        rank: of this process.
+        world_size: number of processes that share every micro-step.
         first_step: optimizer step to begin with.
+
+    Raises:
+        UserError: the global batch cannot be divided evenly.
     """
 
     def __init__(self, batch_size: int, accumulate: int, rank: int, world_size: int, first_step: int):
@@ -74,6 +82,11 @@ class MicroBatches(Sampler[list[int]]):
 
 def micro_batch_size(batch_size: int, accumulate: int, world_size: int) -> int:
     """Samples that one process handles at once.
+
+    Args:
+        batch_size: global batch.
+        accumulate: micro-steps per optimizer step.
+        world_size: number of processes.
 
     Raises:
         UserError: the global batch cannot be divided evenly.
@@ -96,10 +109,17 @@ def _leave_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def training_loader(stream: PictureStream, batches: MicroBatches, num_workers: int, pin_memory: bool) -> DataLoader:
-    """Loader of (pictures, labels, positions); the pictures are decoded before workers fork and share them."""
-    if stream.pictures.in_memory:
-        stream.pictures.load()
+def training_loader(stream: ImageStream, batches: MicroBatches, num_workers: int, pin_memory: bool) -> DataLoader:
+    """Loader of (images, labels, positions); images in memory are decoded here, before workers fork and share them.
+
+    Args:
+        stream: the training data.
+        batches: positions of each micro-batch.
+        num_workers: processes that load; 0 = this one.
+        pin_memory: for copies to a GPU.
+    """
+    if stream.dataset.in_memory:
+        stream.dataset.load()
     return DataLoader(
         stream,
         batch_sampler=batches,
@@ -109,3 +129,6 @@ def training_loader(stream: PictureStream, batches: MicroBatches, num_workers: i
         persistent_workers=num_workers > 0,
         worker_init_fn=_leave_signals,
     )
+
+
+PictureStream = ImageStream  # its earlier name

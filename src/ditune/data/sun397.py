@@ -1,18 +1,21 @@
 """SUN397 (Xiao et al., CVPR 2010): 397 kinds of scenes.
 
-The authors publish ten partitions of 50 training and 50 test pictures a class, and no single split of the whole. Here
-a tenth of all pictures, by a hash of the path, is 'test' and the rest 'train', the same on every machine.
+The authors publish ten partitions of 50 training and 50 test images a class, and no single split of the whole. Here
+a tenth of all images, by a hash of the path, is 'test' and the rest 'train', the same on every machine.
 """
 
 from pathlib import Path
 
 from ditune.data.archives import Archive
-from ditune.data.benchmark import Benchmark, Record, pictures_below, read_lines
+from ditune.data.benchmark import Benchmark, Record, images_below, read_lines
 from ditune.data.splits import hashed_split
 from ditune.errors import UserError
 
 
 class SUN397(Benchmark):
+    """SUN397; arguments as of every `Benchmark`."""
+
+    config = "sun397"
     title = "SUN397"
     homepage = "https://vision.princeton.edu/projects/2010/SUN/"
     licence = "Photographs from the web whose rights are their authors'; the licence is not stated. Research use."
@@ -27,10 +30,11 @@ class SUN397(Benchmark):
 
     @classmethod
     def read(cls, top: Path) -> tuple[list[str], list[Record]]:
+        """Annotations of the official layout; see `Benchmark.read`."""
         classes = [line[3:] for line in read_lines(top / "ClassName.txt")]  # /a/apartment_building/outdoor
         index = {name: label for label, name in enumerate(classes)}
         records = []
-        for name in pictures_below(top):  # a/apartment_building/outdoor/sun_aaa.jpg
+        for name in images_below(top):  # a/apartment_building/outdoor/sun_aaa.jpg
             folder = "/".join(name.split("/")[1:-1])
             if folder not in index:
                 raise UserError(f"{top / name} lies in the class '{folder}', not named in ClassName.txt. Move it.")

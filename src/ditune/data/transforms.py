@@ -1,6 +1,6 @@
-"""One picture to the square RGB that networks and metrics read, and the two number formats of pixels.
+"""Image files to the square RGB images that networks and metrics read, and the two number formats of pixels.
 
-Pixels are float (N, 3, H, W) in [-1, 1]; pictures are uint8 (N, 3, H, W). Colour profiles (ICC) are not applied.
+Pixels are float (N, 3, H, W) in [-1, 1]; images are uint8 (N, 3, H, W). Colour profiles (ICC) are not applied.
 """
 
 import numpy as np
@@ -13,11 +13,18 @@ MARGIN = 8  # pixels around the middle that the bicubic filter may read; it read
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """The centre crop of ADM (Dhariwal & Nichol 2021, arXiv 2105.05233), on which FID tables of ImageNet rest.
+    """The centre crop of ADM, on which published FID tables of ImageNet rest.
 
-    image: any width and height, RGB or L. Returns a size x size picture; one that has this size already is unchanged.
+    Args:
+        image: of any width and height, RGB or L.
+        size: side of the crop, in pixels.
+
+    Returns:
+        A size x size image; an image that has this size already is unchanged.
+
+    Source: Dhariwal & Nichol 2021, arXiv 2105.05233.
     """
-    # Halving by averages first keeps the bicubic step below a factor of two, where it does not alias.
+    # Halving by box filters first keeps the bicubic step below a factor of two, where it does not alias.
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
@@ -45,9 +52,14 @@ def _middle(image: Image.Image, size: int, width: int, height: int) -> Image.Ima
 
 
 def to_rgb(image: Image.Image, background: int = 255) -> Image.Image:
-    """Any picture as RGB: turned as its EXIF tag says, 16 bits to 8, transparency on a plain `background` (0..255).
+    """Convert any image to RGB: rotated as its EXIF tag says, 16 bits to 8, transparency on a plain background.
 
-    Raises ValueError for floating-point pictures, whose white is unknown, and for modes that Pillow cannot convert.
+    Args:
+        image: in any mode of Pillow.
+        background: gray value, 0 to 255.
+
+    Raises:
+        ValueError: the pixels are floating-point numbers, whose white is unknown, or Pillow cannot convert the mode.
     """
     image = ImageOps.exif_transpose(image)
     if image.mode == "F":
@@ -68,5 +80,5 @@ def to_uint8(x: Tensor) -> Tensor:
 
 
 def from_uint8(x: Tensor) -> Tensor:
-    """uint8 pictures -> float32 pixels in [-1, 1] of the same shape."""
+    """uint8 images -> float32 pixels in [-1, 1] of the same shape."""
     return x.float() / 127.5 - 1

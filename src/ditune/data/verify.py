@@ -1,4 +1,4 @@
-"""Every picture of a data set is read, hashed and decoded once; the manifest says which ones are sound."""
+"""Reading, hashing and decoding every image of a dataset once; the manifest names the broken ones."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from ditune.data.images import BROKEN, Pictures, decode
+from ditune.data.images import BROKEN, ImageDataset, decode
 from ditune.data.manifest import Check, describe, is_current, read_manifest, write_manifest
 from ditune.data.sources import Item
 from ditune.errors import UserError
@@ -20,50 +20,51 @@ from ditune.progress import meter
 
 log = logging.getLogger(__name__)
 
-PIECE = 512  # pictures that one process checks at a time
+PIECE = 512  # images that one process checks at a time
 SHOWN = 5  # problems in a message; all are in the report
 
 
-def verify(pictures: Pictures, path: Path, policy: str, again: bool = False) -> None:
-    """Write the manifest of all splits of `pictures` to `path`, and report.json beside it.
+def verify(dataset: ImageDataset, path: Path, policy: str, again: bool = False) -> None:
+    """Write the manifest of all splits of `dataset` to `path`, and report.json beside it.
 
     What was found is kept in checked.csv beside it; while that is valid, nothing is read again.
 
     Args:
-        pictures: as they are, without a manifest.
-        policy: 'skip' = leave broken pictures out and report them; 'raise' = stop at them.
+        dataset: with all its splits, made without a manifest.
+        path: of the manifest.
+        policy: 'skip' = leave broken images out and report them; 'raise' = stop at them.
         again: read everything again.
 
     Raises:
-        UserError: pictures are broken and the policy is 'raise'; they are listed in report.json.
+        UserError: images are broken and the policy is 'raise'; they are listed in report.json.
     """
     if policy not in ("skip", "raise"):
-        raise UserError(f"policy is '{policy}'. Set skip (leave broken pictures out) or raise (stop at them).")
-    items, checked, report = pictures.everything, path.with_name("checked.csv"), path.with_name("report.json")
+        raise UserError(f"policy is '{policy}'. Set skip (leave broken images out) or raise (stop at them).")
+    items, checked, report = dataset.everything, path.with_name("checked.csv"), path.with_name("report.json")
     if again:
         checked.unlink(missing_ok=True)
     if not is_valid(items, checked):
-        _check_all(items, checked, pictures.resolution)
+        _check_all(items, checked, dataset.resolution)
     rows = read_manifest(checked)
     problems = {f"{row['source']}:{row['file_name']}": row["problem"] for row in rows if row["problem"]}
-    write_json(report, _report(pictures, rows, problems))
-    for sentence in [*getattr(pictures, "incomplete", []), *pictures.notes]:
+    write_json(report, _report(dataset, rows, problems))
+    for sentence in [*getattr(dataset, "incomplete", []), *dataset.notes]:
         log.warning("%s", sentence)
     if problems and policy == "raise":
         first = "; ".join(f"{name.partition(':')[2]}: {text}" for name, text in list(problems.items())[:SHOWN])
         raise UserError(
-            f"{len(problems):,} of {len(rows):,} pictures are broken: {first}. Put whole files there, or leave them "
+            f"{len(problems):,} of {len(rows):,} images are broken: {first}. Put whole files there, or leave them "
             f"out with `python src/prepare.py` and policy=skip. All are listed in {report}."
         )
     if problems:
-        log.warning("%d broken pictures are left out; see %s", len(problems), report)
+        log.warning("%d broken images are left out; see %s", len(problems), report)
     if not path.is_file() or path.read_bytes() != checked.read_bytes():
         with atomic(path) as temporary:
             shutil.copyfile(checked, temporary)
 
 
 def is_valid(items: list[Item], path: Path) -> bool:
-    """True when the file lists these pictures, with the sizes of their files."""
+    """Whether the manifest `path` lists these images with the sizes of their files."""
     if not path.is_file():
         return False
     try:
@@ -100,7 +101,15 @@ def _check_all(items: list[Item], path: Path, resolution: int) -> None:
 
 
 def check(item: Item, resolution: int) -> Check:
-    """Read and decode a picture."""
+    """Read and decode an image.
+
+    Args:
+        item: the image.
+        resolution: that it is decoded to.
+
+    Returns:
+        Size, hashes, and the problem if there is one.
+    """
     try:
         content = item.source.read(item.name)
     except FileNotFoundError:
@@ -117,16 +126,16 @@ def check(item: Item, resolution: int) -> Check:
     return found
 
 
-def _report(pictures: Pictures, rows: list[dict[str, str]], problems: dict[str, str]) -> dict:
+def _report(dataset: ImageDataset, rows: list[dict[str, str]], problems: dict[str, str]) -> dict:
     sound = [row for row in rows if not row["problem"]]
     splits = sorted({row["split"] for row in rows})
     return {
         "pictures": {split: sum(row["split"] == split for row in sound) for split in splits},
-        "classes": len(pictures.class_names),
-        "copies": len(sound) - len({row["sha256"] for row in sound}),  # of another picture, byte by byte
-        "differs_from_published": getattr(pictures, "incomplete", []),
+        "classes": len(dataset.class_names),
+        "copies": len(sound) - len({row["sha256"] for row in sound}),  # of another image, byte by byte
+        "differs_from_published": getattr(dataset, "incomplete", []),
         "left_out": problems,
-        "not_images": pictures.not_images,  # files by the end of their names
-        "classes_without_training_images": pictures.untrained,
-        "notes": pictures.notes,
+        "not_images": dataset.not_images,  # files by the end of their names
+        "classes_without_training_images": dataset.untrained,
+        "notes": dataset.notes,
     }

@@ -1,4 +1,4 @@
-"""The files below a folder, each once: links are followed, and never make one image several."""
+"""The files below a folder, each once: links are followed, but never give an image twice."""
 
 import heapq
 import os
@@ -10,7 +10,7 @@ from ditune.progress import meter
 
 
 def files_below(root: Path) -> tuple[list[str], list[str]]:
-    """Sorted names of the files below `root`, relative and with slashes, and the links that were passed over.
+    """Sorted names of the files below `root`, relative and with slashes, and of the links that were ignored.
 
     Folders come before links to folders. A link to a folder that was visited, or that lies above, is passed over, and
     so is a link to a file that is there already under another name. Hard links are files of their own.

@@ -15,9 +15,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ditune.data.formats import decoders, is_image
 from ditune.data.images import BROKEN, decode
 from ditune.data.layouts import ONE_CLASS
-from ditune.data.sources import Folder, Zip, is_picture, open_source
+from ditune.data.parquet import Parquet
+from ditune.data.sources import Folder, Zip, open_source
 from ditune.errors import UserError
 from ditune.progress import meter
 
@@ -47,10 +49,12 @@ class ImageFiles:
         if Path(path).suffix.lower() in ARRAYS:
             raise UserError(f"{path} is a file of numpy. Give it as npz={path}.")
         self.source, self.resolution = open_source(path), resolution
+        if isinstance(self.source, Parquet):
+            raise UserError(f"{path} is Parquet, which data.root= reads. Give images= a folder or zip file of images.")
         sheets = set(sheets_among(self.source.names))
-        self.names = [name for name in self.source.names if is_picture(name) and name not in sheets]
+        self.names = [name for name in self.source.names if is_image(name) and name not in sheets]
         self.others = Counter(
-            PurePosixPath(name).suffix.lower() or "no extension" for name in self.source.names if not is_picture(name)
+            PurePosixPath(name).suffix.lower() or "no extension" for name in self.source.names if not is_image(name)
         )
         self.sheets = len(sheets)
         if not self.names:
@@ -134,7 +138,7 @@ def look(source: Folder | Zip, name: str) -> tuple[tuple[int, int], int] | Excep
     """Width and height by the image's header, and the CRC-32 of the file; or why it cannot be read."""
     try:
         content = source.read(name)
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content), formats=decoders()) as image:
             return image.size, zlib.crc32(content)
     except BROKEN as error:
         return error

@@ -1,1 +1,1 @@
-"""The ground floor: writing files whole, hashes, locks, downloads. It imports nothing of the package but errors."""
+"""The ground floor: atomic writing, hashes, locks, downloads. It imports only errors and progress of the package."""

@@ -1,4 +1,4 @@
-"""Writing files so that a reader sees the old one or the new one, never half of one; and their hashes."""
+"""Atomic writing, so that a reader sees the old file or the new one, never half of one; and hashes of files."""
 
 import errno
 import hashlib
@@ -17,7 +17,7 @@ from ditune.progress import meter
 LARGE = 100_000_000  # bytes from which reading shows its progress
 BLOCK = 1 << 24
 
-NAME_BYTES = 200  # of a temporary file's name that are its target's: file systems allow 255 in all
+NAME_BYTES = 200  # of the target's name in that of its temporary file; file systems allow 255 in all
 # how numpy, torch and safetensors, which raise errors of their own, say that a file could not be written
 FAILED_WRITE = re.compile(r"requested and \d+ written|failed writing|unexpected pos|os error (\d+)")
 
@@ -28,8 +28,11 @@ def atomic(path: Path | str) -> Iterator[Path]:
 
     The temporary file lies in the same folder, because a rename is atomic only within one file system.
 
+    Args:
+        path: of the file; its folder is created if missing.
+
     Raises:
-        OSError: the file cannot be written; `filename` is `path`. `ditune.cli.reported` makes a sentence of it.
+        OSError: the file cannot be written; `filename` is `path`. `ditune.errors.refusal` makes a sentence of it.
     """
     path = Path(path)
     name = path.name.encode()[:NAME_BYTES].decode(errors="ignore")
@@ -50,7 +53,7 @@ def atomic(path: Path | str) -> Iterator[Path]:
 
 @contextmanager
 def _named(temporary: Path, path: Path) -> Iterator[None]:
-    """A failed write is an OSError that names `path`, whichever library has failed in writing `temporary`."""
+    """Make a failed write of `temporary`, by any library, an OSError that names `path`."""
     try:
         yield
     except Exception as error:
@@ -69,6 +72,11 @@ def _is_full(folder: Path) -> bool:
 
 
 def write_json(path: Path | str, content: dict) -> None:
+    """Write a JSON file, indented, UTF-8.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -76,8 +84,11 @@ def write_json(path: Path | str, content: dict) -> None:
 def read_json(path: Path | str) -> dict:
     """Content of a JSON file that holds an object.
 
+    Args:
+        path: of the file.
+
     Raises:
-        UserError: it is missing or damaged.
+        UserError: the file is missing, damaged, or holds no object.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -91,7 +102,7 @@ def read_json(path: Path | str) -> dict:
 
 
 def sha256(path: Path | str) -> str:
-    """SHA-256 (hex) of a file; of a folder, that of the names and hashes of the files in it."""
+    """SHA-256 (hex) of a file; of a folder, that of the names and hashes of its files."""
     path = Path(path)
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file())
@@ -103,7 +114,7 @@ def sha256(path: Path | str) -> str:
 
 @lru_cache
 def _sha256(path: Path, size: int, _: int) -> str:
-    """Of one state of a file, so that a start that asks several times reads it once."""
+    """Hash of one state of a file, kept so that a process reads it once."""
     with open(path, "rb") as file:
         if size <= LARGE:
             return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""Files from the network: resumed where they stopped, verified before they have their name."""
+"""Downloads: resumed where they stopped, and verified before the file gets its name."""
 
 import hashlib
 import json
@@ -20,10 +20,15 @@ BLOCK = 1 << 20
 
 
 def fetch(url: str, path: Path, md5: str | None = None) -> None:
-    """Download `url` to `path`; what an earlier try has left in `<path>.part` is gone on from.
+    """Download a file; resume from `<path>.part`, if an earlier try has left it.
+
+    Args:
+        url: address.
+        path: of the file.
+        md5: that it must have (hex); None = not checked.
 
     Raises:
-        UserError: it cannot be reached, or its MD5 is not the published one; with what to put where by hand.
+        UserError: it cannot be reached, or its MD5 is another; the message says what to put where by hand.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
@@ -73,7 +78,11 @@ def _download(url: str, part: Path) -> None:
 
 
 def check_md5(path: Path, expected: str) -> None:
-    """Raises UserError unless the file has this MD5 (hex)."""
+    """Check the MD5 of a file.
+
+    Raises:
+        UserError: it is not the expected one (hex).
+    """
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "md5").hexdigest()
     if found != expected:
@@ -84,10 +93,19 @@ def check_md5(path: Path, expected: str) -> None:
 
 
 def record_first_use(path: Path, url: str | None = None) -> dict[str, str | int]:
-    """Size and sha256 of a file whose hash nobody publishes, kept beside it at the first use and compared later.
+    """Record size and hash of a file in `<path>.json` at its first use, and compare them later.
+
+    This is for files whose hash is not published.
+
+    Args:
+        path: of the file.
+        url: where it came from.
+
+    Returns:
+        "bytes" and "sha256" of the file.
 
     Raises:
-        UserError: the file has changed since.
+        UserError: the file has changed since its first use.
     """
     note = path.with_name(path.name + ".json")
     found = {"bytes": path.stat().st_size, "sha256": sha256(path)}

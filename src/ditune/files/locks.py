@@ -1,6 +1,6 @@
-"""Work that any number of processes share through a folder, on one machine or several: no process has to know others.
+"""Locks, and work that any number of processes share through a folder, on one machine or several.
 
-A lock is an flock, which the system takes back when its process dies, however it dies.
+A lock is an flock, which the system releases whenever its process ends or dies.
 """
 
 import errno
@@ -23,13 +23,16 @@ log = logging.getLogger(__name__)
 POLL = 0.2  # seconds between two looks at what others are doing
 WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
-_kept: dict[Path, ExitStack] = {}  # what `keep` holds until this process ends
-_files: WeakSet[IO[str]] = WeakSet()  # of locks
+_kept: dict[Path, ExitStack] = {}  # held by `keep` until this process ends
+_files: WeakSet[IO[str]] = WeakSet()  # lock files that are open
 
 
 @contextmanager
 def attempt(path: Path) -> Iterator[bool]:
-    """True while this process holds the lock `path`; False when another one does, or its folder has gone.
+    """Yield whether this process holds the lock; False if another one does, or its folder no longer exists.
+
+    Args:
+        path: the lock.
 
     Raises:
         UserError: the file system has no locks.
@@ -45,7 +48,10 @@ def attempt(path: Path) -> Iterator[bool]:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock `path`, after waiting for those who hold it.
+    """Hold the lock, after waiting for the process that holds it.
+
+    Args:
+        path: the lock; its folder is created if missing.
 
     Raises:
         UserError: the file system has no locks.
@@ -61,11 +67,12 @@ def locked(path: Path) -> Iterator[None]:
 
 @contextmanager
 def alone(path: Path, what: str, remedy: str) -> Iterator[None]:
-    """Hold the lock `path`; no other process may be at it, but this one may hold it already.
+    """Hold the lock, or refuse; this process may hold it already.
 
     Args:
-        what: the work, as the refusal names it: "Another sweep".
-        remedy: what to do when another process is at it.
+        path: the lock; its folder is created if missing.
+        what: the work of another holder, as the refusal names it: "Another sweep".
+        remedy: sentence that says what to do then.
 
     Raises:
         UserError: another process holds it, or the file system has no locks.
@@ -81,7 +88,7 @@ def alone(path: Path, what: str, remedy: str) -> Iterator[None]:
 
 
 def keep(path: Path, what: str, remedy: str) -> None:
-    """Hold the lock `path` as `alone` does, until this process ends.
+    """Hold the lock until this process ends; arguments as in `alone`.
 
     Raises:
         UserError: another process holds it, or the file system has no locks.
@@ -92,7 +99,7 @@ def keep(path: Path, what: str, remedy: str) -> None:
 
 
 def holder(path: Path) -> str:
-    """The process that has taken the lock `path` last."""
+    """Name of the process that has taken the lock last, for messages."""
     try:
         return path.read_text(encoding="utf-8", errors="replace") or "another process"
     except OSError:  # it may be readable for its owner only
@@ -106,7 +113,7 @@ def _opened(path: Path) -> IO[str]:
 
 
 def _let_go() -> None:
-    """A forked process, such as one that loads pictures, must not hold its parent's locks when that has died."""
+    """Close the locks in a forked process: a worker that loads images must not hold them when its parent has died."""
     for file in list(_files):
         file.close()
 
@@ -116,7 +123,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def _lock(file: IO[str]) -> bool:
-    """Whether the lock is this process's now, which it then signs."""
+    """Try to take the lock, and sign it; whether this process has it now."""
     try:
         mine = lock_descriptor(file.fileno(), blocking=False)
     except OSError as error:
@@ -134,13 +141,19 @@ def _lock(file: IO[str]) -> bool:
 
 
 def share(folder: Path, count: int, work: Callable[[int], None], finished: Callable[[], bool]) -> None:
-    """Do the pieces 0 .. count-1 that no other process does, and return when all are done.
+    """Share pieces of work 0 .. count-1 with other processes; return when all are done.
 
-    A piece is done once `<folder>/<i>.done` is there; `work(i)` must have written its results to disk before.
-    Pieces of a process that has died are taken up by the others.
+    A piece is done once `<folder>/<i>.done` exists; `work(i)` must have written its results to disk before. The others
+    take over the pieces of a process that has died.
 
     Args:
-        finished: True once the result of the whole work stands (the folder may be gone then).
+        folder: same for all processes; created if missing.
+        count: number of pieces.
+        work: does one piece.
+        finished: whether the result of the whole work exists (the folder may be gone then).
+
+    Raises:
+        UserError: the file system has no locks.
     """
     folder.mkdir(parents=True, exist_ok=True)
     pending = list(range(count))

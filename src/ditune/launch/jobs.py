@@ -1,10 +1,8 @@
-"""The jobs of a sweep: what each one is (by a hash of its config), where it goes and what it needs."""
+"""The jobs of a sweep: the hash of each config, the run folder, and the processes and GPUs that a job needs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from omegaconf import DictConfig
 
 from ditune.errors import UserError
 from ditune.files.atomic import read_json
@@ -20,9 +18,13 @@ class Job:
         overrides: of its command line.
         key: hash of its config.
         folder: its run folder.
-        processes: its ranks.
+        processes: number of its ranks.
         on_gpu: whether every rank needs a GPU.
-        dry_run: whether it only shows its plan, which its log then holds.
+        dry_run: whether it only shows its plan, in its log.
+        status: waiting, then running; in the end finished, planned, skipped, stopped, failed, killed or refused.
+        error: why it has no result.
+        exit_codes: one per rank.
+        seconds: how long it ran.
     """
 
     overrides: list[str]
@@ -31,34 +33,41 @@ class Job:
     processes: int = 1
     on_gpu: bool = False
     dry_run: bool = False
-    status: str = "waiting"  # running; at last finished, planned, skipped, stopped, failed, killed or refused
+    status: str = "waiting"
     error: str = ""
-    exit_codes: list[int] = field(default_factory=list)  # one for each rank
+    exit_codes: list[int] = field(default_factory=list)
     seconds: float = 0.0
 
     @property
     def succeeded(self) -> bool:
+        """Whether its result, or its plan, is there."""
         return self.status in ("finished", "planned", "skipped")
 
 
-def needs(trainer: DictConfig, gpus: int, gpus_per_job: int | None) -> tuple[int, bool]:
-    """(processes, whether each needs a GPU) of a job.
+def needs(
+    accelerator: str, devices: int | str | Sequence[int], gpus: int, gpus_per_job: int | None, num_nodes: int = 1
+) -> tuple[int, bool]:
+    """How many processes a job needs, and whether each needs a GPU.
 
     Args:
-        trainer: the job's config group.
+        accelerator: the job's trainer.accelerator: "auto", "cpu", "gpu" or "cuda".
+        devices: the job's trainer.devices: a number, or "auto" or -1 for all.
         gpus: GPUs of this machine.
-        gpus_per_job: GPUs that each job gets; None = what its trainer.devices asks for.
+        gpus_per_job: GPUs that each job gets; None = as many as `devices`.
+        num_nodes: the job's trainer.num_nodes, machines.
+
+    Returns:
+        (processes, whether each needs a GPU).
 
     Raises:
-        UserError: the job does not fit into what it may have.
+        UserError: the job needs more than it may have, or several machines.
     """
-    if trainer.get("num_nodes", 1) > 1:
+    if num_nodes > 1:
         raise UserError(
             "A job of several machines cannot be started from one of them. Use hydra/launcher=submitit_slurm, "
             "or torchrun on every machine (docs/guide/sweeps.md)."
         )
-    on_gpu = trainer.accelerator in ("gpu", "cuda") or (trainer.accelerator == "auto" and gpus > 0)
-    devices = trainer.devices
+    on_gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and gpus > 0)
     if devices in ("auto", -1, "-1"):
         return (gpus_per_job or gpus, True) if on_gpu else (1, False)
     if not str(devices).isdigit():
@@ -74,7 +83,11 @@ def needs(trainer: DictConfig, gpus: int, gpus_per_job: int | None) -> tuple[int
 def place(jobs: Sequence[Job], sweep: Path) -> None:
     """Give every job its folder: the one that holds a run of its config, or the next free number.
 
-    Sets the status `skipped` where that run has finished.
+    A job whose run has finished gets the status `skipped`; a second job of the same config gets `refused`.
+
+    Args:
+        jobs: of the sweep; changed in place.
+        sweep: the folder of the sweep.
     """
     known: dict[str, tuple[Path, dict]] = {}
     for path in sorted(sweep.glob("*/result.json")):
@@ -99,5 +112,5 @@ def place(jobs: Sequence[Job], sweep: Path) -> None:
 
 
 def of_the_job(overrides: Sequence[str]) -> list[str]:
-    """Of Hydra's own overrides those that a job needs too."""
+    """Those of Hydra's own overrides that a job needs too; the others concern the sweep."""
     return [override for override in overrides if not override.lstrip("+~").startswith(OF_THE_SWEEP)]

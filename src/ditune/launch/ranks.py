@@ -1,4 +1,4 @@
-"""This command again, in several processes that share its work."""
+"""Running this command again in several processes that share its work."""
 
 import os
 import sys
@@ -14,16 +14,20 @@ from ditune.launch.trees import Tree
 
 
 def is_rank() -> bool:
-    """Whether something like torchrun has started this process."""
+    """Whether torchrun or the like has started this process."""
     return "RANK" in os.environ
 
 
 def run_ranks(processes: int, out: str | Path, threads: int | None) -> int:
-    """Run the script with its overrides in `processes` ranks; returns the exit code.
+    """Run this script with its overrides in several ranks.
 
     Args:
+        processes: number of ranks.
         out: folder that all of them write to; gets their logs.
         threads: of each process; None = one.
+
+    Returns:
+        Exit code of the rank that failed first; 0 if none failed.
     """
     out = Path(out).expanduser()
     given = OmegaConf.to_container(HydraConfig.get().overrides.task)  # as they were written, nothing resolved

@@ -1,4 +1,4 @@
-"""A run folder belongs to one process at a time, from before Hydra's first file in it until the process ends."""
+"""A run folder belongs to one process at a time, from before Hydra writes to it until the process ends."""
 
 import errno
 from contextlib import AbstractContextManager, nullcontext
@@ -8,8 +8,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from ditune.cli import reported
-from ditune.errors import UserError
+from ditune.errors import UserError, fail, refusal
 from ditune.files.locks import alone, keep
 from ditune.progress import is_first_rank
 
@@ -19,7 +18,10 @@ SWEEP = ("Another sweep", "Wait for it, or give this one another name=.")
 
 
 def owned(folder: Path) -> AbstractContextManager[None]:
-    """The run folder is this run's alone inside of the block. Of several ranks the first one speaks for all.
+    """The run folder belongs to this run alone inside the block. The first of several ranks holds it for all.
+
+    Args:
+        folder: the run folder.
 
     Raises:
         UserError: another process trains or evaluates in it.
@@ -28,14 +30,32 @@ def owned(folder: Path) -> AbstractContextManager[None]:
 
 
 class OwnFolder(Callback):
-    """Hydra calls it before it writes anything: who comes second changes no file of the first."""
+    """Hydra calls it before it writes anything, so a second process changes no file of the first.
+
+    It ends the process itself: Hydra makes only a warning of an exception in a callback, and goes on.
+    """
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        """Take the folder of a single run."""
         if is_first_rank():
-            reported(lambda: _own(config.hydra.run.dir, *RUN), config.traceback, "run_dir=")
+            _own_or_end(config.hydra.run.dir, *RUN, "run_dir=")
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        reported(lambda: _own(config.hydra.sweep.dir, *SWEEP), config.traceback, "sweep_dir=")
+        """Take the folder of a sweep."""
+        _own_or_end(config.hydra.sweep.dir, *SWEEP, "sweep_dir=")
+
+
+def _own_or_end(folder: str, what: str, remedy: str, places: str) -> None:
+    """Hold the folder until this process ends, or end it with a sentence; `places` are keys for another folder."""
+    try:
+        _own(folder, what, remedy)
+    except UserError as error:
+        fail(str(error))
+    except OSError as error:
+        text = refusal(error, places)
+        if text is None:
+            raise
+        fail(text)
 
 
 def _own(folder: str, what: str, remedy: str) -> None:
@@ -43,5 +63,5 @@ def _own(folder: str, what: str, remedy: str) -> None:
         raise UserError(f"Hydra would take the ${{ in {folder} for a reference. Choose another run_dir= or sweep_dir=.")
     try:
         keep(Path(folder) / LOCK, what, remedy)
-    except FileNotFoundError as error:  # of a path that lies in no real file system, such as /proc
+    except FileNotFoundError as error:  # the path lies in no real file system, but in /proc or the like
         raise PermissionError(errno.EACCES, error.strerror, error.filename) from error

@@ -17,6 +17,7 @@ from ditune.config.grammar import hydra_value
 from ditune.files.atomic import read_json, write_json
 from ditune.files.locks import alone
 from ditune.launch.jobs import Job
+from ditune.launch.run_folder import LOCK, SWEEP
 from ditune.launch.trees import STOPPED_GRACE, Tree
 
 log = logging.getLogger(__name__)
@@ -38,15 +39,16 @@ def visible_gpus() -> list[str]:
 
 
 def cores() -> int:
+    """Number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Sweep:
-    """Starts jobs as devices become free; one that fails or dies leaves the others alone.
+    """Starts jobs as devices become free; a job that fails or dies does not affect the others.
 
     Args:
         folder: of the sweep; gets summary.json.
-        script: what every job runs.
+        script: that every job runs.
         gpus: identifiers of the GPUs to share.
         gpus_per_job: GPUs of each job; None = one for each of its processes.
         slots: processes side by side of jobs without GPUs; None = one for each core.
@@ -61,14 +63,16 @@ class Sweep:
         self.running: dict[int, tuple[Tree, Job, list[str], int]] = {}  # by the job's number
 
     def run(self, jobs: Sequence[Job]) -> None:
-        """Run what is not skipped or refused; every job's status tells how it ended.
+        """Run all jobs that are not skipped or refused; afterwards, the status of each says how it ended.
+
+        Args:
+            jobs: with their folders; changed in place.
 
         Raises:
             UserError: another sweep runs in the folder.
-            Stopped: by Ctrl-C or SIGTERM; the jobs have saved checkpoints, and the same command goes on.
+            Stopped: by Ctrl-C or SIGTERM; the jobs have saved checkpoints, and the same command resumes them.
         """
-        remedy = "Wait for it, or give this one another name=."
-        with alone(self.folder / ".lock", "Another sweep", remedy), _terminable():
+        with alone(self.folder / LOCK, *SWEEP), _terminable():
             try:
                 while any(job.status == "waiting" for job in jobs) or self.running:
                     self._start(jobs)
@@ -103,7 +107,7 @@ class Sweep:
             self.running[number] = tree, job, devices, slots
 
     def _collect(self) -> bool:
-        """Take back what ended jobs had; whether there was one."""
+        """Take back the devices of jobs that have ended; whether there was one."""
         before = len(self.running)
         for number, (tree, job, devices, slots) in list(self.running.items()):
             codes = tree.poll()
@@ -117,7 +121,7 @@ class Sweep:
         return len(self.running) < before
 
     def _stop(self) -> None:
-        """End what runs; a second signal leaves no time for checkpoints."""
+        """Stop the running jobs; a second signal leaves no time for checkpoints."""
         for tree, *_ in self.running.values():
             tree.poll()  # who has failed by itself shows before the others are asked
             tree.terminate()
@@ -131,7 +135,7 @@ class Sweep:
             self._end(tree, job, codes)
 
     def _end(self, tree: Tree, job: Job, codes: list[int]) -> None:
-        """What the exit codes and the result say about a job; the result is made to say the same."""
+        """Set a job's status by its exit codes and its result.json, and write the status into the latter."""
         job.exit_codes, job.seconds = codes, round(time.monotonic() - tree.started, 1)
         path = job.folder / "result.json"
         result = read_json(path) if path.is_file() else {}
@@ -151,6 +155,7 @@ class Sweep:
 
 
 def write_summary(folder: Path, jobs: Sequence[Job]) -> None:
+    """Write summary.json of a sweep: status, overrides, folder, exit codes, seconds and error of every job."""
     content = [
         {
             "status": job.status,
@@ -167,7 +172,7 @@ def write_summary(folder: Path, jobs: Sequence[Job]) -> None:
 
 
 def show_summary(jobs: Sequence[Job]) -> None:
-    """What became of the jobs, with only those overrides that differ between them."""
+    """Print a table of the jobs, with only those overrides that differ between them."""
     common = set.intersection(*(set(job.overrides) for job in jobs)) if jobs else set()
     done = "are planned" if any(job.dry_run for job in jobs) else "have a result"
     table = Table(title=f"{sum(job.succeeded for job in jobs)} of {len(jobs)} jobs {done}")

@@ -1,4 +1,4 @@
-"""One tree of processes for each job: the ranks of a training, started and ended together as torchrun does it."""
+"""The process tree of a job: the ranks of a training, started and ended together as by torchrun."""
 
 import ctypes
 import os
@@ -15,7 +15,7 @@ from pathlib import Path
 
 FAILED_GRACE = 10.0  # seconds that the other ranks have to end after one has failed
 STOPPED_GRACE = 120.0  # seconds for a last checkpoint when the sweep is stopped
-# of torchrun, Lightning and Slurm: a job must not take itself for a rank of whatever started the sweep
+# of torchrun, Lightning and Slurm: a job must not believe that it is a rank of the program that started the sweep
 FOREIGN = ("MASTER_", "RANK", "LOCAL_", "GROUP_", "NODE_RANK", "WORLD_SIZE", "ROLE_", "TORCHELASTIC_", "SLURM_")
 # what Hydra writes around an error, and torch before each line of one
 NOISE = re.compile(
@@ -56,7 +56,7 @@ class Tree:
             env |= _rendezvous(processes)
         self.folder, self.started, self._deadline = folder, time.monotonic(), float("inf")
         self.ranks: list[subprocess.Popen] = []
-        self.failed_first: list[int] = []  # the ranks that were not ended from here
+        self.failed_first: list[int] = []  # ranks that failed on their own
         self.stopping = False  # whether it was asked to stop
         try:
             for rank in range(processes):
@@ -80,10 +80,11 @@ class Tree:
             )
 
     def log(self, rank: int) -> Path:
+        """File with the output of a rank."""
         return self.folder / (f"output_rank_{rank}.log" if rank else "output.log")
 
     def poll(self) -> list[int] | None:
-        """Exit codes of all ranks once all have ended (-k: by signal k), else None. The rest end after one fails."""
+        """Exit codes of all ranks once all have ended (-k: by signal k), else None. A failure ends the others."""
         codes = [process.poll() for process in self.ranks]
         self.failed_first = self.failed_first or [rank for rank, code in enumerate(codes) if code]
         if None not in codes:
@@ -98,7 +99,14 @@ class Tree:
         return None
 
     def stop(self, grace: float = STOPPED_GRACE) -> list[int]:
-        """Ask all ranks to save and stop; after `grace` seconds they are killed. Returns their exit codes."""
+        """Ask all ranks to save and stop.
+
+        Args:
+            grace: seconds until they are killed.
+
+        Returns:
+            Their exit codes.
+        """
         self.terminate()
         self._deadline = time.monotonic() + grace
         while (codes := [process.poll() for process in self.ranks]).count(None):
@@ -109,7 +117,7 @@ class Tree:
         return codes
 
     def terminate(self) -> None:
-        """Ask all ranks to save and stop, and do not wait."""
+        """Ask all ranks to save and stop, without waiting for them."""
         self.stopping = True
         self._signal(signal.SIGTERM)
 
@@ -119,7 +127,7 @@ class Tree:
                 process.send_signal(number)
 
     def _sweep_up(self) -> None:
-        """Kill what a rank has started and left behind."""
+        """Kill the processes that a rank has started and left behind."""
         for process in self.ranks:
             try:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -127,7 +135,7 @@ class Tree:
                 continue  # nothing is left
 
     def reason(self, rank: int) -> str:
-        """Why a rank has failed: the signal that ended it, its last error message, or the last line that it wrote."""
+        """Why a rank failed: the signal that ended it, its last error message, or the last line of its output."""
         code = self.ranks[rank].returncode
         if code < 0:
             return f"ended by {signal.Signals(-code).name}"
@@ -135,7 +143,7 @@ class Tree:
 
 
 def last_error(output: str) -> str:
-    """The last error message in what a process has written; without one, its last line."""
+    """The last error message in the output of a process; its last line if there is none."""
     lines = [RANK_PREFIX.sub("", line).rstrip() for line in output.splitlines()]
     lines = [line for line in lines if line.strip() and not NOISE.match(line)]
     if errors := [line.strip() for line in lines if ERROR.match(line.strip())]:

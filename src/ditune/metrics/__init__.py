@@ -1,4 +1,4 @@
-"""How far generated pictures are from real ones: features, KID, Frechet distance, nearest neighbours."""
+"""Metrics of generated images against real ones: features, KID, Frechet distance, precision, nearest neighbours."""
 
 from ditune.metrics.dinov2 import DINOv2
 from ditune.metrics.distances import (
@@ -9,19 +9,22 @@ from ditune.metrics.distances import (
     self_test,
     statistics,
 )
-from ditune.metrics.features import EfficientNetLite0, Extractor, PictureSet, extract
-from ditune.metrics.inception import Inception2015, InceptionJudge, inception_score
+from ditune.metrics.features import EfficientNetLite0, Extractor, ImageSet, PictureSet, extract
+from ditune.metrics.inception import Inception2015, InceptionJudge, InceptionMetrics, inception_score
 from ditune.metrics.manifold import density_coverage, precision_recall
 from ditune.metrics.nearest import nearest, nearest_pixels
-from ditune.metrics.suite import Judge, check_counts
+from ditune.metrics.suite import Judge, MetricSuite, check_counts
 
 __all__ = [
     "DINOv2",
     "EfficientNetLite0",
     "Extractor",
+    "ImageSet",
     "Inception2015",
     "InceptionJudge",
+    "InceptionMetrics",
     "Judge",
+    "MetricSuite",
     "PictureSet",
     "check_counts",
     "density_coverage",

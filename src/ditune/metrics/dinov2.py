@@ -4,19 +4,19 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from ditune.metrics.features import check_file, exact, read_tensors
+from ditune.metrics.features import FrozenExtractor, check_file, read_tensors
 
 URL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth"
 RESOLUTION, PATCH = 224, 14
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 
 
-class DINOv2(nn.Module):
+class DINOv2(FrozenExtractor):
     """Class token of DINOv2 after the last norm: uint8 (N, 3, H, W) -> float32 (N, D), D = 1024 for ViT-L/14.
 
-    Pictures are resized to 224 (bicubic, antialiased).
+    Images are resized to 224 (bicubic, antialiased).
 
     Args:
         weights: the authors' .pth file, whose tensors are read; no pickle is executed.
@@ -30,7 +30,6 @@ class DINOv2(nn.Module):
     """
 
     name = "dinov2"
-    columns = {"features": slice(None)}  # noqa: RUF012
 
     def __init__(self, weights: str | Path, sha256: str, architecture: str = "vit_large_patch14_dinov2") -> None:
         super().__init__()
@@ -54,22 +53,23 @@ class DINOv2(nn.Module):
         identity = {"extractor": self.name, "sha256": self.sha256, "architecture": self.architecture}
         return identity | {"resolution": RESOLUTION, "resize": "bicubic, antialiased"}
 
-    def train(self, mode: bool = True) -> "DINOv2":
-        """Stays in evaluation mode."""
-        return super().train(False)
-
-    @torch.inference_mode()
-    def forward(self, pictures: Tensor) -> Tensor:
-        if pictures.dtype != torch.uint8:
-            raise TypeError(f"The extractor reads uint8 pictures, not {pictures.dtype}.")
-        with exact(pictures.device):
-            size = (RESOLUTION, RESOLUTION)
-            x = F.interpolate(pictures.float() / 255, size, mode="bicubic", align_corners=False, antialias=True)
-            return self.network.forward_features((x.clamp(0, 1) - self.mean) / self.std)[:, 0]  # (N, D)
+    def features(self, images: Tensor) -> Tensor:
+        """uint8 (N, 3, H, W) -> float32 (N, D)."""
+        size = (RESOLUTION, RESOLUTION)
+        x = F.interpolate(images.float() / 255, size, mode="bicubic", align_corners=False, antialias=True)
+        return self.network.forward_features((x.clamp(0, 1) - self.mean) / self.std)[:, 0]  # (N, D)
 
 
 def resize_positions(table: Tensor, side: int) -> Tensor:
-    """(1, 1 + S^2, D) -> (1, 1 + side^2, D): bicubic, by the factor (side + 0.1) / S, as DINOv2's own code does it."""
+    """Resize a position table, bicubic, by the factor (side + 0.1) / S, as DINOv2's own code does.
+
+    Args:
+        table: (1, 1 + S^2, D), the class token first.
+        side: patches along each side of the resized table.
+
+    Returns:
+        (1, 1 + side^2, D).
+    """
     own = round((table.shape[1] - 1) ** 0.5)
     if own == side:
         return table

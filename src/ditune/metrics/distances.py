@@ -15,18 +15,41 @@ log = logging.getLogger(__name__)
 
 
 def polynomial_kernel(x: Tensor, y: Tensor) -> Tensor:
-    """k(a, b) = (a.b / D + 1)^3 for (N, D), (M, D) -> (N, M). Source: Binkowski et al. 2018, arXiv 1801.01401."""
+    """Kernel of KID, k(a, b) = (a.b / D + 1)^3: (N, D), (M, D) -> (N, M).
+
+    Source: Binkowski et al. 2018, arXiv 1801.01401.
+    """
     return (x @ y.T / x.shape[1] + 1) ** 3
 
 
 def kernel_sums(x: Tensor, y: Tensor, u: Tensor, v: Tensor, chunk: int = 512) -> Tensor:
-    """sum_ij u_is k(x_i, y_j) v_js for weights u (N, S), v (M, S) -> (S,), without holding the whole (N, M) kernel."""
+    """sum_ij u_is k(x_i, y_j) v_js, without holding the whole (N, M) kernel.
+
+    Args:
+        x: (N, D).
+        y: (M, D).
+        u: weights (N, S).
+        v: weights (M, S).
+        chunk: rows of x at once.
+
+    Returns:
+        (S,).
+    """
     parts = zip(x.split(chunk), u.split(chunk), strict=True)
     return torch.stack([(weights * (polynomial_kernel(rows, y) @ v)).sum(0) for rows, weights in parts]).sum(0)
 
 
 def squared_mmd(x: Tensor, y: Tensor, u: Tensor, v: Tensor) -> Tensor:
-    """Unbiased MMD^2 of S pairs of subsets, given as 0/1 columns u (N, S), v (M, S) -> (S,).
+    """Unbiased MMD^2 of S pairs of subsets.
+
+    Args:
+        x: (N, D).
+        y: (M, D).
+        u: 0 or 1 (N, S); column s selects the rows of x in subset s.
+        v: 0 or 1 (M, S), the same for y.
+
+    Returns:
+        (S,).
 
     Source: Gretton et al. 2012, equation 3 (the sums over one set leave out the diagonal i = j).
     """
@@ -39,21 +62,41 @@ def squared_mmd(x: Tensor, y: Tensor, u: Tensor, v: Tensor) -> Tensor:
 
 
 def kid(x: Tensor, y: Tensor) -> float:
-    """Kernel inception distance over all samples (no random subsets), for whatever extractor made the features.
+    """Kernel inception distance over all samples (no random subsets), in the features of any extractor.
 
-    Zero on average for two draws of one distribution, and then as often negative as positive.
-    Raises UserError for fewer than two samples. Source: Binkowski et al. 2018, arXiv 1801.01401.
+    Its mean is zero for two sets of samples of one distribution; single values are then also negative.
+
+    Args:
+        x: (N, D).
+        y: (M, D).
+
+    Raises:
+        UserError: there are fewer than two samples, or values are not finite.
+
+    Source: Binkowski et al. 2018, arXiv 1801.01401.
     """
     x, y = check(x, y, least=2)
     return squared_mmd(x, y, x.new_ones(len(x), 1), y.new_ones(len(y), 1)).item()
 
 
 def kid_with_deviation(x: Tensor, y: Tensor, subsets: int = 100, seed: int = 0) -> tuple[float, float]:
-    """(KID over all samples, its standard error), the latter from `subsets` random halves of both sets.
+    """KID over all samples and its standard error.
 
-    The deviation over halves drawn without replacement estimates the deviation of the value over all samples: the
-    delete-d jackknife with d = n/2, whose factor (n - d)/d is 1 (Shao & Wu 1989). It errs on the large side where
-    KID is near zero. It says nothing about other seeds of a training. Raises UserError for fewer than four samples.
+    The standard deviation over random halves (without replacement) estimates that of the value over all samples: it is
+    the delete-d jackknife with d = n/2, whose factor (n - d)/d is 1 (Shao & Wu 1989). It is too large where KID is near
+    zero. It does not cover the variation over training seeds.
+
+    Args:
+        x: (N, D).
+        y: (M, D).
+        subsets: number of random halves.
+        seed: of the halves.
+
+    Returns:
+        (KID, its standard error).
+
+    Raises:
+        UserError: there are fewer than four samples, or values are not finite.
     """
     x, y = check(x, y, least=4)
     generator = torch.Generator().manual_seed(seed)
@@ -72,7 +115,15 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
 
     With centred features X = Q R, S_x = R_x^T R_x / (n-1), so Tr (S_x S_y)^(1/2) is the nuclear norm of
     R_x R_y^T / sqrt((n-1)(m-1)): no matrix root, no complex numbers, exact for singular covariances too.
-    Raises UserError for fewer than two samples, warns where N <= D (the fit is singular, the bias large).
+    Logs a warning if N <= D (the fit is singular, the bias large).
+
+    Args:
+        x: (N, D).
+        y: (M, D).
+
+    Raises:
+        UserError: there are fewer than two samples, or values are not finite.
+
     Source: Dowson & Landau 1982; Heusel et al. 2017, arXiv 1706.08500.
     """
     x, y = check(x, y, least=2)
@@ -94,9 +145,15 @@ def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def frechet_from_statistics(mean_x: Tensor, cov_x: Tensor, mean_y: Tensor, cov_y: Tensor) -> float:
-    """The same distance where only the statistics are known, as in published reference files; float64.
+    """Frechet distance of two Gaussians whose statistics are known, as in published reference files; float64.
 
     Tr (S_x S_y)^(1/2) is the sum of the roots of the eigenvalues of the symmetric S_x^(1/2) S_y S_x^(1/2).
+
+    Args:
+        mean_x: (D,).
+        cov_x: (D, D).
+        mean_y: (D,).
+        cov_y: (D, D).
     """
     values, vectors = torch.linalg.eigh(cov_x.double())
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
@@ -107,20 +164,27 @@ def frechet_from_statistics(mean_x: Tensor, cov_x: Tensor, mean_y: Tensor, cov_y
 
 
 def check(x: Tensor, y: Tensor, least: int) -> tuple[Tensor, Tensor]:
-    """Both sets in float64. Raises UserError for fewer than `least` samples, for NaN and for infinity."""
+    """Both sets in float64.
+
+    Raises:
+        UserError: there are fewer than `least` samples, or values are not finite.
+    """
     for features in (x, y):
         if len(features) < least:
-            raise UserError(f"A distance needs at least {least} pictures, here are {len(features)}. Draw more.")
+            raise UserError(f"A distance needs at least {least} images, here are {len(features)}. Generate more.")
         if not features.isfinite().all():
             raise UserError("The features hold NaN or infinity. Restore the feature extractor's weights file.")
     return x.double(), y.double()
 
 
 def self_test() -> None:
-    """Raises RuntimeError when this machine's linear algebra gives wrong distances (a broken BLAS does so silently).
+    """Check that this machine's linear algebra gives right distances; a broken BLAS fails silently.
 
     Known answers: FD(x, x) = 0; FD(x, x T + b) = |mean shift|^2 + Tr Cov(x T - x) for symmetric positive T, because
     T is then the optimal transport between the two Gaussians; KID by elementwise products instead of matmul.
+
+    Raises:
+        RuntimeError: a distance is wrong.
     """
     generator = torch.Generator().manual_seed(0)
     x, y, root = torch.randn(3, 192, 96, dtype=torch.float64, generator=generator)

@@ -1,11 +1,10 @@
-"""Pictures -> feature vectors. Distances carry the extractor's name: those of two extractors are not comparable."""
+"""Images -> feature vectors. Distances carry the extractor's name: those of two extractors are not comparable."""
 
-import hashlib
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -13,32 +12,43 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ditune.errors import UserError
+from ditune.files import atomic
 from ditune.progress import meter
 
 
-class PictureSet(Protocol):
-    """What the metrics need of a data set; `ditune.data.Pictures` is one."""
+class ImageSet(Protocol):
+    """What the metrics need of a dataset; `ditune.data.ImageDataset` has it."""
 
-    fingerprint: str
+    fingerprint: str  # differs between datasets of different images
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        """Number of images."""
 
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]: ...  # (B, 3, H, W) uint8, (B,) labels
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, H, W) uint8 and labels (B,) at the given positions."""
+
+
+PictureSet = ImageSet  # its earlier name
 
 
 class Extractor(Protocol):
     """A frozen network that makes features: uint8 (N, 3, H, W) -> float32 (N, D)."""
 
     name: str  # in the names of its distances
-    columns: dict[str, slice]  # of its output; "features" are what sets are compared by
+    columns: dict[str, slice]  # parts of its output; distances compare the part "features"
     identity: dict[str, str | int]  # everything that changes the features
 
-    def __call__(self, pictures: Tensor) -> Tensor: ...
+    def __call__(self, images: Tensor) -> Tensor:
+        """Features (N, D) float32 of images (N, 3, H, W) uint8."""
 
 
 @contextmanager
 def exact(device: torch.device) -> Iterator[None]:
-    """No TF32 and no autocast: they would make a distance depend on the machine and on the caller."""
+    """Compute without TF32 and autocast, which would make a distance depend on the machine and on the caller.
+
+    Args:
+        device: where the block computes.
+    """
     precise = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
@@ -49,19 +59,61 @@ def exact(device: torch.device) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-class EfficientNetLite0(nn.Module):
+class FrozenExtractor(nn.Module):
+    """Base of the extractors: a network in evaluation mode that computes in full float32 precision.
+
+    A subclass sets `name`, `columns` and `identity` (see `Extractor`) and implements `features`.
+    """
+
+    name: str
+    columns: ClassVar[dict[str, slice]] = {"features": slice(None)}
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in evaluation mode: a parent's train() must not switch the statistics of a batch norm."""
+        return super().train(False)
+
+    @torch.inference_mode()
+    def forward(self, images: Tensor) -> Tensor:
+        """Features of images.
+
+        Args:
+            images: uint8 (N, 3, H, W), RGB.
+
+        Returns:
+            float32 (N, D).
+
+        Raises:
+            TypeError: the images are not uint8.
+        """
+        if images.dtype != torch.uint8:
+            raise TypeError(f"The extractor reads uint8 images, not {images.dtype}.")
+        with exact(images.device):
+            return self.features(images)
+
+    def features(self, images: Tensor) -> Tensor:
+        """The computation inside `forward`: uint8 (N, 3, H, W) -> float32 (N, D)."""
+        raise NotImplementedError
+
+
+class EfficientNetLite0(FrozenExtractor):
     """ImageNet features of timm's `tf_efficientnet_lite0`: uint8 (N, 3, H, W) RGB -> float32 (N, 1280).
 
-    Pictures are resized to `resolution` (bicubic, no antialiasing, clamped to [0, 1]), scaled by (x - 0.5) / 0.5 and
-    averaged over the last feature map. The weights are a safetensors file, stored in float16 and used in float32.
-    Raises UserError when the file is missing or its SHA-256 is not `sha256`.
+    Images are resized to `resolution` (bicubic, no antialiasing, clamped to [0, 1]), scaled by (x - 0.5) / 0.5 and
+    averaged over the last feature map.
+
+    Args:
+        weights: safetensors file, stored in float16 and used in float32.
+        sha256: hash (hex) that the file must have.
+        resolution: side in pixels that images are resized to.
+
+    Raises:
+        UserError: the file is missing or has another hash.
 
     Source: Tan & Le 2019, arXiv 1905.11946 (EfficientNet); the Lite variant is of TensorFlow's TPU repository.
     """
 
     name = "efflite0"
     channels = 1280
-    columns = {"features": slice(None)}  # noqa: RUF012
 
     def __init__(self, weights: str | Path, sha256: str, resolution: int = 128) -> None:
         super().__init__()
@@ -83,40 +135,41 @@ class EfficientNetLite0(nn.Module):
         """Everything that changes the features; kept in the header of cached features."""
         return {"extractor": self.name, "sha256": self.sha256, "resolution": self.resolution, "resize": "bicubic"}
 
-    def train(self, mode: bool = True) -> "EfficientNetLite0":
-        """Stays in evaluation mode: a parent's train() must not switch the batch norm's statistics."""
-        return super().train(False)
-
-    @torch.inference_mode()
-    def forward(self, pictures: Tensor) -> Tensor:
-        if pictures.dtype != torch.uint8:
-            raise TypeError(f"The extractor reads uint8 pictures, not {pictures.dtype}.")
-        with exact(pictures.device):
-            x = pictures.float() / 255  # (N, 3, H, W)
-            size = (self.resolution, self.resolution)
-            x = F.interpolate(x, size, mode="bicubic", align_corners=False, antialias=False).clamp(0, 1)
-            x = ((x - 0.5) / 0.5).contiguous(memory_format=torch.channels_last)
-            x = self.network.forward_features(x)  # (N, 1280, resolution / 32, resolution / 32)
-            return self.network.forward_head(x, pre_logits=True)  # (N, 1280)
+    def features(self, images: Tensor) -> Tensor:
+        """uint8 (N, 3, H, W) -> float32 (N, 1280)."""
+        x = images.float() / 255  # (N, 3, H, W)
+        size = (self.resolution, self.resolution)
+        x = F.interpolate(x, size, mode="bicubic", align_corners=False, antialias=False).clamp(0, 1)
+        x = ((x - 0.5) / 0.5).contiguous(memory_format=torch.channels_last)
+        x = self.network.forward_features(x)  # (N, 1280, resolution / 32, resolution / 32)
+        return self.network.forward_head(x, pre_logits=True)  # (N, 1280)
 
 
 def check_file(path: Path, sha256: str, remedy: str) -> None:
-    """Raises UserError with the `remedy` unless `path` is a file with this SHA-256 (hex)."""
+    """Check the weights of an extractor.
+
+    Args:
+        path: the file.
+        sha256: hash (hex) that it must have.
+        remedy: sentence that says how to get the right file.
+
+    Raises:
+        UserError: the file is missing or has another hash.
+    """
     if not path.is_file():
         raise UserError(
             f"The feature extractor's weights are missing: {path} is not a file (SHA-256 {sha256}). {remedy}"
         )
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = atomic.sha256(path)
     if found != sha256:
         raise UserError(f"The feature extractor's weights in {path} have SHA-256 {found}, expected {sha256}. {remedy}")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Tensors of a .pth file on the CPU; no pickle is executed.
+    """Tensors of a .pth file by name, on the CPU; no pickle is executed.
 
     Raises:
-        UserError: it is damaged or holds something else.
+        UserError: the file is damaged or holds something else.
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -125,23 +178,33 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 @torch.inference_mode()
-def extract(extractor: nn.Module, pictures: Tensor | PictureSet, batch_size: int = 64) -> Tensor:
-    """Features of uint8 pictures (N, 3, H, W), or of a data set in its own order: float32 (N, D) on the CPU.
+def extract(extractor: nn.Module, images: Tensor | ImageSet, batch_size: int = 64) -> Tensor:
+    """Compute features batch by batch, on the extractor's device.
 
-    Every batch has `batch_size` rows, the last one is padded: convolution kernels are chosen by batch size, so
-    otherwise a picture's features would depend on how many others there are.
-    Raises UserError when there are no pictures.
+    Every batch has `batch_size` rows; the last one is padded. Convolution kernels are chosen by batch size, so without
+    padding the features of an image would depend on how many others there are.
+
+    Args:
+        extractor: see `Extractor`.
+        images: uint8 (N, 3, H, W), or a dataset, which is read in its own order.
+        batch_size: rows of a batch.
+
+    Returns:
+        Features (N, D), float32 on the CPU.
+
+    Raises:
+        UserError: there are no images.
     """
-    count = len(pictures)
+    count = len(images)
     if count == 0:
-        raise UserError("There are no pictures to compare. Draw some, or name a folder that holds pictures.")
+        raise UserError("There are no images to compare. Generate some, or name a folder that holds images.")
     weight = next(extractor.parameters(), None)
     device = torch.device("cpu") if weight is None else weight.device
     features = []
     with meter("extracting features", count) as progress:
         for start in range(0, count, batch_size):
             indices = list(range(start, min(start + batch_size, count)))
-            batch = pictures[indices] if isinstance(pictures, Tensor) else pictures.__getitems__(indices)[0]
+            batch = images[indices] if isinstance(images, Tensor) else images.__getitems__(indices)[0]
             padding = batch[-1:].expand(batch_size - len(batch), *batch.shape[1:])
             features.append(extractor(torch.cat([batch, padding]).to(device))[: len(batch)].cpu())
             progress.advance(len(indices))

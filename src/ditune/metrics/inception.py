@@ -1,6 +1,5 @@
 """Inception of 2015, on which the literature's FID rests, and the distances that carry its names."""
 
-import hashlib
 import io
 import zipfile
 from pathlib import Path
@@ -10,19 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from ditune.errors import UserError
+from ditune.files.atomic import sha256 as hash_of
 from ditune.metrics.distances import frechet_distance, frechet_from_statistics, statistics
-from ditune.metrics.features import check_file, exact, read_tensors
-from ditune.metrics.suite import Judge
+from ditune.metrics.features import FrozenExtractor, check_file, read_tensors
+from ditune.metrics.suite import MetricSuite
 
 URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 SPATIAL_CHANNELS = 7  # of sFID: 7 x 17 x 17 = 2023 numbers, about as many as pool3 has
 
 
-class Inception2015(nn.Module):
+class Inception2015(FrozenExtractor):
     """TensorFlow's Inception v3 of 2015 in torch-fidelity's port: uint8 (N, 3, H, W) -> float32 (N, 5079).
 
     The columns are pool3 (2048), the first 7 channels of mixed_6/conv for sFID (2023) and logits without bias for IS
-    (1008). Pictures are resized to 299 as TensorFlow 1 did it inside the graph (bilinear, no antialiasing).
+    (1008). Images are resized to 299 as TensorFlow 1 did it inside the graph (bilinear, no antialiasing).
 
     Args:
         weights: torch-fidelity's file; its tensors are read, no pickle is executed.
@@ -60,25 +60,21 @@ class Inception2015(nn.Module):
         """Everything that changes the features; kept in the header of cached features."""
         return {"extractor": self.name, "sha256": self.sha256, "resolution": 299, "resize": "bilinear of TensorFlow 1"}
 
-    def train(self, mode: bool = True) -> "Inception2015":
-        """Stays in evaluation mode."""
-        return super().train(False)
-
-    @torch.inference_mode()
-    def forward(self, pictures: Tensor) -> Tensor:
-        if pictures.dtype != torch.uint8:
-            raise TypeError(f"The extractor reads uint8 pictures, not {pictures.dtype}.")
-        with exact(pictures.device):
-            pool, logits = self.network(pictures)
+    def features(self, images: Tensor) -> Tensor:
+        """uint8 (N, 3, H, W) -> float32 (N, 5079)."""
+        pool, logits = self.network(images)  # the hook keeps the spatial features
         return torch.cat([pool, self._spatial, logits], dim=1)  # (N, 2048 + 2023 + 1008)
 
 
-class InceptionJudge(Judge):
-    """FID, sFID and IS besides the distances that every judge gives; N stands in their names.
+class InceptionMetrics(MetricSuite):
+    """FID, sFID and IS besides the metrics of every suite; N stands in their names.
 
     Args:
+        extractor: the Inception network.
+        cache: folder for features of references; see `MetricSuite`.
+        batch_size: images per batch.
         statistics: a reference file of ADM's (.npz with mu, sigma and mu_s, sigma_s), such as the literature's
-            VIRTUAL_imagenet256_labeled.npz; FID and sFID are then to it. None = to the reference's pictures.
+            VIRTUAL_imagenet256_labeled.npz; FID and sFID are then to it. None = to the reference's images.
 
     Raises:
         UserError: the file is missing or holds something else.
@@ -93,15 +89,23 @@ class InceptionJudge(Judge):
     ) -> None:
         super().__init__(extractor, cache, batch_size)
         self.statistics = None if statistics is None else read_statistics(Path(statistics))
-        self._sha256 = None if statistics is None else hashlib.sha256(Path(statistics).read_bytes()).hexdigest()
+        self._sha256 = None if statistics is None else hash_of(Path(statistics))
 
     @property
     def identity(self) -> dict[str, str | int]:
+        """As of every suite, with the hash of the reference statistics."""
         return super().identity | ({} if self._sha256 is None else {"statistics": self._sha256})
 
     def compare(self, x: Tensor, y: Tensor) -> dict[str, float | int]:
-        """{fid_10k, sfid_10k, is_10k, kid_inception, precision_inception, ...} for 10,000 pictures."""
-        values, columns, count = super().compare(x, y), self.extractor.columns, short(len(x))
+        """Metrics of outputs x (N, 5079) of generated images and y (M, 5079) of the reference.
+
+        Returns:
+            For N = 10,000: {fid_10k, sfid_10k, is_10k, kid_inception, precision_inception, ...}.
+
+        Raises:
+            UserError: there are too few images; see `MetricSuite.compare`.
+        """
+        values, columns, count = super().compare(x, y), self.extractor.columns, format_count(len(x))
         fid = values.pop(f"fd_{self.extractor.name}")
         if self.statistics is None:
             sfid = frechet_distance(x[:, columns["spatial"]], y[:, columns["spatial"]])
@@ -119,9 +123,15 @@ class InceptionJudge(Judge):
 
 
 def read_statistics(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """Mean and covariance, float64, of pool3 and of the spatial features, from a reference file of ADM's.
+    """Read a reference file of ADM's evaluator.
 
-    Its spatial columns stand as TensorFlow flattens them, (17, 17, 7); here they are put in the order (7, 17, 17).
+    TensorFlow flattens the spatial features as (17, 17, 7); they are reordered to (7, 17, 17) here.
+
+    Args:
+        path: .npz with mu, sigma, mu_s and sigma_s.
+
+    Returns:
+        (mean (D,), covariance (D, D)), float64, of "features" (pool3, D = 2048) and of "spatial" (D = 2023).
 
     Raises:
         UserError: the file is missing or holds something else.
@@ -141,9 +151,16 @@ def read_statistics(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def inception_score(logits: Tensor, split: int = 5000) -> float:
-    """exp E KL(p(y|x) || p(y)), the mean over splits of `split` pictures (ADM's): (N, K) -> at least 1.
+    """Inception score exp E KL(p(y|x) || p(y)); it says nothing about nearness to a reference.
 
-    It says nothing about nearness to a reference. Source: Salimans et al. 2016, arXiv 1606.03498.
+    Args:
+        logits: (N, K), without bias.
+        split: images of a split; the score is the mean over splits, as in ADM's evaluator.
+
+    Returns:
+        The score, at least 1.
+
+    Source: Salimans et al. 2016, arXiv 1606.03498.
     """
     log_p = logits.double().log_softmax(1)
     scores = []
@@ -153,6 +170,9 @@ def inception_score(logits: Tensor, split: int = 5000) -> float:
     return torch.stack(scores).mean().item()
 
 
-def short(count: int) -> str:
-    """10000 -> 10k, 512 -> 512."""
+def format_count(count: int) -> str:
+    """Short form of a count for names: 10000 -> 10k, 512 -> 512."""
     return f"{count // 1000}k" if count and count % 1000 == 0 else str(count)
+
+
+InceptionJudge = InceptionMetrics  # its name in the configs of earlier runs

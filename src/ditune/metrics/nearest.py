@@ -1,4 +1,4 @@
-"""Nearest neighbours, so that memorised training pictures can be seen."""
+"""Nearest neighbours, which show memorised training images."""
 
 import torch
 import torch.nn.functional as F
@@ -8,9 +8,19 @@ from ditune.errors import UserError
 
 
 def nearest(queries: Tensor, references: Tensor, k: int = 1, chunk: int = 512) -> tuple[Tensor, Tensor]:
-    """The k nearest references by cosine distance 1 - cos in [0, 2]: (N, D), (M, D) -> distance, index (N, k).
+    """The k nearest references by cosine distance 1 - cos, in [0, 2].
 
-    Raises UserError when there are fewer than k references.
+    Args:
+        queries: (N, D).
+        references: (M, D).
+        k: neighbours of each query.
+        chunk: queries at once.
+
+    Returns:
+        Distances (N, k) float32, ascending, and indices (N, k).
+
+    Raises:
+        UserError: there are fewer than k references.
     """
     check_count(references, k)
     # float64: near 1 a float32 cosine has no digits left for the distance
@@ -21,9 +31,19 @@ def nearest(queries: Tensor, references: Tensor, k: int = 1, chunk: int = 512) -
 
 
 def nearest_pixels(queries: Tensor, references: Tensor, k: int = 1, chunk: int = 512) -> tuple[Tensor, Tensor]:
-    """The k nearest references by L2 distance of pixels in [0, 1]: uint8 (N, ...), (M, ...) -> distance, index (N, k).
+    """The k nearest references by L2 distance of pixels in [0, 1].
 
-    Raises UserError when there are fewer than k references.
+    Args:
+        queries: uint8 (N, ...).
+        references: uint8 (M, ...).
+        k: neighbours of each query.
+        chunk: references at once.
+
+    Returns:
+        Distances (N, k) float64, ascending, and indices (N, k).
+
+    Raises:
+        UserError: there are fewer than k references.
     """
     check_count(references, k)
     rows = queries.flatten(1).double()  # (N, P): integers, so the expanded square below is exact in float64
@@ -36,6 +56,10 @@ def nearest_pixels(queries: Tensor, references: Tensor, k: int = 1, chunk: int =
 
 
 def check_count(references: Tensor, k: int) -> None:
-    """Raises UserError when there are fewer than k references."""
+    """Refuse to look for more neighbours than there are.
+
+    Raises:
+        UserError: there are fewer than k references.
+    """
     if len(references) < k:
-        raise UserError(f"{k} neighbours were asked for among {len(references)} pictures. Ask for fewer.")
+        raise UserError(f"{k} neighbours were asked for among {len(references)} images. Ask for fewer.")

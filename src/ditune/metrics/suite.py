@@ -1,9 +1,8 @@
-"""Generated pictures against a reference data set: one dictionary of numbers, the reference's features kept on disk."""
+"""All metrics of generated images against a reference dataset; features of the reference are cached on disk."""
 
 import hashlib
 import json
 import logging
-import os
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -11,8 +10,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ditune.errors import UserError
+from ditune.files.atomic import atomic
 from ditune.metrics.distances import frechet_distance, kid_with_deviation, self_test
-from ditune.metrics.features import Extractor, PictureSet, extract
+from ditune.metrics.features import Extractor, ImageSet, extract
 from ditune.metrics.manifold import density_coverage, precision_recall
 from ditune.metrics.nearest import nearest
 from ditune.progress import meter
@@ -20,14 +20,18 @@ from ditune.progress import meter
 log = logging.getLogger(__name__)
 
 CACHE_VERSION = 1
-LEAST, LEAST_REFERENCE = 4, 6  # images: KID's error is of halves of two; a ball of density reaches to the fifth other
+LEAST, LEAST_REFERENCE = 4, 6  # images: KID's error needs halves of two; density needs a fifth neighbour
 
 
 def check_counts(images: int, reference: int) -> None:
-    """Whether there is enough to compare, before anything is computed.
+    """Refuse sets that are too small for the metrics, before anything is computed.
+
+    Args:
+        images: number of generated images.
+        reference: number of reference images.
 
     Raises:
-        UserError: there is not.
+        UserError: there are too few.
     """
     if images < LEAST:
         raise UserError(f"The metrics need at least {LEAST} images, and here are {images}. Give or generate more.")
@@ -38,11 +42,18 @@ def check_counts(images: int, reference: int) -> None:
         )
 
 
-class Judge:
-    """Computes the distances of uint8 pictures to a reference; their names carry the extractor's.
+class MetricSuite:
+    """KID, Frechet distance, precision, recall, density and coverage in the features of one extractor.
 
-    `cache` is a folder for the references' features (None: they are computed each time). The device is the
-    extractor's. Raises RuntimeError at once where the machine's linear algebra is broken.
+    The metrics' names carry the extractor's name. Computation runs on the extractor's device.
+
+    Args:
+        extractor: makes features of images.
+        cache: folder for the features of references; None = they are computed every time.
+        batch_size: images per batch.
+
+    Raises:
+        RuntimeError: the machine's linear algebra gives wrong results.
     """
 
     def __init__(self, extractor: Extractor, cache: str | Path | None = None, batch_size: int = 64) -> None:
@@ -53,20 +64,33 @@ class Judge:
 
     @property
     def identity(self) -> dict[str, str | int]:
-        """Everything that changes the values, but the pictures and the reference."""
+        """Everything that changes the values, except the images and the reference."""
         return dict(self.extractor.identity)
 
-    def __call__(self, pictures: Tensor | PictureSet, reference: PictureSet) -> dict[str, float | int]:
-        """Distances of pictures to a reference; see `compare`."""
-        return self.compare(self.features(pictures), self.reference(reference))
+    def __call__(self, images: Tensor | ImageSet, reference: ImageSet) -> dict[str, float | int]:
+        """Metrics of images against a reference dataset; see `compare`.
+
+        Args:
+            images: uint8 (N, 3, H, W), or a dataset.
+            reference: the dataset to compare with.
+        """
+        return self.compare(self.features(images), self.reference(reference))
 
     def compare(self, x: Tensor, y: Tensor) -> dict[str, float | int]:
-        """Distances of an extractor's output x (N, D) for pictures to the reference's y (M, D).
+        """Metrics of the extractor's outputs.
 
-        KID with its standard error (over all pictures, unbiased); the Frechet distance; precision, recall, density
-        and coverage. All but KID are comparable only at equal n and n_reference. Then the mean and the least cosine
-        distance to the nearest reference: near zero, pictures are copies.
-        Raises UserError for fewer than four pictures, and for fewer than six of the reference.
+        All but KID, which is unbiased, are comparable only at equal n and n_reference.
+
+        Args:
+            x: (N, D) for generated images.
+            y: (M, D) for the reference.
+
+        Returns:
+            KID over all images with its standard error; the Frechet distance; precision, recall, density and coverage;
+            the counts; the mean and the least cosine distance to the nearest reference (near zero: copies).
+
+        Raises:
+            UserError: there are fewer than four images, or fewer than six in the reference.
         """
         x, y = (output[:, self.extractor.columns["features"]] for output in (x, y))
         with meter("comparing features", 5, "metrics") as progress:
@@ -95,50 +119,62 @@ class Judge:
             "nearest_min": distance.min().item(),
         }
 
-    def features(self, pictures: Tensor | PictureSet) -> Tensor:
-        """Features (N, D) of uint8 pictures (N, 3, H, W) or of a data set, computed anew."""
-        return extract(self.extractor, pictures, self.batch_size)
+    def features(self, images: Tensor | ImageSet) -> Tensor:
+        """Outputs (N, D) of the extractor for uint8 images (N, 3, H, W) or a dataset, computed anew."""
+        return extract(self.extractor, images, self.batch_size)
 
-    def neighbours(self, pictures: Tensor, reference: PictureSet, k: int = 4) -> tuple[Tensor, Tensor]:
-        """Cosine distance and index (N, k) of the k nearest reference pictures."""
-        return self.nearest(self.features(pictures), self.reference(reference), k)
+    def neighbours(self, images: Tensor, reference: ImageSet, k: int = 4) -> tuple[Tensor, Tensor]:
+        """Cosine distances and indices (N, k) of the k nearest reference images of uint8 images (N, 3, H, W)."""
+        return self.nearest(self.features(images), self.reference(reference), k)
 
     def nearest(self, x: Tensor, y: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The same for the extractor's output x (N, D) and y (M, D)."""
+        """Cosine distances and indices (N, k) of the k nearest rows of y (M, D) for each row of x (N, D)."""
         columns = self.extractor.columns["features"]
         return nearest(x[:, columns], y[:, columns], k)
 
-    def reference(self, pictures: PictureSet) -> Tensor:
-        """Features (M, D) of the reference, from the cache where they are there.
+    def reference(self, images: ImageSet) -> Tensor:
+        """Outputs (M, D) of the extractor for a reference dataset, from the cache if they are there.
 
-        Raises UserError when the cached file is broken or was made from other pictures or by another extractor.
+        Raises:
+            UserError: the cached file is damaged, or was made from other images or by another extractor.
         """
         if self.cache is None:
-            return self.features(pictures)
+            return self.features(images)
         header = {
             "format": "ditune features",
             "version": CACHE_VERSION,
-            "data": pictures.fingerprint,
-            "n": len(pictures),
+            "data": images.fingerprint,
+            "n": len(images),
             **self.extractor.identity,
         }
         key = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()[:16]
         path = self.cache / f"{self.extractor.name}-{key}.safetensors"
         if path.exists():
             return read_features(path, header)
-        log.info("Features of %d reference pictures are computed once, into %s.", len(pictures), path)
-        features = self.features(pictures)
+        log.info("Features of %d reference images are computed once, into %s.", len(images), path)
+        features = self.features(images)
         write_features(path, features, header)
         return features
 
 
 def content_hash(features: Tensor) -> str:
-    """SHA-256 (hex) of the values: a flipped bit in a safetensors file is not noticed otherwise."""
+    """SHA-256 (hex) of the values; safetensors itself would not notice a flipped bit."""
     return hashlib.sha256(features.contiguous().numpy()).hexdigest()
 
 
 def read_features(path: Path, header: dict[str, str | int]) -> Tensor:
-    """Features (M, D) of a file by `write_features`. Raises UserError when it is broken or has another header."""
+    """Read features that `write_features` has written.
+
+    Args:
+        path: the file.
+        header: what the file must say about itself.
+
+    Returns:
+        (M, D) float32.
+
+    Raises:
+        UserError: the file is damaged or has another header.
+    """
     remedy = "Delete the file; it is computed again."
     try:
         with safe_open(path, framework="pt") as file:
@@ -155,15 +191,14 @@ def read_features(path: Path, header: dict[str, str | int]) -> Tensor:
 
 
 def write_features(path: Path, features: Tensor, header: dict[str, str | int]) -> None:
-    """Writes beside the target and renames, so a stopped process leaves no half file and two at once do no harm."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write features (M, D) with a header; processes that write the same file at once do no harm.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     metadata = {"header": json.dumps({**header, "content": content_hash(features)})}
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(save({"features": features.contiguous()}, metadata))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic(path) as temporary:
+        temporary.write_bytes(save({"features": features.contiguous()}, metadata))
+
+
+Judge = MetricSuite  # its name in the configs of runs

@@ -1,4 +1,4 @@
-"""The runs of a sweep as csv, Markdown, LaTeX, plots, sheets and one page."""
+"""Reports of a sweep: tables (csv, Markdown, LaTeX), plots, sample grids and one HTML page."""
 
 from ditune.report.results import Run, read_results
 from ditune.report.tables import markdown_table

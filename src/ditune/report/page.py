@@ -1,4 +1,4 @@
-"""One HTML page with everything of a sweep in it: it opens from disk, without a server and without a network."""
+"""A report of a sweep as one HTML page, which opens from disk without a server or a network."""
 
 import base64
 import html
@@ -37,7 +37,7 @@ for (const table of document.querySelectorAll("table")) {
       const value = row => row.cells[column].dataset.value;
       const missing = row => value(row) === "";
       const compare = (a, b) => {
-        if (missing(a) || missing(b)) return missing(a) - missing(b);  // what did not run stays below
+        if (missing(a) || missing(b)) return missing(a) - missing(b);  // rows without a value stay at the end
         const [x, y] = [value(a), value(b)];
         const order = isNaN(x) || isNaN(y) ? x.localeCompare(y) : x - y;
         return down ? -order : order;
@@ -51,11 +51,21 @@ for (const table of document.querySelectorAll("table")) {
 
 
 def html_page(title: str, runs: Sequence[Run], figures: dict[str, Figure], sheets: dict[str, Image.Image]) -> str:
-    """Tables that can be sorted by every column, then plots and sheets under their names."""
+    """The page: tables that can be sorted by every column, plots and sample grids.
+
+    Args:
+        title: of the page.
+        runs: of the sweep.
+        figures: plots by their headings.
+        sheets: images by their headings.
+
+    Returns:
+        HTML with everything embedded.
+    """
     parts = [f"<h1>{html.escape(title)}</h1>", f"<p>{_summary(runs)}</p>", "<h2>Methods</h2>", methods_table(runs)]
-    pictures = {name: _figure(figure) for name, figure in figures.items()}
-    pictures |= {name: _image(image) for name, image in sheets.items()}
-    for name, data in pictures.items():
+    images = {name: _figure(figure) for name, figure in figures.items()}
+    images |= {name: _image(image) for name, image in sheets.items()}
+    for name, data in images.items():
         text = html.escape(name)
         parts.append(f'<h2>{text}</h2><img alt="{text}" src="data:image/png;base64,{data}">')
     parts += ["<h2>Runs</h2>", runs_table(runs)]
@@ -68,6 +78,7 @@ def html_page(title: str, runs: Sequence[Run], figures: dict[str, Figure], sheet
 
 
 def methods_table(runs: Sequence[Run]) -> str:
+    """HTML table with a row per method, dataset and setting: means and deviations over seeds."""
     table, chosen = rows(runs), columns(runs)
     winners = {name: best(table, name) for name, _, _ in chosen.values()}
     body = []
@@ -79,6 +90,7 @@ def methods_table(runs: Sequence[Run]) -> str:
 
 
 def runs_table(runs: Sequence[Run]) -> str:
+    """HTML table with a row per run and a column per number."""
     names = list(dict.fromkeys(name for run in runs for name in run.values))
     body = []
     for run in runs:
@@ -122,9 +134,9 @@ def _short(value: float) -> str:
 def _summary(runs: Sequence[Run]) -> str:
     finished = sum(run.finished for run in runs)
     counts = {run.result.get("metrics", {}).get("protocol", {}).get("n") for run in runs if run.finished} - {None}
-    drawn = f" Metrics of {' or '.join(map(str, sorted(counts)))} pictures." if counts else ""
+    measured = f" Metrics of {' or '.join(map(str, sorted(counts)))} images." if counts else ""
     means = " Mean ± deviation over seeds; the best of a data set is bold."
-    return f"{finished} of {len(runs)} runs have finished.{means}{drawn}"
+    return f"{finished} of {len(runs)} runs have finished.{means}{measured}"
 
 
 def _figure(figure: Figure) -> str:

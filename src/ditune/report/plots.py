@@ -1,4 +1,4 @@
-"""What a table does not show: parameters against the metric, the course of the training, the pictures."""
+"""Plots and sample grids of a sweep: parameters against a metric, loss curves, samples of all methods."""
 
 import csv
 from collections.abc import Sequence
@@ -8,14 +8,20 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ditune.generation.grids import sheet
-from ditune.report.results import Run, lower_is_better, rows
+from ditune.metrics.names import lower_is_better
+from ditune.report.results import Run, rows
 
 SMOOTHING = 0.9  # share of the old value in a smoothed loss
-SHOWN_ROWS, SHOWN_COLUMNS = 2, 8  # of a run's grid on the sheet of all methods
+SHOWN_ROWS, SHOWN_COLUMNS = 2, 8  # of each run's grid
 
 
 def pareto(runs: Sequence[Run], metric: str) -> Figure:
-    """Trained parameters against a metric, one mark for each method; the line joins those that no other one beats."""
+    """Plot trained parameters against a metric, one mark per row; a line joins the rows that no other one beats.
+
+    Args:
+        runs: of the sweep.
+        metric: its name.
+    """
     table = [row for row in rows(runs) if row.mean(metric) is not None]
     data = list(dict.fromkeys(row.data for row in table))
     figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -37,7 +43,7 @@ def pareto(runs: Sequence[Run], metric: str) -> Figure:
 
 
 def curves(runs: Sequence[Run]) -> Figure:
-    """Smoothed training losses of all runs, a panel for each data set, a colour for each method."""
+    """Plot smoothed training losses of all runs: one panel per dataset, one colour per method."""
     data = list(dict.fromkeys(run.data for run in runs))
     methods = list(dict.fromkeys(run.method for run in runs))
     figure = Figure(figsize=(7, 3.5 * len(data)), layout="constrained")
@@ -56,7 +62,11 @@ def curves(runs: Sequence[Run]) -> Figure:
 
 
 def loss_curve(path: Path) -> list[tuple[int, float]]:
-    """(step, smoothed loss) of a run's metrics.csv; nothing where there is none."""
+    """(step, smoothed loss) from a run's metrics.csv; [] if there is no file.
+
+    Args:
+        path: of the file.
+    """
     if not path.is_file():
         return []
     points: list[tuple[int, float]] = []
@@ -70,9 +80,15 @@ def loss_curve(path: Path) -> list[tuple[int, float]]:
 
 
 def methods_sheet(runs: Sequence[Run]) -> Image.Image | None:
-    """Methods in rows, data sets in columns: the first pictures of each evaluation, which all have the same noise.
+    """Samples of all methods: methods in rows, datasets in columns, all generated from the same noise.
 
-    Of several seeds the first one is shown. None where no run has drawn a grid.
+    Of several seeds the first one is shown.
+
+    Args:
+        runs: of the sweep.
+
+    Returns:
+        The grid; None if no run has samples.
     """
     chosen: dict[tuple[str, str], Run] = {}
     for run in sorted((run for run in runs if run.finished), key=lambda run: run.result["seed"]):

@@ -1,4 +1,4 @@
-"""What the runs below a folder have left, as rows: one for each method, data set and setting, averaged over seeds."""
+"""Results of the runs below a folder, and rows of them: one per method, dataset and setting, averaged over seeds."""
 
 import json
 import re
@@ -14,10 +14,9 @@ import yaml
 
 from ditune.errors import UserError
 from ditune.files.atomic import read_json
+from ditune.metrics.names import first_headline, is_compared, lower_is_better
 
-PRECISION = "trainer.precision"  # as it was resolved
-HIGH_IS_BEST = ("is_", "precision", "recall", "density", "coverage")
-COMPARED = ("test_loss", "fid_", "sfid_", "kid_", "fd_", *HIGH_IS_BEST)  # what a method can be best at
+PRECISION = "trainer.precision"  # resolved
 # keys of a config that a table shows in columns of their own, or that say nothing about the result
 SHOWN_APART = ("seed", "max_steps", "optimizer.lr", "peft.lr", "run_dir", "sweep_dir", "paths.", "logger.", "name")
 SHOWN_APART += ("launcher.", "tags", "resume", "dry_run", "traceback", "verbose")
@@ -25,32 +24,40 @@ SHOWN_APART += ("launcher.", "tags", "resume", "dry_run", "traceback", "verbose"
 
 @dataclass(frozen=True)
 class Run:
-    """One result.json and its folder."""
+    """A training that has left a result.json.
+
+    Args:
+        folder: the run folder.
+        result: content of its result.json.
+    """
 
     folder: Path
     result: dict[str, Any]
 
     @property
     def finished(self) -> bool:
+        """Whether the training and its evaluation are done."""
         return self.result.get("status") == "finished"
 
     @property
     def data(self) -> str:
+        """Name of the dataset."""
         return self.result["data"]["name"]
 
     @property
     def method(self) -> str:
+        """Title of the PEFT method."""
         return self.result["method"]
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """Dotted keys and values of config.yaml; nothing where the file is missing."""
+        """Dotted keys and values of config.yaml; {} if the file is missing."""
         path = self.folder / "config.yaml"
         return dict(_flat(yaml.safe_load(path.read_text(encoding="utf-8")))) if path.is_file() else {}
 
     @cached_property
     def values(self) -> dict[str, float]:
-        """Numbers by name; metrics of the trained network under their own names, of the base as `<name> before`."""
+        """Numbers by name; metrics of the trained network have their own names, those of the base `<name> before`."""
         result = self.result
         metrics = result.get("metrics", {})
         before = {f"{name} before": value for name, value in metrics.get("before", {}).items()}
@@ -74,30 +81,41 @@ class Run:
 
 @dataclass
 class Row:
-    """Runs that differ in their seed only."""
+    """Runs that differ only in their seed.
+
+    Args:
+        method: title of the PEFT method.
+        data: name of the dataset.
+        lr: learning rate.
+        max_steps: steps of the training.
+        settings: other keys that the sweep varied, with their values.
+        runs: the runs.
+    """
 
     method: str
     data: str
     lr: float
     max_steps: int
-    settings: str  # what else the sweep varied
+    settings: str
     runs: list[Run] = field(default_factory=list)
 
     @property
     def label(self) -> str:
+        """The method, with the settings if there are any."""
         return f"{self.method} ({self.settings})" if self.settings else self.method
 
     @property
     def finished(self) -> list[Run]:
+        """The runs that have finished."""
         return [run for run in self.runs if run.finished]
 
     def mean(self, name: str) -> float | None:
-        """Over the seeds that have finished; None where none has, or none has this number."""
+        """Mean of a number over the finished runs; None if none has it."""
         values = self._values(name)
         return statistics.fmean(values) if values else None
 
     def deviation(self, name: str) -> float | None:
-        """Sample deviation over the seeds; None of fewer than two."""
+        """Sample standard deviation of a number over the finished runs; None of fewer than two."""
         values = self._values(name)
         return statistics.stdev(values) if len(values) > 1 else None
 
@@ -106,10 +124,13 @@ class Row:
 
 
 def read_results(folder: str | Path) -> list[Run]:
-    """Every run below `folder`, sorted by path.
+    """All runs below a folder, sorted by path.
+
+    Args:
+        folder: a sweep, or a run.
 
     Raises:
-        UserError: there is none.
+        UserError: there are none.
     """
     paths = sorted(Path(folder).rglob("result.json"), key=lambda path: _natural(str(path)))
     runs = [Run(path.parent, read_json(path)) for path in paths]
@@ -120,7 +141,7 @@ def read_results(folder: str | Path) -> list[Run]:
 
 
 def rows(runs: Sequence[Run]) -> list[Row]:
-    """In the order of the first run of each."""
+    """Rows of runs, in the order of the first run of each."""
     groups: dict[str, Row] = {}
     keys = varied(runs)
     for run in runs:
@@ -133,9 +154,9 @@ def rows(runs: Sequence[Run]) -> list[Row]:
 
 
 def varied(runs: Sequence[Run]) -> list[str]:
-    """Keys of the config that differ between runs of one method on one data set; the precision also between others.
+    """Keys of the config that differ between runs of one method on one dataset; the precision also between others.
 
-    Numbers of bf16-mixed and 32-true are not the same protocol: where both are there, every row says which it has.
+    Metrics under bf16-mixed and 32-true are not comparable: if both occur, every row says which it has.
     """
     values: dict[tuple[str, str, str], set[str]] = defaultdict(set)
     for run in runs:
@@ -148,7 +169,12 @@ def varied(runs: Sequence[Run]) -> list[str]:
 
 
 def best(table: Iterable[Row], name: str) -> dict[str, float]:
-    """The best mean of each data set; nothing for numbers at which none can be best."""
+    """The best mean on each dataset; {} for numbers that are not compared.
+
+    Args:
+        table: rows to compare.
+        name: of the number.
+    """
     means: dict[str, list[float]] = defaultdict(list)
     for row in table:
         if (mean := row.mean(name)) is not None and is_compared(name):
@@ -157,20 +183,9 @@ def best(table: Iterable[Row], name: str) -> dict[str, float]:
     return {data: choose(values) for data, values in means.items() if len(values) > 1}
 
 
-def is_compared(name: str) -> bool:
-    return name.startswith(COMPARED) and not name.endswith((" before", "_std"))
-
-
-def lower_is_better(name: str) -> bool:
-    return not name.startswith(HIGH_IS_BEST)
-
-
 def main_metric(runs: Iterable[Run]) -> str | None:
-    """FID where there is one, else KID, else another distance, else the test loss."""
-    names = [name for name in dict.fromkeys(name for run in runs for name in run.values) if is_compared(name)]
-    return next(
-        (name for start in ("fid_", "kid_", "fd_", "test_loss") for name in names if name.startswith(start)), None
-    )
+    """The metric that stands for a report: FID if there is one, else KID, else another distance, else the test loss."""
+    return first_headline(list(dict.fromkeys(name for run in runs for name in run.values)))
 
 
 def _flat(values: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,4 +1,4 @@
-"""Rows as csv, Markdown and LaTeX."""
+"""Tables of a sweep as csv, Markdown and LaTeX."""
 
 import csv
 import io
@@ -18,11 +18,15 @@ COLUMNS = {
     "images/s": ("images_per_second", 1, "{:.0f}"),
     "seconds": ("seconds", 1, "{:.0f}"),
 }
-HIDDEN = ("n", "n_reference")  # of the metrics; every metric depends on them, the protocol states them
+HIDDEN = ("n", "n_reference")  # counts among the metrics; the protocol states them
 
 
 def columns(runs: Sequence[Run]) -> dict[str, tuple[str, float, str]]:
-    """The fixed columns with the metrics that the runs have between them: `x before` beside `x`."""
+    """Columns of a table: fixed ones, and between them the metrics that the runs have, `x before` beside `x`.
+
+    Returns:
+        (name of the number, factor, format) by column title.
+    """
     names = list(dict.fromkeys(name for run in runs if run.finished for name in run.values))
     fixed = {name for name, _, _ in COLUMNS.values()} | set(HIDDEN) | {"peak_memory_mib"}
     metrics = [n for n in names if n not in fixed and not n.endswith((" before", "_std"))]
@@ -34,7 +38,16 @@ def columns(runs: Sequence[Run]) -> dict[str, tuple[str, float, str]]:
 
 
 def cell(row: Row, name: str, factor: float, form: str, bold: str = "", pm: str = " ± ") -> str:
-    """Mean and deviation; `bold` is a format such as **{}** for the best of its data set."""
+    """Mean and deviation of a number.
+
+    Args:
+        row: the runs.
+        name: of the number.
+        factor: that values are multiplied by.
+        form: format of values.
+        bold: format of the cell such as **{}**; "" = none.
+        pm: text between mean and deviation.
+    """
     mean, deviation = row.mean(name), row.deviation(name)
     if mean is None:
         return NOT_RUN
@@ -45,7 +58,7 @@ def cell(row: Row, name: str, factor: float, form: str, bold: str = "", pm: str 
 
 
 def markdown_table(runs: Sequence[Run]) -> str:
-    """One row for each method, data set and setting; seeds are averaged, the best of a data set is bold."""
+    """Markdown table with a row per method, dataset and setting: means over seeds; the best on a dataset is bold."""
     table, chosen = rows(runs), columns(runs)
     winners = {name: best(table, name) for name, _, _ in chosen.values()}
     lines = ["| method | data | lr | steps | runs | " + " | ".join(chosen) + " |"]
@@ -58,7 +71,7 @@ def markdown_table(runs: Sequence[Run]) -> str:
 
 
 def latex_table(runs: Sequence[Run], metric: str) -> str:
-    """Methods in rows, data sets in columns, one metric: the layout of papers; needs the package booktabs."""
+    """LaTeX table of one metric as in papers: methods in rows, datasets in columns; needs the package booktabs."""
     table = rows(runs)
     data, winners = list(dict.fromkeys(row.data for row in table)), best(table, metric)
     settings = list(dict.fromkeys((row.label, row.lr, row.max_steps) for row in table))
@@ -82,7 +95,7 @@ def latex_table(runs: Sequence[Run], metric: str) -> str:
 
 
 def csv_table(runs: Sequence[Run]) -> str:
-    """One line for each run, with every number that it has."""
+    """CSV table with a line per run and all of its numbers."""
     start = ("folder", "status", "method", "data", "seed", "lr", "max_steps", "batch_size")
     names = list(dict.fromkeys(name for run in runs for name in run.values))
     file = io.StringIO(newline="")

@@ -1,4 +1,4 @@
-"""What a W&B project shows of DiTune's runs: a workspace to work in, and a report to hand on."""
+"""The W&B workspace and the W&B report of a project's runs."""
 
 import json
 from typing import Any
@@ -11,7 +11,7 @@ SWEPT = ("peft.name", "data.name", "optimizer.lr", "seed")
 
 
 def training() -> list[Any]:
-    """How a training goes: loss, loss by quarters of the process, gradient, rate."""
+    """Panels of a training: loss, loss by quarters of the process, gradient norm, learning rate."""
     quarters = [f"train/loss_quarter_{k}" for k in range(4)]
     return [
         wr.LinePlot(title="loss", x=STEP, y=["train/loss"], smoothing_factor=0.9, log_y=True),
@@ -22,7 +22,11 @@ def training() -> list[Any]:
 
 
 def quality(metric: str) -> list[Any]:
-    """What a training is worth, and what it costs in trained parameters."""
+    """Panels of a metric, alone and against trained parameters.
+
+    Args:
+        metric: its name.
+    """
     value = wr.SummaryMetric(f"eval/{metric}")
     columns = [wr.ParallelCoordinatesPlotColumn(metric=wr.Config(name)) for name in SWEPT]
     return [
@@ -32,8 +36,8 @@ def quality(metric: str) -> list[Any]:
     ]
 
 
-def pictures() -> list[Any]:
-    """The same noise at every step, and the evaluation's grid."""
+def images() -> list[Any]:
+    """Panels of images: samples from the same noise during the training, and the evaluation's grid."""
     return [
         wr.MediaBrowser(title="the same noise, by steps", media_keys=["samples"], num_columns=1),
         wr.MediaBrowser(title="evaluation", media_keys=["eval/grid"], num_columns=2),
@@ -42,7 +46,14 @@ def pictures() -> list[Any]:
 
 
 def build_workspace(entity: str, project: str, group: str | None, metric: str) -> ws.Workspace:
-    """Sections quality, pictures, training; runs by method and data; only those of `group` where it is given."""
+    """A workspace with the sections quality, images and training; runs are grouped by method and dataset.
+
+    Args:
+        entity: user or team.
+        project: name of the project.
+        group: show only runs of this group; None = all.
+        metric: name of the metric to compare.
+    """
     grouping = [ws.Config("peft.name"), ws.Config("data.name")]
     filters = [] if group is None else [ws.Metric("Group") == group]
     return ws.Workspace(
@@ -51,7 +62,7 @@ def build_workspace(entity: str, project: str, group: str | None, metric: str) -
         name=f"DiTune {group or project}",
         sections=[
             ws.Section(name="Quality", panels=quality(metric), is_open=True),
-            ws.Section(name="Pictures", panels=pictures(), is_open=True),
+            ws.Section(name="Pictures", panels=images(), is_open=True),
             ws.Section(name="Training", panels=training(), is_open=True),
         ],
         settings=ws.WorkspaceSettings(x_axis=STEP, max_runs=100),
@@ -60,17 +71,17 @@ def build_workspace(entity: str, project: str, group: str | None, metric: str) -
 
 
 def build_report(entity: str, project: str, group: str | None, metric: str) -> wr.Report:
-    """The same panels with headings, for those who do not work in the project."""
+    """A report with the panels of the workspace, to hand on; arguments as in `build_workspace`."""
     filters = "" if group is None else f"Metric('Group') == '{group}'"
     runs = wr.Runset(name=group or "all runs", filters=filters)  # of the report's own project
     blocks: list[Any] = [wr.TableOfContents()]
-    for title, panels in (("Quality", quality(metric)), ("Pictures", pictures()), ("Training", training())):
+    for title, panels in (("Quality", quality(metric)), ("Pictures", images()), ("Training", training())):
         blocks += [wr.H1(title), wr.PanelGrid(runsets=[runs], panels=panels)]
     return wr.Report(entity=entity, project=project, title=f"DiTune {group or project}", blocks=blocks, width="fluid")
 
 
 def specification(workspace: ws.Workspace, report: wr.Report) -> dict[str, Any]:
-    """What saving would send, as plain values."""
+    """Content that saving would send, as plain values."""
     return {
         "workspace": json.loads(workspace._to_model().model_dump_json(by_alias=True, exclude_none=True)),
         "report": json.loads(report._to_model().model_dump_json(by_alias=True, exclude_none=True)),

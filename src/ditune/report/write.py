@@ -1,4 +1,4 @@
-"""All files of a report."""
+"""Writing all files of a report."""
 
 from pathlib import Path
 
@@ -11,13 +11,14 @@ from ditune.report.tables import csv_table, latex_table, markdown_table
 
 
 def write_report(sweep: str | Path, metric: str | None = None) -> str:
-    """Everything in a sweep's folder, for papers, spreadsheets and people; returns the Markdown table.
-
-    Writes results.csv, table.md, table.tex, pareto.png, curves.png, samples.png and report.html.
+    """Write results.csv, table.md, table.tex, pareto.png, curves.png, samples.png and report.html.
 
     Args:
         sweep: folder with runs below it; gets the files.
-        metric: of the LaTeX table and the Pareto plot; None = FID where there is one, else KID, else another.
+        metric: of the LaTeX table and the Pareto plot; None = FID if there is one, else KID, else another.
+
+    Returns:
+        The Markdown table.
 
     Raises:
         UserError: there are no runs, or none has the metric.
@@ -36,7 +37,7 @@ def write_report(sweep: str | Path, metric: str | None = None) -> str:
     figures["Training"].savefig(folder / "curves.png", dpi=140)
     samples = methods_sheet(runs)
     if samples is not None:
-        sheets["The same noise, drawn by every method"] = samples
+        sheets["Samples of every method from the same noise"] = samples
         samples.save(folder / "samples.png")
     texts["report.html"] = html_page(folder.resolve().name, runs, figures, sheets)
     for name, text in texts.items():

@@ -69,7 +69,10 @@ class ProcessTreeLauncher(Launcher):
             check(cfg)
             job.key = job_hash(cfg)
             job.dry_run = cfg.dry_run
-            job.processes, job.on_gpu = needs(cfg.trainer, gpus, self.gpus_per_job)
+            trainer = cfg.trainer
+            job.processes, job.on_gpu = needs(
+                trainer.accelerator, trainer.devices, gpus, self.gpus_per_job, trainer.get("num_nodes", 1)
+            )
         except (UserError, OmegaConfBaseException) as error:
             job.status, job.error = "refused", str(error)
         return job

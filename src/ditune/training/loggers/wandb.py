@@ -15,6 +15,7 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from ditune.errors import UserError
 from ditune.files.atomic import atomic
+from ditune.metrics.names import summaries
 
 log = logging.getLogger(__name__)
 
@@ -22,10 +23,6 @@ log = logging.getLogger(__name__)
 TAG, NAME, PROJECT = 64, 128, 128  # characters
 NOT_IN_A_PROJECT = "/\\#?%:"
 ID_FILE = "wandb_id"
-
-# which of a metric's values stands for the run
-SUMMARIES = {"train/loss": "min,last"} | {f"eval/{name}_*": "min" for name in ("kid", "fd", "fid", "sfid")}
-SUMMARIES |= {f"eval/{name}_*": "max" for name in ("is", "precision", "recall", "density", "coverage")}
 
 
 @cache
@@ -145,7 +142,7 @@ class WandbRun(WandbLogger):
         import wandb  # here and below: it takes seconds, and other loggers do without
 
         run = self.experiment
-        for pattern, summary in SUMMARIES.items():
+        for pattern, summary in ({"train/loss": "min,last"} | summaries()).items():
             run.define_metric(pattern, step_metric="trainer/global_step", summary=summary)
         run.log({"parameters": wandb.Table(["parameter", "trained", "frozen"], [list(row) for row in parameters])})
         trained, frozen = (sum(row[k] for row in parameters) for k in (1, 2))

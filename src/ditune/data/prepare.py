@@ -1,0 +1,236 @@
+"""Getting a dataset ready, in stages that can be repeated, killed, and shared by any number of processes.
+
+The stages are: fetch and unpack its files; verify every image and write the manifest; encode its latents. What they
+make lies in one folder, `prepared`: manifest.csv, report.json and latents/. Commands and trainings call them.
+"""
+
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ditune.data.benchmark import Benchmark
+from ditune.data.images import ImageDataset
+from ditune.data.latents import HEADER, Latents, Writer, check, expected_header
+from ditune.data.transforms import from_uint8
+from ditune.data.verify import is_valid, verify
+from ditune.errors import UserError
+from ditune.files.locks import locked, share
+from ditune.progress import meter
+
+if TYPE_CHECKING:
+    from ditune.autoencoders import Autoencoder  # at run time a caller brings it: reading images needs no network
+
+log = logging.getLogger(__name__)
+
+PIECE = 256  # images that one process encodes at a time
+BATCH = 32  # images that the autoencoder sees at once
+
+
+def fetch(cls: type[Benchmark], root: Path, download: bool) -> None:
+    """Bring the files of a public dataset to `root`, unless they are there.
+
+    Args:
+        cls: class of the dataset.
+        root: folder for its files.
+        download: whether archives that are missing may be downloaded.
+
+    Raises:
+        UserError: a file is missing (with what to put where), cannot be fetched, is damaged, or cannot be written.
+    """
+    if cls.is_complete(root):
+        return
+    with writing(root, "data.root"), locked(root / ".prepare.lock"):
+        cls.fetch(root, download)
+
+
+def manifest_path(prepared: Path) -> Path:
+    """Where the manifest of a dataset lies."""
+    return prepared / "manifest.csv"
+
+
+def verify_images(dataset: ImageDataset, prepared: Path, policy: str, again: bool = False) -> None:
+    """Read every image and write the manifest of all splits, unless a valid one is there.
+
+    Args:
+        dataset: with all its splits, made without a manifest.
+        prepared: folder for the manifest and the report.
+        policy: "skip" = leave broken images out and report them; "raise" = stop at them.
+        again: read everything again.
+
+    Raises:
+        UserError: images are broken and the policy is "raise"; or the folder cannot be written.
+    """
+    path = manifest_path(prepared)
+    if not again and is_valid(dataset.everything, path):
+        log.info("%s is valid", path)
+    with writing(prepared, "data.prepared"):
+        prepared.mkdir(parents=True, exist_ok=True)
+        verify(dataset, path, policy, again)
+
+
+def cache_of(dataset: ImageDataset, autoencoder: "Autoencoder", prepared: Path) -> tuple[Path, dict]:
+    """Folder of the latents of one split, and the header that the cache in it must have.
+
+    Args:
+        dataset: one split at one resolution.
+        autoencoder: that encodes it.
+        prepared: folder with the manifest.
+
+    Returns:
+        (folder of the cache, expected header).
+
+    Raises:
+        UserError: there is no manifest yet.
+    """
+    manifest = manifest_path(prepared)
+    if not manifest.is_file():
+        raise UserError(
+            f"There is no manifest {manifest}, and data.latents is set. Run `python src/prepare.py` with the "
+            "same data= and autoencoder= first, or set data.latents=false to encode images in every step."
+        )
+    name = f"{dataset.split or 'all'}_{dataset.resolution}_{autoencoder.name}"
+    shape = autoencoder.latent_shape(dataset.resolution)
+    header = expected_header(dataset, manifest, autoencoder.latent_fingerprint, shape, autoencoder.moments)
+    return prepared / "latents" / name, header
+
+
+def cached_latents(dataset: ImageDataset, autoencoder: "Autoencoder", prepared: Path, device: torch.device) -> Latents:
+    """The latents of one split, encoded first if they are not there.
+
+    Args:
+        dataset: one split at one resolution.
+        autoencoder: that encodes it.
+        prepared: folder with the manifest; gets the cache.
+        device: where the autoencoder computes.
+
+    Raises:
+        UserError: there is no manifest, the cache cannot be written, or it is stale or damaged.
+    """
+    folder, header = cache_of(dataset, autoencoder, prepared)
+    if not (folder / HEADER).is_file():
+        encode(dataset, autoencoder, prepared, device)
+    return Latents(folder, header)
+
+
+def encode(
+    dataset: ImageDataset, autoencoder: "Autoencoder", prepared: Path, device: torch.device, again: bool = False
+) -> None:
+    """Write the latent cache of one split, of images and mirrored images; replace a stale one.
+
+    Processes that start at once share the work. A cache gets its name when it is whole.
+
+    Args:
+        dataset: one split at one resolution.
+        autoencoder: that encodes it; it is moved to `device`.
+        prepared: folder with the manifest; gets the cache.
+        device: where the autoencoder computes.
+        again: encode even if a valid cache is there.
+
+    Raises:
+        UserError: there is no manifest, no room or no permission, or the latents are not finite.
+    """
+    folder, header = cache_of(dataset, autoencoder, prepared)
+    if again:
+        shutil.rmtree(folder, ignore_errors=True)
+    if _is_cache(folder, header):
+        log.info("%s is valid", folder)
+        return
+    key = f"{header['manifest'][:8]}-{header['autoencoder'][:8]}"
+    work_folder = folder.with_name(f".{folder.name}.{key}")
+    autoencoder = autoencoder.to(device).eval()
+    with writing(folder.parent, "data.prepared"):
+        _check_space(folder.parent, work_folder, header)
+        writer = Writer(work_folder, header)
+
+        def work(i: int) -> None:
+            rows, encoded = range(i * PIECE, min((i + 1) * PIECE, len(dataset))), []
+            for batch in _encoded(dataset, rows, autoencoder, device):
+                encoded.append(batch)
+                progress.advance(len(batch))
+            writer.write(rows[0], torch.cat(encoded))
+
+        pieces = -(-len(dataset) // PIECE)
+        with meter("encoding latents", len(dataset)) as progress:
+            share(work_folder / "pieces", pieces, work, lambda: _is_cache(folder, header))
+        writer.close()
+        with locked(folder.with_name(".latents.lock")):
+            if not _is_cache(folder, header):
+                writer.finish(dataset.labels, header)
+                shutil.rmtree(work_folder / "pieces")
+                shutil.rmtree(folder, ignore_errors=True)
+                work_folder.rename(folder)
+    log.info("latents of %d images are in %s", len(dataset), folder)
+
+
+def _is_cache(folder: Path, header: dict) -> bool:
+    try:
+        check(folder, header)
+    except UserError:
+        return False
+    return True
+
+
+def _check_space(folder: Path, work_folder: Path, header: dict) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    needed = 2 * int(torch.tensor(header["shape"]).prod())
+    if (work_folder / "latents.npy").exists():
+        needed -= (work_folder / "latents.npy").stat().st_blocks * 512
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"The latents need {needed:,} bytes in {folder}, and {free:,} are free. "
+            "Free some, or set data.prepared=<folder> on another disk."
+        )
+
+
+@torch.inference_mode()
+def _encoded(dataset: ImageDataset, rows: range, autoencoder: "Autoencoder", device: torch.device) -> Iterator[Tensor]:
+    """Moments of images and their mirror images, float16 (n, 2, M, C, h, w), a batch at a time.
+
+    Computed in fp32 at any precision of the training: the rounding would stay in every epoch.
+    """
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        decoded = pool.map(lambda i: dataset[i][0], rows)  # goes on while the autoencoder computes
+        while batch := list(islice(decoded, BATCH)):
+            x = from_uint8(torch.stack(batch).to(device))  # (n, 3, R, R)
+            sides = []
+            for side in (x, x.flip(-1)):
+                found = [part for part in autoencoder.encode(side) if part is not None]
+                sides.append(torch.stack(found, dim=1))  # (n, M, C, h, w)
+            moments = torch.stack(sides, dim=1).half()  # (n, 2, M, C, h, w)
+            if not torch.isfinite(moments).all():
+                raise UserError(
+                    f"The autoencoder gives numbers that are not finite for one of the images from "
+                    f"{dataset.names[rows[0]]} to {dataset.names[rows[-1]]}. Check its weights."
+                )
+            yield moments.cpu()
+
+
+@contextmanager
+def writing(folder: Path, key: str) -> Iterator[None]:
+    """Make a sentence of a folder that cannot be written, or of a full disk.
+
+    Args:
+        folder: that the block writes to.
+        key: of the config, which chooses another folder.
+
+    Raises:
+        UserError: the block has raised an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        free = shutil.disk_usage(next(p for p in (folder, *folder.absolute().parents) if p.is_dir())).free
+        raise UserError(
+            f"Cannot write to {folder} ({error}; {free:,} bytes are free there). What is whole stays; run this again "
+            f"once there is room and permission, or set {key}=<another folder>."
+        ) from error
