@@ -55,10 +55,10 @@ def study(cfg: DictConfig) -> Path:
             raise UserError(f"{path} has another run called {name}. Give another out=, or delete that entry.")
         for steps in cfg.steps:
             if str(steps) not in entry["values"] and fits(run, steps):
-                drawer = replace(run.drawer, steps=steps)
+                generator = replace(run.generator, steps=steps)
                 if cfg.guidance is not None:
-                    drawer = replace(drawer, guidance=cfg.guidance)
-                evaluation = Evaluation(judge, reference, drawer, n=cfg.metrics.n, seed=cfg.metrics.seed)
+                    generator = replace(generator, guidance=cfg.guidance)
+                evaluation = Evaluation(judge, reference, generator, n=cfg.metrics.n, seed=cfg.metrics.seed)
                 values = evaluation(run.network.to(best_device()))
                 log.info("%s in %d steps: %s", name, steps, values)
                 entry["values"][str(steps)] = {"protocol": evaluation.key, **values}
@@ -90,7 +90,7 @@ def facts(run: Run) -> dict:
 def fits(run: Run, steps: int) -> bool:
     """Whether the run's network was trained for this number of steps."""
     try:
-        check(run.drawer.sampler, run.drawer.process, steps)
+        check(run.generator.sampler, run.generator.process, steps)
     except UserError as error:
         log.info("%s is left out at %d steps: %s", run.folder, steps, error)
         return False
@@ -102,9 +102,9 @@ def step_grid(run: Run, steps: list[int], cfg: DictConfig, path: Path) -> None:
     labels = [i * run.network.num_classes // cfg.shown for i in range(cfg.shown)]
     rows = {}
     for count in steps:
-        drawer = replace(run.drawer, steps=count, batch_size=cfg.shown)
-        drawer = drawer if cfg.guidance is None else replace(drawer, guidance=cfg.guidance)
-        rows[f"steps: {count}"] = drawer.draw(run.network, torch.tensor(labels), cfg.metrics.seed)
+        generator = replace(run.generator, steps=count, batch_size=cfg.shown)
+        generator = generator if cfg.guidance is None else replace(generator, guidance=cfg.guidance)
+        rows[f"steps: {count}"] = generator.generate(run.network, torch.tensor(labels), cfg.metrics.seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     before_after_sheet(rows).save(path)
 

@@ -42,7 +42,7 @@ class Snippet(NamedTuple):
 
 
 def snippets(kind: str) -> list[Snippet]:
-    """Blocks of a section, in its order."""
+    """ImageShards of a section, in its order."""
     section = re.search(rf"^## {re.escape(kind)}$(.*?)(?=^## |\Z)", PAGE, flags=re.DOTALL | re.MULTILINE)
     assert section, f"the page has no section {kind}"
     blocks = re.findall(r"^```(?:python|yaml)\n(.*?)^```$", section[1], flags=re.DOTALL | re.MULTILINE)

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -18,14 +17,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ditune.config.keys import check
 from ditune.config.overrides import explain
-from ditune.errors import PLACES, UserError, refusal
+from ditune.errors import PLACES, UserError, fail, refusal
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = str(ROOT / "configs")
 REPORT_CONFIGS = str(
     ROOT / "configs" / "reporting"
 )  # apart: its key `sweep` would be taken for the group configs/sweep
-USER_ERROR = 2  # exit code
 # of Lightning: advertisements, and what the plan of a run says itself
 CHATTER = ("litlogger", "litmodels", "`weights_only` was not set", "GPU available", "TPU available", "Precision (AMP)")
 CHATTER += ("`Trainer.fit` stopped",)
@@ -106,12 +104,6 @@ def composed() -> None:
     if _raising:
         os.environ.pop(FULL_ERROR, None)
         _raising = False
-
-
-def fail(text: str) -> NoReturn:
-    """End the process as for a mistake of the user."""
-    sys.stderr.write(f"\nError: {text}\n")
-    sys.exit(USER_ERROR)
 
 
 def config_error(error: OmegaConfBaseException) -> str:

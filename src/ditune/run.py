@@ -25,23 +25,33 @@ from ditune.checkpoints import (
 from ditune.config.base_network import check_latents, given_process
 from ditune.config.instantiate import instantiate
 from ditune.errors import UserError
-from ditune.generation.generator import Drawer
+from ditune.generation.generator import ImageGenerator
 from ditune.networks import DiT
 from ditune.processes import GaussianProcess, build_process
 
 log = logging.getLogger(__name__)
 
-STORED = ("process", "autoencoder", "resolution", "class_names")  # what a file must say about itself to be drawn from
-OURS = {"guidance": 1.5}  # of drawing, where no authors say otherwise
+STORED = (
+    "process",
+    "autoencoder",
+    "resolution",
+    "class_names",
+)  # what a file must say about itself
+OURS = {"guidance": 1.5}  # of sampling, where no authors say otherwise
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A network (in evaluation mode, fp32) and how its pictures are drawn."""
+    """A network (in evaluation mode, fp32) and how its images are generated."""
 
     network: DiT
-    drawer: Drawer
+    generator: ImageGenerator
     class_names: list[str] | None  # None: an official file, which does not name its classes
+
+    @property
+    def drawer(self) -> ImageGenerator:
+        """The earlier name of `generator`."""
+        return self.generator
 
 
 @dataclass(frozen=True)
@@ -75,9 +85,9 @@ def load_run(folder: Path | str) -> Run:
             f"Let it finish: python src/train.py with its settings, run_dir={folder} and resume=auto."
         )
     bf16 = str(cfg.trainer.precision).startswith("bf16")
-    drawer = _build_drawer(folder, stored, instantiate(cfg.autoencoder, "autoencoder"), cfg.sampler, bf16)
+    generator = _build_generator(folder, stored, instantiate(cfg.autoencoder, "autoencoder"), cfg.sampler, bf16)
     reshaped = base is not None and (stored["base"].get("classes") or stored["base"]["network"] != stored["network"])
-    return Run(network.eval(), drawer, stored["class_names"], folder, cfg, base, bool(reshaped))
+    return Run(network.eval(), generator, stored["class_names"], folder, cfg, base, bool(reshaped))
 
 
 def load_checkpoint(
@@ -100,27 +110,27 @@ def load_checkpoint(
     Raises:
         UserError: the file is missing or damaged, or the autoencoder is another.
     """
-    path, codec = Path(path), instantiate(autoencoder, "autoencoder")
+    path, autoencoder = Path(path), instantiate(autoencoder, "autoencoder")
     given = {key: value for key, value in (overrides or {}).items() if value is not None}
     read = read_network(path, given_process(process, "process"), **given)
     network = read.network
-    stored = _official(path, read, codec) if read.header is None else _stored(path, read.header)
+    stored = _official(path, read, autoencoder) if read.header is None else _stored(path, read.header)
     if None in (sampler.steps, sampler.guidance):
-        theirs = OURS | read.drawing
+        theirs = OURS | read.sampling
         sampler = OmegaConf.merge(sampler, {key: value for key, value in theirs.items() if sampler[key] is None})
-    drawer = _build_drawer(path, stored, codec, sampler, bf16)
+    generator = _build_generator(path, stored, autoencoder, sampler, bf16)
     if read.header is None:
-        scales = ", ".join(f"{scale:g}" for scale in sorted(set(codec.scale.tolist())))
+        scales = ", ".join(f"{scale:g}" for scale in sorted(set(autoencoder.scale.tolist())))
         log.info(
             "its latents are those of autoencoder=%s times %s; where nothing else is set, it is sampled by %s with %d "
             "steps and guidance %g",
-            codec.name,
+            autoencoder.name,
             scales,
-            drawer.sampler.kind,
-            drawer.steps,
-            drawer.guidance,
+            generator.sampler.kind,
+            generator.steps,
+            generator.guidance,
         )
-    return Trained(network.eval(), drawer, stored["class_names"])
+    return Trained(network.eval(), generator, stored["class_names"])
 
 
 def exactly_one(cfg: DictConfig, *keys: str) -> str:
@@ -169,28 +179,30 @@ def _stored(path: Path, header: dict[str, Any]) -> dict[str, Any]:
     return stored
 
 
-def _official(path: Path, read: NetworkFile, codec: Autoencoder) -> dict[str, Any]:
+def _official(path: Path, read: NetworkFile, autoencoder: Autoencoder) -> dict[str, Any]:
     """What files of others leave unsaid: latents that only their channels tell apart, and names of classes."""
     network = read.network
-    if network.in_channels != codec.channels:
+    if network.in_channels != autoencoder.channels:
         raise UserError(
-            f"{path} draws latents of {network.in_channels} channels, the autoencoder has {codec.channels}. "
+            f"{path} draws latents of {network.in_channels} channels, the autoencoder has {autoencoder.channels}. "
             "Official DiT files need the decoder of their latents (the VAE of Stable Diffusion) as autoencoder=."
         )
     return {
         "process": read.process or GaussianProcess().config,
-        "autoencoder": codec.latent_fingerprint,
-        "resolution": network.config["input_size"] * codec.downsample,
+        "autoencoder": autoencoder.latent_fingerprint,
+        "resolution": network.config["input_size"] * autoencoder.downsample,
         "class_names": None,
     }
 
 
-def _build_drawer(source: Path, stored: dict[str, Any], codec: Autoencoder, sampler: DictConfig, bf16: bool) -> Drawer:
-    check_latents(f"network of {source}", stored, codec)
+def _build_generator(
+    source: Path, stored: dict[str, Any], autoencoder: Autoencoder, sampler: DictConfig, bf16: bool
+) -> ImageGenerator:
+    check_latents(f"network of {source}", stored, autoencoder)
     process = build_process(stored["process"])
     drawing = instantiate(sampler, "sampler")
     if isinstance(drawing["sampler"], str):
         drawing["sampler"] = getattr(samplers, drawing["sampler"])()
-    drawer = Drawer(process, codec, stored["resolution"], bf16=bf16, **drawing)
-    samplers.check(drawer.sampler, process, drawer.steps)
-    return drawer
+    generator = ImageGenerator(process, autoencoder, stored["resolution"], bf16=bf16, **drawing)
+    samplers.check(generator.sampler, process, generator.steps)
+    return generator

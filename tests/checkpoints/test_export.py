@@ -16,7 +16,7 @@ from ditune.checkpoints import load_network, save_network
 from ditune.commands.export import export, to_diffusers, to_dit
 from ditune.commands.train import train
 from ditune.errors import UserError
-from ditune.generation.generator import Drawer
+from ditune.generation.generator import ImageGenerator
 from ditune.networks import DiT, build_network
 from ditune.processes import GaussianProcess
 from ditune.run import Trained, load_run
@@ -33,7 +33,7 @@ def trained(tmp_path) -> Trained:
     network = DiT(**json.loads((GOLDEN / "tiny_dit_config.json").read_text()))
     network.load_state_dict(golden("tiny_dit_weights"))
     codec = KL("small", small_vae(tmp_path / "vae"))
-    drawer = Drawer(GaussianProcess(), codec, resolution=64, sampler=DDIM(), steps=5, bf16=False)
+    drawer = ImageGenerator(GaussianProcess(), codec, resolution=64, sampler=DDIM(), steps=5, bf16=False)
     return Trained(network.eval(), drawer, NAMES)
 
 

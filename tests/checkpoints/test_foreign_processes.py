@@ -132,12 +132,12 @@ def test_a_checkpoint_is_drawn_from_by_its_process(saved):
     path = saved(network(in_channels=3, learn_sigma=False).state_dict())
     sampler = OmegaConf.load(ROOT / "configs" / "sampler" / "published.yaml")
     trained = load_checkpoint(path, NONE, sampler, False, "repa", {"num_heads": None})
-    assert isinstance(trained.drawer.process, FlowProcess)
-    assert type(trained.drawer.sampler).__name__ == "Euler"
+    assert isinstance(trained.generator.process, FlowProcess)
+    assert type(trained.generator.sampler).__name__ == "Euler"
     trained = load_checkpoint(path, NONE, sampler, False)
-    assert trained.drawer.process.config["variance"] == "fixed_large"
+    assert trained.generator.process.config["variance"] == "fixed_large"
     own = OmegaConf.create({"kind": "flow", "time_scale": 1000.0})
-    assert load_checkpoint(path, NONE, sampler, False, own).drawer.process.time_scale == 1000
+    assert load_checkpoint(path, NONE, sampler, False, own).generator.process.time_scale == 1000
     unknown = OmegaConf.create({"kind": "flow", "speed": 1})
     with pytest.raises(UserError, match="process is no process"):
         load_checkpoint(path, NONE, sampler, False, unknown)
@@ -172,7 +172,7 @@ def test_a_run_on_a_flow_of_an_unpublished_width(saved, pictures, tmp_path):
     assert train(cfg) == 0
     run = load_run(tmp_path / "run")
     assert run.network.config["num_heads"] == 3
-    assert (run.drawer.process.time_scale, run.drawer.process.diffused) == (1.0, None)
+    assert (run.generator.process.time_scale, run.generator.process.diffused) == (1.0, None)
 
 
 COSINE = GaussianProcess("cosine").tables["betas"].tolist()

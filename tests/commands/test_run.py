@@ -20,7 +20,7 @@ from ditune.commands.evaluate import evaluate
 from ditune.commands.sample import balanced_labels, sample
 from ditune.commands.train import train
 from ditune.config import hardware
-from ditune.config.components import build_comparison, build_components, build_drawer, build_evaluation
+from ditune.config.components import build_comparison, build_components, build_evaluation, build_generator
 from ditune.config.instantiate import instantiate
 from ditune.errors import UserError
 from ditune.evaluation.protocol import Record
@@ -205,9 +205,9 @@ def test_record_of_a_base_is_found_by_the_trainings_judge(
     cfg.metrics.record = str(record)
     cfg.metrics.base_reference = {**cfg.metrics.reference, "limit": 9}
     parts = build_components(cfg)
-    drawer = build_drawer(cfg, parts)
+    generator = build_generator(cfg, parts)
     keys = [
-        build_evaluation(cfg, drawer, instantiate(reference, "metrics")).key
+        build_evaluation(cfg, generator, instantiate(reference, "metrics")).key
         for reference in (cfg.metrics.reference, cfg.metrics.base_reference)
     ]
     assert set(keys) == set(content["metrics"][sha256(base)])
@@ -215,7 +215,7 @@ def test_record_of_a_base_is_found_by_the_trainings_judge(
     for key, value in zip(keys, (0.8, 0.2), strict=True):
         content["metrics"][sha256(base)][key]["values"]["kid_efflite0"] = value
     write_json(record, content)
-    metrics = build_comparison(cfg, drawer)(parts.network, parts.base.path, tmp_path / "sheets")
+    metrics = build_comparison(cfg, generator)(parts.network, parts.base.path, tmp_path / "sheets")
     assert (metrics["before_is"], metrics["base_domain_is"]) == ("record", "record")
     assert metrics["gap_before"] == pytest.approx(0.6)
     assert metrics["gap_closed"] == pytest.approx((0.8 - metrics["after"]["kid_efflite0"]) / 0.6)
@@ -225,9 +225,9 @@ def test_every_setting_of_the_protocol_changes_its_key(scratch: Path, judging: l
     cfg = task("evaluate", *judging)
     trained = load_checkpoint(scratch / "network.safetensors", cfg.autoencoder, cfg.sampler, bf16=True)
     reference = instantiate(cfg.metrics.reference, "metrics")
-    evaluation = build_evaluation(cfg, trained.drawer, reference)
+    evaluation = build_evaluation(cfg, trained.generator, reference)
     others = [
-        replace(evaluation, drawer=replace(trained.drawer, **change))
+        replace(evaluation, generator=replace(trained.generator, **change))
         for change in ({"bf16": False}, {"steps": 3}, {"guidance": 2.0}, {"batch_size": 8}, {"resolution": 32})
     ]
     others += [replace(evaluation, n=6), replace(evaluation, seed=0)]
@@ -237,10 +237,10 @@ def test_every_setting_of_the_protocol_changes_its_key(scratch: Path, judging: l
 
 def test_images_are_judged_as_the_network_that_drew_them(scratch: Path, judging: list[str], tmp_path: Path) -> None:
     run = load_run(scratch)
-    evaluation = build_evaluation(run.cfg, run.drawer, instantiate(run.cfg.metrics.reference, "metrics"))
+    evaluation = build_evaluation(run.cfg, run.generator, instantiate(run.cfg.metrics.reference, "metrics"))
     folder = tmp_path / "pictures"
     folder.mkdir()
-    for i, picture in enumerate(evaluation.draw(run.network)):
+    for i, picture in enumerate(evaluation.generate(run.network)):
         Image.fromarray(picture.permute(1, 2, 0).numpy()).save(folder / f"{i:05d}.png")
     path = evaluate(task("evaluate", f"images={folder}", *judging))
     assert json.loads(path.read_text())["metrics"]["values"] == result(scratch)["metrics"]["after"]

@@ -65,7 +65,7 @@ def test_difffit_on_cub_from_cache_and_from_pixels(overrides, tmp_path):
     torch.testing.assert_close(losses(tmp_path / "cached"), losses(tmp_path / "pixels"), rtol=2e-3, atol=0)
     run = load_run(tmp_path / "cached")
     assert run.class_names == ["Black footed Albatross", "Laysan Albatross", "Sooty Albatross"]
-    assert run.drawer.draw(run.network, torch.tensor([0, 2]), seed=0).shape == (2, 3, 32, 32)
+    assert run.generator.generate(run.network, torch.tensor([0, 2]), seed=0).shape == (2, 3, 32, 32)
 
 
 @pytest.mark.parametrize("name", EIGHT)

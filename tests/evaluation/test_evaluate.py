@@ -19,7 +19,7 @@ from ditune.commands.train import train
 from ditune.data import Pictures
 from ditune.errors import UserError
 from ditune.evaluation.image_files import ImageFiles
-from ditune.evaluation.image_shards import Blocks, NpzPictures, weights_hash
+from ditune.evaluation.image_shards import ArrayImages, ImageShards, weights_hash
 from ditune.files.atomic import read_json, write_json
 from ditune.metrics import Judge
 from helpers import ROOT, SMALL, compose, task
@@ -37,19 +37,19 @@ def drawing(calls: list[int]):
     return draw
 
 
-def blocks(folder: Path, n: int = 7, **header: object) -> Blocks:
-    return Blocks(folder, header, torch.arange(n) % 3, size=3)
+def blocks(folder: Path, n: int = 7, **header: object) -> ImageShards:
+    return ImageShards(folder, header, torch.arange(n) % 3, size=3)
 
 
 def test_blocks_are_drawn_once_and_read_in_any_order(tmp_path):
     calls: list[int] = []
-    blocks(tmp_path, a=1).draw(drawing(calls))
+    blocks(tmp_path, a=1).fill(drawing(calls))
     assert calls == list(range(7))
     (tmp_path / "000001.npy").unlink()  # a process was stopped in it
     (tmp_path / ".000001.npy.tmp-1").write_bytes(b"half")
     calls.clear()
     again = blocks(tmp_path, a=1)
-    again.draw(drawing(calls))
+    again.fill(drawing(calls))
     assert calls == [3, 4, 5]
     pictures, labels = again.__getitems__([6, 0, 4])
     assert torch.equal(pictures, torch.stack([picture(i) for i in (6, 0, 4)]))
@@ -66,23 +66,23 @@ def test_ranks_share_the_blocks(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(pytest.fail.Exception):  # it waits for the other one
-        blocks(tmp_path).draw(drawing(calls))
+        blocks(tmp_path).fill(drawing(calls))
     assert calls == [3, 4, 5]
     monkeypatch.setenv("RANK", "0")
-    blocks(tmp_path).draw(drawing(calls))
+    blocks(tmp_path).fill(drawing(calls))
     assert sorted(calls) == list(range(7))
 
 
 def test_npz_is_what_adm_reads(tmp_path):
     drawn = blocks(tmp_path / "blocks")
-    drawn.draw(drawing([]))
+    drawn.fill(drawing([]))
     drawn.save_npz(tmp_path / "samples.npz")
     with np.load(tmp_path / "samples.npz", allow_pickle=False) as file:
         assert file["arr_0"].shape == (7, 4, 4, 3)
         assert file["arr_0"].dtype == np.uint8
         assert (file["arr_0"][:, 0, 0, 0] == np.arange(7)).all()
         assert file["arr_1"].tolist() == [0, 1, 2, 0, 1, 2, 0]
-    read = NpzPictures(tmp_path / "samples.npz")
+    read = ArrayImages(tmp_path / "samples.npz")
     assert torch.equal(read.__getitems__([5, 2])[0], torch.stack([picture(5), picture(2)]))
     drawn.delete()
     assert not (tmp_path / "blocks").exists()
@@ -105,7 +105,7 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), dtype=np.uint
 def test_arrays_of_the_usual_shapes_are_the_same_images(tmp_path, content):
     path = tmp_path / ("x.npz" if isinstance(content, dict) else "x.npy")
     np.savez(path, **content) if isinstance(content, dict) else np.save(path, content)
-    read = NpzPictures(path)
+    read = ArrayImages(path)
     assert (len(read), read.resolution) == (8, 16)
     assert torch.equal(read.__getitems__([5, 2])[0], torch.from_numpy(IMAGES[[5, 2]]).permute(0, 3, 1, 2))
     assert read.fingerprint == hashlib.sha256(IMAGES).hexdigest()
@@ -134,24 +134,24 @@ def test_other_arrays_are_refused(tmp_path, content, message):
     path = tmp_path / ("x.npz" if isinstance(content, dict) else "x.npy")
     np.savez(path, **content) if isinstance(content, dict) else np.save(path, content)
     with pytest.raises(UserError, match=message):
-        NpzPictures(path)
+        ArrayImages(path)
 
 
 def test_files_that_are_no_arrays_are_refused(tmp_path):
     path = tmp_path / "x.npz"
     with pytest.raises(UserError, match="no file"):
-        NpzPictures(path)
+        ArrayImages(path)
     path.write_bytes(b"no zip")
     with pytest.raises(UserError, match="cannot be read"):
-        NpzPictures(path)
+        ArrayImages(path)
     with pytest.raises(UserError, match="cannot be read"):
-        NpzPictures(tmp_path)
+        ArrayImages(tmp_path)
     np.savez_compressed(path, arr_0=IMAGES)
     content = bytearray(path.read_bytes())
     content[2000:2100] = bytes(100)
     path.write_bytes(content)
     with pytest.raises(UserError, match="cannot be read"):
-        NpzPictures(path)
+        ArrayImages(path)
 
 
 def save(path: Path, image: np.ndarray) -> None:

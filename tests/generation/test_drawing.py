@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ditune.autoencoders import Pixels
-from ditune.generation.generator import Drawer
+from ditune.generation.generator import ImageGenerator
 from ditune.networks import DiT
 from ditune.processes import FlowProcess, GaussianProcess
 from ditune.samplers import DDIM, DDPM, Euler
@@ -36,12 +36,12 @@ def network() -> Recorded:
     return Recorded(network.eval())
 
 
-def drawer(sampler: str = "ddim", **settings: object) -> Drawer:
+def drawer(sampler: str = "ddim", **settings: object) -> ImageGenerator:
     flow = sampler == "euler"
     process = FlowProcess() if flow else GaussianProcess()
     own = {"ddim": DDIM(clip=1.0), "ddpm": DDPM(clip=1.0), "euler": Euler()}[sampler]
     defaults = {"steps": 4, "guidance": 1.0, "batch_size": 8, "bf16": False}
-    return Drawer(process, Pixels(), 8, own, **(defaults | settings))
+    return ImageGenerator(process, Pixels(), 8, own, **(defaults | settings))
 
 
 @pytest.mark.parametrize(
@@ -67,12 +67,12 @@ def test_image_i_is_the_same_however_many_are_drawn(network, sampler, guidance):
     assert (whole[0] != whole[4]).float().mean() > 0.5  # same class, other noise
     for first, n in ((0, 19), (0, 5), (3, 1), (7, 12)):
         rows = list(range(first, first + n))
-        some = generator.draw(network, labels[rows], 5, rows)
+        some = generator.generate(network, labels[rows], 5, rows)
         assert (some.int() - whole[rows].int()).abs().max() <= 1
 
 
 def test_a_fixed_batch_gives_equal_bits(network):
     generator, labels = drawer(guidance=2.0), torch.arange(19) % 4
-    whole = generator.draw(network, labels, 5, fixed_batch=True)
+    whole = generator.generate(network, labels, 5, fixed_batch=True)
     for rows in ([0], list(range(8, 11)), list(range(16, 19))):
-        assert torch.equal(generator.draw(network, labels[rows], 5, rows, fixed_batch=True), whole[rows])
+        assert torch.equal(generator.generate(network, labels[rows], 5, rows, fixed_batch=True), whole[rows])

@@ -136,10 +136,10 @@ def load(path: Path, *overrides: str):
 
 def test_the_published_flow_is_drawn_by_euler_and_refuses_ddpm(tmp_path):
     path = published(tmp_path, qk_norm=True)
-    drawer = load(path).drawer
-    assert drawer.process.config == FlowProcess(time_scale=1.0).config
-    assert (type(drawer.sampler), drawer.steps, drawer.guidance) == (Euler, 50, 1.5)
-    assert load(path, "sampler.guidance=4.0").drawer.guidance == 4.0
+    generator = load(path).generator
+    assert generator.process.config == FlowProcess(time_scale=1.0).config
+    assert (type(generator.sampler), generator.steps, generator.guidance) == (Euler, 50, 1.5)
+    assert load(path, "sampler.guidance=4.0").generator.guidance == 4.0
     with pytest.raises(UserError, match="trained on a flow, and DDPM samples from a diffusion"):
         load(path, "sampler=ddpm")
 
@@ -156,16 +156,16 @@ def test_a_published_file_is_judged_by_one_command(pictures, tmp_path):
 
 def test_the_published_diffusion_is_drawn_by_ddpm(tmp_path):
     path = published(tmp_path, qk_norm=False)
-    drawer = load(path).drawer
-    assert drawer.process.config == GaussianProcess().config
-    assert (type(drawer.sampler), drawer.steps, drawer.guidance_channels) == (DDPM, 250, 3)
+    generator = load(path).generator
+    assert generator.process.config == GaussianProcess().config
+    assert (type(generator.sampler), generator.steps, generator.guidance_channels) == (DDPM, 250, 3)
     with pytest.raises(UserError, match="trained on a diffusion, and Euler samples from a flow"):
         load(path, "sampler=euler")
 
 
 def test_files_of_ours_are_drawn_as_before(base):
-    drawer = load(base).drawer
-    assert (type(drawer.sampler).__name__, drawer.steps, drawer.guidance) == ("DDIM", 25, 1.5)
+    generator = load(base).generator
+    assert (type(generator.sampler).__name__, generator.steps, generator.guidance) == ("DDIM", 25, 1.5)
 
 
 def test_prompts_have_no_position():

@@ -251,7 +251,7 @@ def test_a_run_from_training_to_pictures(tmp_path, pictures):
     run = load_run(tmp_path)
     assert run.drawer.process.config == FlowProcess().config
     assert type(run.drawer.sampler) is Euler
-    drawn = run.drawer.draw(run.network, torch.tensor([0, 1]), seed=0)
+    drawn = run.generator.generate(run.network, torch.tensor([0, 1]), seed=0)
     assert drawn.shape == (2, 3, 16, 16)
     assert json.loads((tmp_path / "result.json").read_text())["denoising"]["after"] > 0
 
@@ -300,7 +300,7 @@ def test_a_base_of_diffusion_is_adapted_as_a_flow(tmp_path, pictures, base):
     assert train(compose(tmp_path, *SMALL_FLOW, *overrides)) == 0
     run = load_run(tmp_path)
     assert run.drawer.process.config["diffusion"]["prediction"] == "x0"
-    assert run.drawer.draw(run.network, torch.tensor([0]), seed=0).shape == (1, 3, 16, 16)
+    assert run.generator.generate(run.network, torch.tensor([0]), seed=0).shape == (1, 3, 16, 16)
 
 
 def test_a_base_of_a_flow_is_no_diffusion(tmp_path, pictures):

@@ -150,7 +150,7 @@ def test_a_method_trains_its_weights_and_the_step_embedder(tmp_path, pictures, f
     assert "samples/step_dependence" in (tmp_path / "metrics.csv").read_text().splitlines()[0]
     assert all("bias" in n or "_embedder." in n for n in trained)
     assert run.network.step_embedder.mlp[2].weight.abs().max() > 0
-    assert run.drawer.draw(run.network, torch.tensor([0]), seed=0).shape == (1, 3, 16, 16)
+    assert run.generator.generate(run.network, torch.tensor([0]), seed=0).shape == (1, 3, 16, 16)
 
 
 def test_an_official_diffusion_network_becomes_a_shortcut_network(tmp_path, pictures):

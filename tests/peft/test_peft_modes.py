@@ -165,7 +165,7 @@ def test_a_run_in_bf16_is_loaded_as_it_ended(small, base, tmp_path, name):
     cfg = small(*settings, folder=tmp_path / "run")
     assert train(cfg) == 0
     run, (_, tensors) = load_run(tmp_path / "run"), read_adapter(tmp_path / "run" / "adapter")
-    assert run.drawer.draw(run.network, torch.tensor([0, 1]), seed=0).shape == (2, 3, 16, 16)
+    assert run.generator.generate(run.network, torch.tensor([0, 1]), seed=0).shape == (2, 3, 16, 16)
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["method"] == name
     assert result["adapter_bytes"] == (tmp_path / "run" / "adapter" / "adapter_model.safetensors").stat().st_size

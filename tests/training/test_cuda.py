@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from ditune.commands.train import train
-from ditune.config.components import build_components, build_drawer
+from ditune.config.components import build_components, build_generator
 from ditune.networks.moe import Experts, back_end, by_grouped_mm, by_slices
 from helpers import SMALL, checkpoint, compose
 
@@ -67,10 +67,10 @@ def test_compiled_bf16_learns_what_fp32_learns(peft, small, base, tmp_path):
 def test_pictures_are_those_of_the_cpu(small, base):
     cfg = small("peft=difffit", f"pretrained={base}", "sampler=ddpm", "sampler.steps=4")
     parts = build_components(cfg)
-    drawer, labels = build_drawer(cfg, parts), torch.tensor([0, 1, 2])
+    generator, labels = build_generator(cfg, parts), torch.tensor([0, 1, 2])
     network = parts.network.eval()
-    here = drawer.draw(network, labels, seed=0)
-    there = drawer.draw(network.cuda(), labels, seed=0)
+    here = generator.generate(network, labels, seed=0)
+    there = generator.generate(network.cuda(), labels, seed=0)
     assert (here.int() - there.int()).abs().max() <= 1
 
 

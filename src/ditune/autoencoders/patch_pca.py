@@ -40,7 +40,7 @@ class PatchPCA(Autoencoder):
         numbers = 3 * patch**2  # D
         if not 1 <= channels <= numbers:
             raise UserError(
-                f"Blocks of {patch} x {patch} x 3 pixels have {numbers} principal components, not {channels}. "
+                f"ImageShards of {patch} x {patch} x 3 pixels have {numbers} principal components, not {channels}. "
                 f"Choose 1 to {numbers} channels, or larger blocks."
             )
         super().__init__(channels, downsample=patch)

@@ -46,7 +46,7 @@ def part_of(process: Process, t: Tensor) -> Tensor:
 
 
 def analyse(cfg: DictConfig) -> Path:
-    """Draw `cfg.n` pictures, as many of every class, and write what the experts did into `cfg.out`.
+    """Draw `cfg.n` images, as many of every class, and write what the experts did into `cfg.out`.
 
     Raises:
         UserError: the network has no experts, or the settings or a file are wrong.
@@ -61,12 +61,14 @@ def analyse(cfg: DictConfig) -> Path:
     network = trained.network.to(best_device())
     if not isinstance(network, DiTMoE):
         raise UserError(f"The network of {cfg[source]} has no experts. Give one that was trained with model=dit_moe.")
-    drawer = replace(trained.drawer, batch_size=math.gcd(cfg.n, trained.drawer.batch_size))  # padding would be counted
+    generator = replace(
+        trained.generator, batch_size=math.gcd(cfg.n, trained.generator.batch_size)
+    )  # padding would be counted
     if cfg.steps is not None:
-        drawer = replace(drawer, steps=cfg.steps)
+        generator = replace(generator, steps=cfg.steps)
     statistics = RoutingStatistics(network, best_device())
     labels = torch.arange(cfg.n) % network.num_classes
-    drawer.draw(Counted(network, drawer.process, statistics).eval(), labels, cfg.seed)
+    generator.generate(Counted(network, generator.process, statistics).eval(), labels, cfg.seed)
     folder = (
         Path(cfg.out).expanduser() if cfg.out is not None else Path(cfg.run or cfg.paths.log_dir) / "routing_analysis"
     )
@@ -76,7 +78,7 @@ def analyse(cfg: DictConfig) -> Path:
     facts = {"layers": statistics.layers, "load": statistics.load_LE.tolist()}
     facts |= {name: values.tolist() for name, values in statistics.per_layer().items()}
     write_json(
-        folder / "routing.json", {"pictures": cfg.n, "steps": drawer.steps, "guidance": drawer.guidance, **facts}
+        folder / "routing.json", {"pictures": cfg.n, "steps": generator.steps, "guidance": generator.guidance, **facts}
     )
     log.info("load.png, time.png, position.png, class.png and routing.json are in %s", folder)
     return folder

@@ -1,4 +1,4 @@
-"""What a run, a bare network or a folder of pictures is worth, by the protocol of a config."""
+"""Metrics of a run, a bare network or a folder of images, by the protocol of a config."""
 
 import logging
 import os
@@ -18,25 +18,25 @@ from ditune.config.components import build_comparison, build_evaluation
 from ditune.config.hardware import bare_precision, settle_numbers
 from ditune.config.instantiate import instantiate
 from ditune.config.keys import check
-from ditune.data import Pictures
+from ditune.data import ImageDataset
 from ditune.distributed import best_device, rank, world_size
 from ditune.errors import UserError
-from ditune.evaluation.image_arrays import NpzPictures
+from ditune.evaluation.image_arrays import ArrayImages
 from ditune.evaluation.image_files import ImageFiles
-from ditune.evaluation.image_shards import Blocks
-from ditune.evaluation.protocol import Record, judge_pictures
+from ditune.evaluation.image_shards import ImageShards
+from ditune.evaluation.protocol import Record, evaluate_images
 from ditune.files.atomic import read_json, sha256, write_json
 from ditune.launch.run_folder import owned
-from ditune.metrics import PictureSet, check_counts
+from ditune.metrics import ImageSet, check_counts
 from ditune.run import Trained, exactly_one, load_checkpoint, load_run
 
 log = logging.getLogger(__name__)
 
 
 def evaluate(cfg: DictConfig) -> Path:
-    """Judge what the config names; returns the result.json that holds the values.
+    """Evaluate what the config names; returns the result.json that holds the values.
 
-    Of several processes (torchrun's environment) all draw, and the first one judges and writes.
+    Of several processes (torchrun's environment) all generate, and the first one computes metrics and writes.
 
     Raises:
         UserError: the settings or a file are wrong.
@@ -60,6 +60,7 @@ def evaluate(cfg: DictConfig) -> Path:
 
 
 def of_run(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
+    """A run by its own protocol, or by another one besides."""
     run = load_run(cfg.run)
     path, settings = run.folder / "result.json", run.cfg
     if cfg.metrics_of == "this":
@@ -78,11 +79,11 @@ def of_run(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
     device = best_device()
     settle_numbers(settings.trainer.precision, device.type)  # the protocol is the run's, emulated or not
     network, start = run.network.to(device), time.perf_counter()
-    comparison = build_comparison(settings, run.drawer, run.folder / "evaluation")
+    comparison = build_comparison(settings, run.generator, run.folder / "evaluation")
     metrics = comparison(network, None if run.reshaped else run.base, run.folder / "samples")
     if rank() != 0:
         return path, metrics
-    speed = finish_blocks(comparison.evaluation.blocks(network), run.folder / "samples.npz", start)
+    speed = finish_shards(comparison.evaluation.shards(network), run.folder / "samples.npz", start)
     shutil.rmtree(run.folder / "evaluation")
     result = read_json(path) | {"evaluation": speed}
     if cfg.metrics_of == "run":
@@ -94,6 +95,7 @@ def of_run(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
 
 
 def of_checkpoint(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
+    """A network file."""
     checkpoint = locate(cfg.checkpoint, f"{cfg.paths.cache_dir}/networks")
     bf16 = bare_precision(cfg.precision, cfg.bf16)
     given = (cfg.process, cfg.network_overrides)
@@ -101,12 +103,12 @@ def of_checkpoint(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
     reference = instantiate(cfg.metrics.reference, "metrics")
     check_reference(trained, reference)
     record, folder, start = Record(cfg.record), Path(cfg.out).expanduser(), time.perf_counter()
-    evaluation = build_evaluation(cfg, trained.drawer, reference, store=folder / "evaluation")
+    evaluation = build_evaluation(cfg, trained.generator, reference, store=folder / "evaluation")
     network = trained.network.to(best_device())
     values = evaluation(network, folder)
     if rank() != 0:
         return folder / "result.json", {}
-    speed = finish_blocks(evaluation.blocks(network), folder / "samples.npz", start)
+    speed = finish_shards(evaluation.shards(network), folder / "samples.npz", start)
     shutil.rmtree(folder / "evaluation")
     if cfg.record is not None:
         record.add(checkpoint, evaluation, values)
@@ -116,56 +118,58 @@ def of_checkpoint(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
     return folder / "result.json", metrics
 
 
-def finish_blocks(blocks: Blocks, path: Path, start: float) -> dict[str, float]:
-    """Write the pictures as ADM's .npz; returns how long drawing and judging took and how many pictures a second."""
+def finish_shards(shards: ImageShards, path: Path, start: float) -> dict[str, float]:
+    """Write the images as ADM's .npz; returns seconds and images per second of the evaluation."""
     seconds = time.perf_counter() - start
-    log.info("%d pictures drawn and judged in %.0f s, %.1f images/s", len(blocks), seconds, len(blocks) / seconds)
-    blocks.save_npz(path)
-    return {"seconds": seconds, "images_per_second": len(blocks) / seconds, "processes": world_size()}
+    log.info("%d images generated and evaluated in %.0f s, %.1f images/s", len(shards), seconds, len(shards) / seconds)
+    shards.save_npz(path)
+    return {"seconds": seconds, "images_per_second": len(shards) / seconds, "processes": world_size()}
 
 
 def of_images(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
+    """A folder or zip file of images."""
     images = ImageFiles(cfg.images, cfg.data.resolution)
-    return of_pictures(cfg, images, {"images": str(cfg.images), **images.facts})
+    return of_set(cfg, images, {"images": str(cfg.images), **images.facts})
 
 
 def of_npz(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
-    pictures = NpzPictures(cfg.npz)
-    if pictures.resolution != cfg.data.resolution:
+    """A file of numpy."""
+    images = ArrayImages(cfg.npz)
+    if images.resolution != cfg.data.resolution:
         raise UserError(
-            f"The images in {cfg.npz} have {pictures.resolution} pixels, the reference {cfg.data.resolution}. "
-            f"Set data.resolution={pictures.resolution}."
+            f"The images in {cfg.npz} have {images.resolution} pixels, the reference {cfg.data.resolution}. "
+            f"Set data.resolution={images.resolution}."
         )
-    return of_pictures(cfg, pictures, {"npz": str(cfg.npz)})
+    return of_set(cfg, images, {"npz": str(cfg.npz)})
 
 
-def of_pictures(cfg: DictConfig, pictures: PictureSet, facts: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
-    judge, reference = instantiate(cfg.metrics.judge, "metrics"), instantiate(cfg.metrics.reference, "metrics")
-    check_counts(len(pictures), len(reference))
-    judge.extractor.to(best_device())
+def of_set(cfg: DictConfig, images: ImageSet, facts: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+    suite, reference = instantiate(cfg.metrics.judge, "metrics"), instantiate(cfg.metrics.reference, "metrics")
+    check_counts(len(images), len(reference))
+    suite.extractor.to(best_device())
     folder = Path(cfg.out).expanduser()
-    values = judge_pictures(judge, reference, pictures, folder)
+    values = evaluate_images(suite, reference, images, folder)
     protocol = {
-        "n": len(pictures),
+        "n": len(images),
         "resolution": cfg.data.resolution,
         "reference": reference.fingerprint,
-        "features": judge.identity,
+        "features": suite.identity,
     }
     metrics = {"protocol": protocol, "values": values}
-    write_json(folder / "result.json", facts | {"fingerprint": pictures.fingerprint, "metrics": metrics})
+    write_json(folder / "result.json", facts | {"fingerprint": images.fingerprint, "metrics": metrics})
     return folder / "result.json", metrics
 
 
 SOURCES = {"run": of_run, "checkpoint": of_checkpoint, "images": of_images, "npz": of_npz}
 
 
-def check_reference(trained: Trained, reference: Pictures) -> None:
-    """The reference's labels are drawn, so they must mean the network's classes; and its pictures have one size.
+def check_reference(trained: Trained, reference: ImageDataset) -> None:
+    """Refuse a reference whose classes or resolution are not the network's.
 
     Raises:
         UserError: classes or resolution differ.
     """
-    num_classes, resolution = trained.network.num_classes, trained.drawer.resolution
+    num_classes, resolution = trained.network.num_classes, trained.generator.resolution
     if reference.num_classes != num_classes:
         raise UserError(
             f"The network knows {num_classes} classes, the reference has {reference.num_classes}. "
@@ -178,7 +182,7 @@ def check_reference(trained: Trained, reference: Pictures) -> None:
         )
     if reference.resolution != resolution:
         raise UserError(
-            f"The network draws pictures of {resolution} pixels, the reference has {reference.resolution}. "
+            f"The network generates images of {resolution} pixels, the reference has {reference.resolution}. "
             f"Set data.resolution={resolution}."
         )
 
@@ -201,4 +205,5 @@ def table(metrics: dict[str, Any]) -> Table:
 
 
 def number(value: float) -> str:
+    """Whole numbers with commas, others with four decimals."""
     return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"

@@ -46,15 +46,15 @@ def export(cfg: DictConfig) -> Path:
 
 def to_dit(trained: Trained, folder: Path) -> Path:
     """One safetensors file with DiT's own keys, position table included; our header says process and classes."""
-    drawer = trained.drawer
+    generator = trained.generator
     facts = {
         "class_names": trained.class_names,
-        "autoencoder": drawer.autoencoder.latent_fingerprint,
-        "autoencoder_name": drawer.autoencoder.name,
-        "resolution": drawer.resolution,
+        "autoencoder": generator.autoencoder.latent_fingerprint,
+        "autoencoder_name": generator.autoencoder.name,
+        "resolution": generator.resolution,
     }
     path = folder / "network.safetensors"
-    save_network(path, trained.network, drawer.process.config, position_table=True, **facts)
+    save_network(path, trained.network, generator.process.config, position_table=True, **facts)
     return path
 
 
@@ -66,8 +66,8 @@ def to_diffusers(trained: Trained, folder: Path) -> Path:
     """
     from diffusers import DDIMScheduler  # takes seconds
 
-    network, drawer = trained.network, trained.drawer
-    process = drawer.process
+    network, generator = trained.network, trained.generator
+    process = generator.process
     if type(network) is not DiT or network.config.get("step") or not isinstance(process, GaussianProcess):
         raise UserError("diffusers has a DiT for diffusion only. Export this network with format=dit.")
     if folder.exists() and any(folder.iterdir()):
@@ -87,7 +87,7 @@ def to_diffusers(trained: Trained, folder: Path) -> Path:
         set_alpha_to_one=True,  # the last step goes to the data itself
         steps_offset=0,
     ).save_pretrained(folder / "scheduler")
-    codec = drawer.autoencoder
+    codec = generator.autoencoder
     if isinstance(codec, KL):
         codec.vae.register_to_config(scaling_factor=codec.scale[0].item())
         codec.vae.save_pretrained(folder / "vae")

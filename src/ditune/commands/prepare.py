@@ -51,11 +51,11 @@ def ensure(cfg: DictConfig) -> None:
         verify_pictures(cfg, "raise")
 
 
-def training_source(cfg: DictConfig, pictures: ImageDataset, autoencoder: Autoencoder) -> ImageDataset | Latents:
+def training_source(cfg: DictConfig, images: ImageDataset, autoencoder: Autoencoder) -> ImageDataset | Latents:
     """What a training reads: the images, or with data.latents the cache of their latents, made first if missing."""
     if not cfg.data.latents:
-        return pictures
-    return data.cached_latents(pictures, autoencoder, _prepared(cfg), best_device())
+        return images
+    return data.cached_latents(images, autoencoder, _prepared(cfg), best_device())
 
 
 def fetch(cfg: DictConfig, download: bool) -> None:
@@ -76,16 +76,16 @@ def manifest_path(cfg: DictConfig) -> Path:
     return data.manifest_path(_prepared(cfg))
 
 
-def cache_of(cfg: DictConfig, pictures: ImageDataset, autoencoder: Autoencoder) -> tuple[Path, dict]:
+def cache_of(cfg: DictConfig, images: ImageDataset, autoencoder: Autoencoder) -> tuple[Path, dict]:
     """Folder and expected header of the latents; see `ditune.data.prepare.cache_of`."""
-    return data.cache_of(pictures, autoencoder, _prepared(cfg))
+    return data.cache_of(images, autoencoder, _prepared(cfg))
 
 
 def encode(
-    cfg: DictConfig, pictures: ImageDataset, autoencoder: Autoencoder, device: torch.device, again: bool = False
+    cfg: DictConfig, images: ImageDataset, autoencoder: Autoencoder, device: torch.device, again: bool = False
 ) -> None:
     """The latent cache; see `ditune.data.prepare.encode`."""
-    data.encode(pictures, autoencoder, _prepared(cfg), device, again)
+    data.encode(images, autoencoder, _prepared(cfg), device, again)
 
 
 def statistics(cfg: DictConfig) -> None:

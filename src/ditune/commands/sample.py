@@ -1,4 +1,4 @@
-"""Pictures of a trained network as files."""
+"""Images of a trained network as files."""
 
 import logging
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from ditune.config.options import load_option
 from ditune.distributed import best_device
 from ditune.errors import UserError
 from ditune.files.atomic import write_json
-from ditune.generation.generator import Drawer
+from ditune.generation.generator import ImageGenerator
 from ditune.generation.grids import save_grid
 from ditune.progress import meter
 from ditune.rng import generator
@@ -31,9 +31,9 @@ log = logging.getLogger(__name__)
 
 
 def sample(cfg: DictConfig) -> Path:
-    """Draw pictures `first` .. `first + n - 1` of a seed; returns the folder of the files.
+    """Draw images `first` .. `first + n - 1` of a seed; returns the folder of the files.
 
-    Writes pictures/<number>.png, and grid.png and samples.json of what was drawn at once.
+    Writes pictures/<number>.png, and grid.png and samples.json of what was generated at once.
 
     Raises:
         UserError: the settings or a file are wrong.
@@ -41,35 +41,35 @@ def sample(cfg: DictConfig) -> Path:
     check(cfg, "sample")
     source = exactly_one(cfg, "run", "checkpoint")
     trained = load(cfg, source)
-    drawer = with_settings(trained.drawer, cfg)
+    generator = with_settings(trained.generator, cfg)
     names = trained.class_names or [str(k) for k in range(trained.network.num_classes)]
     indices = list(range(cfg.first, cfg.first + cfg.n))
     labels = balanced_labels(chosen_classes(cfg, names), cfg.seed, indices)
     network = trained.network.to(best_device())
-    with meter(f"generating in {drawer.steps} steps", cfg.n) as progress:
-        pictures = drawer.draw(network, labels, cfg.seed, indices, on_batch=progress.update)
+    with meter(f"generating in {generator.steps} steps", cfg.n) as progress:
+        images = generator.generate(network, labels, cfg.seed, indices, on_batch=progress.update)
     facts = {
         "source": str(cfg[source]),
         "seed": cfg.seed,
-        "sampler": drawer.sampler.kind,
-        "steps": drawer.steps,
-        "guidance": drawer.guidance,
-        "precision": BF16 if drawer.bf16 else FP32,
+        "sampler": generator.sampler.kind,
+        "steps": generator.steps,
+        "guidance": generator.guidance,
+        "precision": BF16 if generator.bf16 else FP32,
         "pictures": [
             {"file": file_name(i), "label": label, "class_name": names[label]}
             for i, label in zip(indices, labels.tolist(), strict=True)
         ],
     }
     folder = Path(cfg.out).expanduser()
-    write(folder, pictures, facts, suffix=f"_{cfg.first:05d}" if cfg.first else "")
-    log.info("%d pictures are in %s", cfg.n, folder)
+    write(folder, images, facts, suffix=f"_{cfg.first:05d}" if cfg.first else "")
+    log.info("%d images are in %s", cfg.n, folder)
     return folder
 
 
 def load(cfg: DictConfig, source: str) -> Trained:
     if source == "run":
         run = load_run(cfg.run)
-        return replace(run, drawer=in_precision(run.drawer, cfg))
+        return replace(run, generator=in_precision(run.generator, cfg))
     # a bare network has no sampler of its own, as a run has; this is the one that all configs begin with
     sampler = load_option(Path(CONFIGS) / "sampler" / "auto.yaml")
     checkpoint = locate(cfg.checkpoint, f"{cfg.paths.cache_dir}/networks")
@@ -77,21 +77,21 @@ def load(cfg: DictConfig, source: str) -> Trained:
     return load_checkpoint(checkpoint, cfg.autoencoder, sampler, bf16, cfg.process, cfg.network_overrides)
 
 
-def in_precision(drawer: Drawer, cfg: DictConfig) -> Drawer:
-    """The drawer of a run in the run's own precision, or in what `precision` asks for; auto leaves emulated bf16."""
+def in_precision(generator: ImageGenerator, cfg: DictConfig) -> ImageGenerator:
+    """The generator of a run in the run's own precision, or in what `precision` asks for; auto leaves emulated bf16."""
     if cfg.precision != AUTO or cfg.bf16 is not None:
-        return replace(drawer, bf16=bare_precision(cfg.precision, cfg.bf16))
-    if drawer.bf16 and not hardware.multiplies_bf16(best_device().type):
+        return replace(generator, bf16=bare_precision(cfg.precision, cfg.bf16))
+    if generator.bf16 and not hardware.multiplies_bf16(best_device().type):
         log.info("the run is in bf16, which this device only emulates: images are generated in fp32")
-        return replace(drawer, bf16=False)
-    return drawer
+        return replace(generator, bf16=False)
+    return generator
 
 
-def with_settings(drawer: Drawer, cfg: DictConfig) -> Drawer:
-    """The drawer with what the config sets of sampler, steps and guidance."""
+def with_settings(generator: ImageGenerator, cfg: DictConfig) -> ImageGenerator:
+    """The generator with what the config sets of sampler, steps and guidance."""
     if cfg.sampler is not None:
-        drawer = replace(drawer, **instantiate(cfg.sampler, "sampler"))
-    return replace(drawer, **{key: cfg[key] for key in ("steps", "guidance") if cfg[key] is not None})
+        generator = replace(generator, **instantiate(cfg.sampler, "sampler"))
+    return replace(generator, **{key: cfg[key] for key in ("steps", "guidance") if cfg[key] is not None})
 
 
 def chosen_classes(cfg: DictConfig, names: list[str]) -> list[int]:
@@ -114,7 +114,7 @@ def chosen_classes(cfg: DictConfig, names: list[str]) -> list[int]:
 
 
 def balanced_labels(classes: Sequence[int], seed: int, indices: Sequence[int]) -> Tensor:  # (N,)
-    """Labels of pictures: each run of len(classes) numbers holds every class once, in an order of its own."""
+    """Labels of images: each run of len(classes) numbers holds every class once, in an order of its own."""
     count = len(classes)
     blocks = {i // count for i in indices}
     orders = {block: torch.randperm(count, generator=generator(seed, block, 3)) for block in blocks}
@@ -125,10 +125,10 @@ def file_name(i: int) -> str:
     return f"{i:05d}.png"
 
 
-def write(folder: Path, pictures: Tensor, facts: dict, suffix: str) -> None:
+def write(folder: Path, images: Tensor, facts: dict, suffix: str) -> None:
     """`suffix` keeps the sheets of several machines apart that draw into one folder."""
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
-    for picture, entry in zip(pictures, facts["pictures"], strict=True):
-        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(folder / "pictures" / entry["file"])
-    save_grid(folder / f"grid{suffix}.png", pictures, columns=8)
+    for image, entry in zip(images, facts["pictures"], strict=True):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / "pictures" / entry["file"])
+    save_grid(folder / f"grid{suffix}.png", images, columns=8)
     write_json(folder / f"samples{suffix}.json", facts)

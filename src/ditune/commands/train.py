@@ -12,7 +12,7 @@ from ditune.checkpoints import load_network
 from ditune.cli import in_sweep
 from ditune.commands.prepare import ensure, training_source
 from ditune.config import rules
-from ditune.config.components import build_comparison, build_components, build_drawer
+from ditune.config.components import build_comparison, build_components, build_generator
 from ditune.config.grammar import resolved
 from ditune.config.hardware import settle
 from ditune.config.instantiate import instantiate, refuse_missing
@@ -64,9 +64,9 @@ def _train(cfg: DictConfig, folder: Path) -> int:
 
     c = build_components(cfg)
     rules.check(c, rules.OF_A_TRAINING)
-    drawer, held_out = build_drawer(cfg, c), held_out_images(cfg)
-    outlook = build_outlook(cfg, c, drawer, held_out)
-    trainer, clock, stop = build_trainer(cfg, c, drawer, folder, outlook)
+    generator, held_out = build_generator(cfg, c), held_out_images(cfg)
+    outlook = build_outlook(cfg, c, generator, held_out)
+    trainer, clock, stop = build_trainer(cfg, c, generator, folder, outlook)
     c.processes = processes_of(trainer, in_sweep())
     rules.check(c, rules.OF_THE_PROCESSES)
     resumed = find_checkpoint(folder, cfg.resume, cfg.max_steps, resume_key(cfg, c))
@@ -79,7 +79,7 @@ def _train(cfg: DictConfig, folder: Path) -> int:
         announce(c, trainer, folder, OmegaConf.to_yaml(cfg, resolve=True) if cfg.verbose else None)
     if cfg.dry_run:
         return 0
-    comparison = build_comparison(cfg, drawer) if first and cfg.metrics.n > 0 else None
+    comparison = build_comparison(cfg, generator) if first and cfg.metrics.n > 0 else None
     outlook.evaluation_images = cfg.metrics.n * comparison.unknown(c.base_to_compare) if comparison else 0
     source = training_source(cfg, c.images, c.autoencoder)
     stream = PictureStream(source, cfg.seed, cfg.data.flip, instantiate(cfg.augment, "augment"))

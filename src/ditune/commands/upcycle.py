@@ -31,12 +31,12 @@ def upcycle_file(cfg: DictConfig) -> Path:
     facts = read_header(path)["provenance"] if is_ours(path) else {}
     facts |= {
         "class_names": trained.class_names,
-        "autoencoder": trained.drawer.autoencoder.latent_fingerprint,
-        "autoencoder_name": trained.drawer.autoencoder.name,
-        "resolution": trained.drawer.resolution,
+        "autoencoder": trained.generator.autoencoder.latent_fingerprint,
+        "autoencoder_name": trained.generator.autoencoder.name,
+        "resolution": trained.generator.resolution,
         "upcycled_from": {"file": path.name, "sha256": sha256(path)},
     }
-    save_network(out, made, trained.drawer.process.config, **facts)
+    save_network(out, made, trained.generator.process.config, **facts)
     before, after = (sum(p.numel() for p in network.parameters()) for network in (trained.network, made))
     log.info("%s: %s parameters, %s before", out, f"{after:,}", f"{before:,}")
     log.info("train on from it with network=as_pretrained pretrained=%s balance=batch peft=full", out)

@@ -7,11 +7,11 @@ from omegaconf import DictConfig
 from ditune.config import rules
 from ditune.config.base_network import build_network, match_process
 from ditune.config.instantiate import instantiate, refuse_missing
-from ditune.data import Pictures
+from ditune.data import ImageDataset
 from ditune.errors import UserError
 from ditune.evaluation.comparison import Comparison
 from ditune.evaluation.protocol import Evaluation, Record
-from ditune.generation.generator import Drawer
+from ditune.generation.generator import ImageGenerator
 from ditune.networks import DiT
 from ditune.rng import seeded
 from ditune.samplers import check
@@ -80,38 +80,42 @@ def freeze_in_bf16(network: DiT) -> None:
             parameter.data = parameter.data.bfloat16()
 
 
-def build_drawer(cfg: DictConfig, components: Components, sampler: DictConfig | None = None) -> Drawer:
+def build_generator(cfg: DictConfig, components: Components, sampler: DictConfig | None = None) -> ImageGenerator:
     """What generates the run's images, by the config's sampler or another.
 
     Raises:
         UserError: the sampler or its steps do not suit the objective's process.
     """
-    drawer = Drawer(
+    generator = ImageGenerator(
         process=components.objective.process,
         autoencoder=components.autoencoder,
         resolution=components.settings.resolution,
         bf16=components.settings.bf16,
         **instantiate(cfg.sampler if sampler is None else sampler, "sampler"),
     )
-    check(drawer.sampler, drawer.process, drawer.steps)
-    if drawer.guidance != 1 and components.network.config["class_dropout_prob"] <= 0:
+    check(generator.sampler, generator.process, generator.steps)
+    if generator.guidance != 1 and components.network.config["class_dropout_prob"] <= 0:
         raise UserError("The network has no null class to be guided away from. Set sampler.guidance=1.")
-    return drawer
+    return generator
 
 
 def build_evaluation(
-    cfg: DictConfig, drawer: Drawer, reference: Pictures, judge: object | None = None, store: Path | None = None
+    cfg: DictConfig,
+    generator: ImageGenerator,
+    reference: ImageDataset,
+    suite: object | None = None,
+    store: Path | None = None,
 ) -> Evaluation:
     """The fixed protocol of the config's metrics, against a reference; the suite of metrics may be shared."""
-    judge = judge or instantiate(cfg.metrics.judge, "metrics")
-    return Evaluation(judge, reference, drawer, n=cfg.metrics.n, seed=cfg.metrics.seed, store=store)
+    suite = suite or instantiate(cfg.metrics.judge, "metrics")
+    return Evaluation(suite, reference, generator, n=cfg.metrics.n, seed=cfg.metrics.seed, store=store)
 
 
-def build_comparison(cfg: DictConfig, drawer: Drawer, store: Path | None = None) -> Comparison:
+def build_comparison(cfg: DictConfig, generator: ImageGenerator, store: Path | None = None) -> Comparison:
     """The protocol of a run's `metrics`; built before a training, so that what is missing shows before it."""
-    evaluation = build_evaluation(cfg, drawer, instantiate(cfg.metrics.reference, "metrics"), store=store)
+    evaluation = build_evaluation(cfg, generator, instantiate(cfg.metrics.reference, "metrics"), store=store)
     own = None
     if cfg.metrics.base_reference is not None:
         reference = instantiate(cfg.metrics.base_reference, "metrics")
-        own = build_evaluation(cfg, drawer, reference, judge=evaluation.judge, store=store)
+        own = build_evaluation(cfg, generator, reference, suite=evaluation.suite, store=store)
     return Comparison(evaluation, own, Record(cfg.metrics.record))

@@ -159,8 +159,7 @@ def forward_mode_suits_the_method(c: Components) -> str | None:
 
 def null_class_is_there(c: Components) -> str | None:
     """Dropped labels, guidance in the objective and augmented images need the null class."""
-    guided = getattr(c.objective, "guidance", 1) != 1
-    needed = guided or c.objective.label_drop > 0 or c.settings.augmented
+    needed = c.objective.needs_null_class or c.settings.augmented
     if c.network.config["class_dropout_prob"] > 0 or not needed:
         return None
     return (

@@ -14,8 +14,8 @@ from ditune.config.instantiate import instantiate, plain
 from ditune.config.roles import Decides, role_of
 from ditune.data import Pictures
 from ditune.evaluation.denoising_loss import REPEATS
-from ditune.generation.generator import Drawer
-from ditune.training.callbacks import DrawSamples, DrawStrips, RoutingMonitor, StepClock, StopOnSignal, TrainingProgress
+from ditune.generation.generator import ImageGenerator
+from ditune.training.callbacks import RoutingMonitor, SampleGrids, StepClock, StepGrids, StopOnSignal, TrainingProgress
 from ditune.training.checkpoint_io import AtomicCheckpointIO
 from ditune.training.components import Components, Processes
 from ditune.training.loggers.metrics_csv import MetricsCsv
@@ -74,13 +74,13 @@ def build_module(cfg: DictConfig, c: Components, key: dict[str, Any]) -> Generat
     )
 
 
-def build_outlook(cfg: DictConfig, c: Components, drawer: Drawer, held_out: Pictures | None) -> Outlook:
+def build_outlook(cfg: DictConfig, c: Components, generator: ImageGenerator, held_out: Pictures | None) -> Outlook:
     """What the run does besides its steps; the evaluation's images are added once it is known what a record holds."""
     networks = 1 if c.base_to_compare is None else 2  # the base's loss is measured beside the run's
     return Outlook(
         max_steps=cfg.max_steps,
         batch_size=cfg.batch_size,
-        calls=forward_passes(drawer),
+        calls=forward_passes(generator),
         sheet_images=cfg.callbacks.samples.n,
         every_n_steps=cfg.callbacks.samples.every_n_steps,
         held_out_calls=0 if held_out is None else len(held_out) * REPEATS * networks,
@@ -88,7 +88,7 @@ def build_outlook(cfg: DictConfig, c: Components, drawer: Drawer, held_out: Pict
 
 
 def build_trainer(
-    cfg: DictConfig, c: Components, drawer: Drawer, folder: Path, outlook: Outlook
+    cfg: DictConfig, c: Components, generator: ImageGenerator, folder: Path, outlook: Outlook
 ) -> tuple[pl.Trainer, StepClock, StopOnSignal]:
     """The trainer without its loggers, which `open_loggers` adds once nothing can be wrong any more."""
     samples, checkpoint = cfg.callbacks.samples, cfg.callbacks.checkpoint
@@ -97,7 +97,7 @@ def build_trainer(
     callbacks = [
         clock,
         TrainingProgress(outlook),
-        DrawSamples(drawer, c.images, samples.n, cfg.seed, folder / "samples", samples.every_n_steps, outlook),
+        SampleGrids(generator, c.images, samples.n, cfg.seed, folder / "samples", samples.every_n_steps, outlook),
         RoutingMonitor(folder / "routing", cfg.callbacks.routing.every_n_steps),
         stop,
         ModelCheckpoint(
@@ -112,10 +112,10 @@ def build_trainer(
             save_on_train_epoch_end=False,
         ),
     ]
-    if drawer.process.network.get("step"):
+    if generator.process.network.get("step"):
         grids = cfg.callbacks.strips
         arguments = (grids.n, list(grids.steps), cfg.seed, folder / "samples", samples.every_n_steps)
-        callbacks.append(DrawStrips(drawer, c.images, *arguments))
+        callbacks.append(StepGrids(generator, c.images, *arguments))
     trainer = instantiate(cfg.trainer, "trainer", callbacks=callbacks, logger=False, plugins=[AtomicCheckpointIO()])
     tell_ranks(folder)
     return trainer, clock, stop

@@ -45,14 +45,14 @@ class Comparison:
             return metrics
 
         def load() -> nn.Module:
-            before = load_network(base, network.config, **self.evaluation.drawer.process.network)
+            before = load_network(base, network.config, **self.evaluation.generator.process.network)
             return before.to(next(network.parameters()).device)
 
         metrics["before"], metrics["before_is"] = self.record.or_measure(base, self.evaluation, load)
         if self.own is not None:
             metrics["base_domain"], metrics["base_domain_is"] = self.record.or_measure(base, self.own, load)
             if rank() != 0:
-                return metrics  # the first process judges
-            key = f"kid_{self.evaluation.judge.extractor.name}"
+                return metrics  # only the first process has values
+            key = f"kid_{self.evaluation.suite.extractor.name}"
             metrics |= gap(metrics["before"][key], metrics["after"][key], metrics["base_domain"][key])
         return metrics

@@ -19,7 +19,7 @@ DAMAGED = (ValueError, KeyError, zipfile.BadZipFile, zlib.error, OSError, EOFErr
 REMEDY = "Give a .npz or .npy whose images are uint8 with the shape (images, height, width, 3), as ADM's arr_0."
 
 
-class NpzPictures:
+class ArrayImages:
     """Images of one array, uint8 (n, R, R, 3) or (n, 3, R, R); an image set for the metrics.
 
     Args:
@@ -41,16 +41,16 @@ class NpzPictures:
                 f"The images of {name} in {path} are {width} x {height}, and not square. "
                 "Crop or resize them as the reference's are, and write them again."
             )
-        self.pictures = torch.from_numpy(images)  # (n, 3, R, R)
+        self.images = torch.from_numpy(images)  # (n, 3, R, R)
         self.resolution = images.shape[2]
         self.fingerprint = hashlib.sha256(np.ascontiguousarray(images.transpose(0, 2, 3, 1))).hexdigest()
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         """uint8 (B, 3, R, R); the labels are unknown, -1."""
-        return self.pictures[indices].contiguous(), torch.full((len(indices),), -1)
+        return self.images[indices].contiguous(), torch.full((len(indices),), -1)
 
 
 def read_array(path: Path) -> tuple[str, np.ndarray]:

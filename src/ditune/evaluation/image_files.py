@@ -104,7 +104,7 @@ class ImageFiles:
                 contents.append((name, crc, 0))
         if failed:
             raise broken(self.source, failed)
-        text = json.dumps([contents, [ONE_CLASS], self.resolution, None])  # as of a data set of one class
+        text = json.dumps([contents, [ONE_CLASS], self.resolution, None])  # as of a dataset of one class
         return sizes, hashlib.sha256(text.encode()).hexdigest()
 
     def _say(self) -> None:

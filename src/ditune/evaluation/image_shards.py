@@ -1,4 +1,4 @@
-"""Drawn pictures on disk, block by block, so that several processes can share the drawing and any can be stopped."""
+"""Generated images on disk, shard by shard: several processes share the work, and any of them can be stopped."""
 
 import hashlib
 import json
@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from ditune.distributed import rank, world_size
 from ditune.errors import UserError
-from ditune.evaluation.image_arrays import NpzPictures
+from ditune.evaluation.image_arrays import ArrayImages
 from ditune.files.atomic import atomic, read_json, write_json
 from ditune.progress import meter
 
-__all__ = ["Blocks", "NpzPictures", "weights_hash"]
+__all__ = ["ArrayImages", "ImageShards", "weights_hash"]
 
-WAIT = 0.5  # seconds between two looks for the blocks of the other processes
+WAIT = 0.5  # seconds between two looks for the shards of the other processes
 
 
 def weights_hash(network: nn.Module) -> str:
@@ -33,17 +33,17 @@ def weights_hash(network: nn.Module) -> str:
     return digest.hexdigest()
 
 
-class Blocks:
-    """uint8 pictures 0..n-1 as files of `size` pictures; a picture set for the metrics.
+class ImageShards:
+    """uint8 images 0..n-1 as files of `size` images; an image set for the metrics.
 
     Args:
         folder: of the files.
-        header: what the pictures are of; a folder with another header is refused.
+        header: what the images are of; a folder with another header is refused.
         labels: classes (n,) int64.
-        size: pictures of a block.
+        size: images of a shard.
 
     Raises:
-        UserError: the folder holds other pictures.
+        UserError: the folder holds other images.
     """
 
     def __init__(self, folder: Path, header: dict[str, Any], labels: Tensor, size: int) -> None:
@@ -51,7 +51,9 @@ class Blocks:
         self.fingerprint = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
         path = folder / "header.json"
         if path.is_file() and read_json(path) != json.loads(json.dumps(header)):
-            raise UserError(f"{folder} holds pictures that were drawn otherwise. Delete it, or choose another folder.")
+            raise UserError(
+                f"{folder} holds images that were generated with other settings. Delete it, or choose another folder."
+            )
         if rank() == 0:
             write_json(path, header)
 
@@ -59,41 +61,41 @@ class Blocks:
         return len(self.labels)
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        """uint8 (B, 3, R, R) and labels (B,); neighbours are read from one block."""
-        blocks: dict[int, np.ndarray] = {}
-        pictures = []
+        """uint8 (B, 3, R, R) and labels (B,); neighbours are read from one shard."""
+        shards: dict[int, np.ndarray] = {}
+        images = []
         for i in indices:
-            block = i // self.size
-            if block not in blocks:
-                blocks[block] = np.load(self._path(block), allow_pickle=False)
-            pictures.append(torch.from_numpy(blocks[block][i % self.size]))
-        return torch.stack(pictures), self.labels[indices]
+            shard = i // self.size
+            if shard not in shards:
+                shards[shard] = np.load(self._path(shard), allow_pickle=False)
+            images.append(torch.from_numpy(shards[shard][i % self.size]))
+        return torch.stack(images), self.labels[indices]
 
-    def draw(self, draw_block: Callable[[list[int]], Tensor]) -> None:
-        """Fill in this process' share of what is missing, then wait until all is there.
+    def fill(self, generate: Callable[[list[int]], Tensor]) -> None:
+        """Generate this process's share of the missing images, then wait for the other processes.
 
         Args:
-            draw_block: numbers of pictures -> uint8 (B, 3, R, R).
+            generate: numbers of images -> uint8 (B, 3, R, R).
         """
         count = -(-len(self) // self.size)
-        mine = [block for block in range(count) if block % world_size() == rank() and not self._path(block).exists()]
-        rows = {block: list(range(block * self.size, min((block + 1) * self.size, len(self)))) for block in mine}
+        mine = [shard for shard in range(count) if shard % world_size() == rank() and not self._path(shard).exists()]
+        rows = {shard: list(range(shard * self.size, min((shard + 1) * self.size, len(self)))) for shard in mine}
         with meter("generating images", sum(map(len, rows.values()))) as progress:
-            for block, indices in rows.items():
-                with atomic(self._path(block)) as temporary, temporary.open("wb") as file:
-                    np.save(file, draw_block(indices).numpy())
+            for shard, indices in rows.items():
+                with atomic(self._path(shard)) as temporary, temporary.open("wb") as file:
+                    np.save(file, generate(indices).numpy())
                 progress.advance(len(indices))
         self._wait(count)
 
     def _wait(self, count: int) -> None:
-        """Until the blocks of all processes are there."""
-        with meter("waiting for the other processes", count, "blocks") as progress:
-            while (there := sum(self._path(block).exists() for block in range(count))) < count:
+        """Wait for the shards of all processes."""
+        with meter("waiting for the other processes", count, "shards") as progress:
+            while (there := sum(self._path(shard).exists() for shard in range(count))) < count:
                 progress.update(there)
                 time.sleep(WAIT)
 
     def save_npz(self, path: Path) -> None:
-        """The file that ADM's evaluator reads: arr_0 uint8 (n, R, R, 3), arr_1 labels; written block by block."""
+        """The file that ADM's evaluator reads: arr_0 uint8 (n, R, R, 3), arr_1 labels; written shard by shard."""
         first = self.__getitems__([0])[0]
         shape = (len(self), *first.shape[2:], 3)
         with atomic(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
@@ -107,7 +109,8 @@ class Blocks:
                 np.save(file, self.labels.numpy())
 
     def delete(self) -> None:
+        """Remove the folder."""
         shutil.rmtree(self.folder)
 
-    def _path(self, block: int) -> Path:
-        return self.folder / f"{block:06d}.npy"
+    def _path(self, shard: int) -> Path:
+        return self.folder / f"{shard:06d}.npy"

@@ -1,4 +1,4 @@
-"""Judging pictures by a fixed protocol; a value is comparable to another of the same protocol only."""
+"""Evaluation by a fixed protocol; a value is comparable to another of the same protocol only."""
 
 import hashlib
 import json
@@ -11,41 +11,41 @@ from typing import Any
 from torch import Tensor, nn
 
 from ditune.config.roles import NEUTRAL_IN_PROTOCOLS, significant
-from ditune.data import Pictures
+from ditune.data import ImageDataset
 from ditune.distributed import rank
-from ditune.evaluation.image_shards import Blocks, weights_hash
+from ditune.evaluation.image_shards import ImageShards, weights_hash
 from ditune.files.atomic import read_json, sha256, write_json
-from ditune.generation.generator import Drawer, label_plan
+from ditune.generation.generator import ImageGenerator, label_plan
 from ditune.generation.grids import grid, neighbours_sheet
-from ditune.metrics import Judge, PictureSet, check_counts
+from ditune.metrics import ImageSet, MetricSuite, check_counts
 from ditune.progress import meter
 
 log = logging.getLogger(__name__)
 
-SHOWN = 64  # pictures of the grid
-NEIGHBOURS = 8  # samples of the sheet of nearest training pictures
+SHOWN = 64  # images of the grid
+NEIGHBOURS = 8  # samples of the grid of nearest training images
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Draws `n` pictures with the reference's class frequencies and compares them with the reference.
+    """Generates `n` images with the reference's class frequencies and compares them with the reference.
 
     Args:
-        judge: extractor and distances.
-        reference: the pictures to come near to.
-        drawer: sampler, steps and guidance, the same before and after a training.
-        n: number of pictures.
+        suite: of metrics, with its feature extractor.
+        reference: the images to come near to.
+        generator: sampler, steps and guidance, the same before and after a training.
+        n: number of images.
         seed: of noise and classes.
-        store: folder that keeps drawn pictures until they are judged, so that a stopped evaluation goes on and
-            several processes share the drawing; None = memory.
+        store: folder that keeps generated images until they are evaluated, so that a stopped evaluation goes on and
+            several processes share the generation; None = memory.
 
     Raises:
-        UserError: there are too few pictures, or too few of the reference, for the metrics.
+        UserError: there are too few images, or too few of the reference, for the metrics.
     """
 
-    judge: Judge
-    reference: Pictures
-    drawer: Drawer
+    suite: MetricSuite
+    reference: ImageDataset
+    generator: ImageGenerator
     n: int
     seed: int
     store: Path | None = None
@@ -56,22 +56,22 @@ class Evaluation:
     @property
     def protocol(self) -> dict[str, Any]:
         """All that decides the value, but the weights."""
-        drawer = self.drawer
+        generator = self.generator
         values = {
             "n": self.n,
             "seed": self.seed,
-            "sampler": f"{drawer.sampler.kind} {drawer.sampler.settings()}",
-            "steps": drawer.steps,
-            "guidance": float(drawer.guidance),  # guidance=3 on the command line is no other protocol than 3.0
-            "guidance_interval": [float(end) for end in drawer.guidance_interval],
-            "guidance_channels": drawer.guidance_channels,
-            "guidance_rescale": drawer.guidance_rescale,
-            "batch_size": drawer.batch_size,
-            "bf16": drawer.bf16,
-            "resolution": drawer.resolution,
-            "autoencoder": drawer.autoencoder.fingerprint,
+            "sampler": f"{generator.sampler.kind} {generator.sampler.settings()}",
+            "steps": generator.steps,
+            "guidance": float(generator.guidance),  # guidance=3 on the command line is no other protocol than 3.0
+            "guidance_interval": [float(end) for end in generator.guidance_interval],
+            "guidance_channels": generator.guidance_channels,
+            "guidance_rescale": generator.guidance_rescale,
+            "batch_size": generator.batch_size,
+            "bf16": generator.bf16,
+            "resolution": generator.resolution,
+            "autoencoder": generator.autoencoder.fingerprint,
             "reference": self.reference.fingerprint,
-            "features": self.judge.identity,  # has a resolution of its own
+            "features": self.suite.identity,  # has a resolution of its own
         }
         return significant(values, NEUTRAL_IN_PROTOCOLS)
 
@@ -81,49 +81,50 @@ class Evaluation:
         return hashlib.sha256(json.dumps(self.protocol, sort_keys=True).encode()).hexdigest()[:16]
 
     def labels(self) -> Tensor:  # (n,)
+        """Classes of the images, with the frequencies of the reference."""
         return label_plan(self.reference.labels, self.seed, self.n)
 
-    def draw(self, network: nn.Module) -> Tensor | Blocks:
-        """The protocol's pictures, (n, 3, R, R) uint8, in memory or as blocks in the store."""
+    def generate(self, network: nn.Module) -> Tensor | ImageShards:
+        """The protocol's images, (n, 3, R, R) uint8, in memory or as shards in the store."""
         network.eval()
-        self.judge.extractor.to(next(network.parameters()).device)
+        self.suite.extractor.to(next(network.parameters()).device)
         labels = self.labels()
         if self.store is not None:
-            blocks = self.blocks(network)
-            blocks.draw(lambda rows: self.drawer.draw(network, labels[rows], self.seed, rows, fixed_batch=True))
-            return blocks
+            shards = self.shards(network)
+            shards.fill(lambda rows: self.generator.generate(network, labels[rows], self.seed, rows, fixed_batch=True))
+            return shards
         with meter("generating images", self.n) as progress:
-            return self.drawer.draw(network, labels, self.seed, on_batch=progress.update, fixed_batch=True)
+            return self.generator.generate(network, labels, self.seed, on_batch=progress.update, fixed_batch=True)
 
-    def blocks(self, network: nn.Module) -> Blocks:
-        """Where the store keeps this network's pictures."""
+    def shards(self, network: nn.Module) -> ImageShards:
+        """Where the store keeps this network's images."""
         header = {"protocol": self.protocol, "network": weights_hash(network)}
         folder = self.store / f"{self.key}_{header['network'][:16]}"
-        return Blocks(folder, header, self.labels(), self.drawer.batch_size)
+        return ImageShards(folder, header, self.labels(), self.generator.batch_size)
 
     def __call__(self, network: nn.Module, folder: Path | None = None) -> dict[str, float | int]:
-        """Metrics of the network; with `folder`, a grid and the nearest training pictures go there as PNG.
+        """Metrics of the network; with `folder`, a grid and the nearest training images go there as PNG.
 
-        Of several processes, only the first one judges; the others get nothing.
+        Of several processes, only the first one computes metrics; the others get nothing.
         """
-        pictures = self.draw(network)
-        return judge_pictures(self.judge, self.reference, pictures, folder) if rank() == 0 else {}
+        images = self.generate(network)
+        return evaluate_images(self.suite, self.reference, images, folder) if rank() == 0 else {}
 
 
-def judge_pictures(
-    judge: Judge, reference: Pictures, pictures: Tensor | PictureSet, folder: Path | None
+def evaluate_images(
+    suite: MetricSuite, reference: ImageDataset, images: Tensor | ImageSet, folder: Path | None
 ) -> dict[str, float | int]:
-    """Metrics of pictures (N, 3, R, R) uint8; with `folder`, grid.png and nearest.png go there."""
-    features, reference_features = judge.features(pictures), judge.reference(reference)
+    """Metrics of images (N, 3, R, R) uint8; with `folder`, grid.png and nearest.png go there."""
+    features, reference_features = suite.features(images), suite.reference(reference)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        first = list(range(min(SHOWN, len(pictures))))
-        shown = pictures[first] if isinstance(pictures, Tensor) else pictures.__getitems__(first)[0]
+        first = list(range(min(SHOWN, len(images))))
+        shown = images[first] if isinstance(images, Tensor) else images.__getitems__(first)[0]
         grid(shown, columns=8).save(folder / "grid.png")
-        count = min(NEIGHBOURS, len(pictures))
-        distance, index = judge.nearest(features[:count], reference_features, k=4)
+        count = min(NEIGHBOURS, len(images))
+        distance, index = suite.nearest(features[:count], reference_features, k=4)
         neighbours_sheet(shown[:count], reference, index, distance).save(folder / "nearest.png")
-    return judge.compare(features, reference_features)
+    return suite.compare(features, reference_features)
 
 
 class Record:
@@ -146,6 +147,7 @@ class Record:
             self.content |= read_json(self.path)
 
     def get(self, network: str | Path, evaluation: Evaluation) -> dict[str, float] | None:
+        """Values of the network in the file `network` by the evaluation's protocol; None = not measured yet."""
         found = self.content["metrics"].get(sha256(network), {}).get(evaluation.key)
         return None if found is None else found["values"]
 

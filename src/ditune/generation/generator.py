@@ -1,4 +1,4 @@
-"""Drawing pictures by their numbers: picture i of a seed is the same however many are drawn, and by whom."""
+"""Images by their numbers: image i of a seed is the same however many are generated, and by which process."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,18 +10,18 @@ from ditune.autoencoders import Autoencoder
 from ditune.data import to_uint8
 from ditune.processes import Process
 from ditune.rng import mix
-from ditune.samplers import Jumps, NoiseStream, Sampler, default_sampler, sample
+from ditune.samplers import NoiseStream, Sampler, ShortcutSampler, default_sampler, sample
 
 
 @dataclass(frozen=True)
-class Drawer:
-    """Everything that decides how a network's pictures look, but the network.
+class ImageGenerator:
+    """Everything that decides how a network's images look, except the network.
 
     Args:
         process, autoencoder: of the network.
-        resolution: side of the pictures, in pixels.
+        resolution: side of the images, in pixels.
         sampler: how; None = as suits the process.
-        steps: None = 4 of a sampler that jumps, 25 of others.
+        steps: network evaluations; None = 4 of the few-step sampler, 25 of others.
         guidance, guidance_interval, guidance_channels, guidance_rescale: see `ditune.samplers.sample`.
         batch_size: images at once, at most.
         bf16: the network runs under bf16 autocast.
@@ -42,9 +42,9 @@ class Drawer:
     def __post_init__(self) -> None:
         object.__setattr__(self, "sampler", self.sampler or default_sampler(self.process))
         if self.steps is None:
-            object.__setattr__(self, "steps", 4 if isinstance(self.sampler, Jumps) else 25)
+            object.__setattr__(self, "steps", 4 if isinstance(self.sampler, ShortcutSampler) else 25)
 
-    def draw(
+    def generate(
         self,
         network: nn.Module,
         labels: Tensor,
@@ -53,30 +53,32 @@ class Drawer:
         on_batch: Callable[[int], None] | None = None,
         fixed_batch: bool = False,
     ) -> Tensor:
-        """One picture for every label, uint8 (N, 3, R, R) on the CPU.
+        """One image for every label, uint8 (N, 3, R, R) on the CPU.
 
         Kernels are chosen by the size of the batch, so batches of two sizes round differently: without `fixed_batch`
-        picture i of a seed is the same within 1 of 255 however many are drawn, with it to the bit.
+        image i of a seed is the same within 1 of 255 however many are generated, with it to the bit.
 
         Args:
             network: in evaluation mode; `labels` (N,) are its classes.
-            seed: of all noise, with the picture's number.
-            indices: numbers of the pictures; None = 0..N-1.
-            on_batch: called after every batch with the number of pictures that are done.
+            seed: of all noise, with the image's number.
+            indices: numbers of the images; None = 0..N-1.
+            on_batch: called after every batch with the number of images that are done.
             fixed_batch: every batch is padded to `batch_size`; else to the next power of two, which is never more
                 than twice the work that was asked for.
         """
         indices = list(range(len(labels))) if indices is None else list(indices)
-        pictures = []
+        images = []
         for start in range(0, len(labels), self.batch_size):
             rows = indices[start : start + self.batch_size]
             y = labels[start : start + self.batch_size]
             padding = (self.batch_size if fixed_batch else self._padded(len(rows))) - len(rows)
             padded_rows, padded_y = rows + rows[-1:] * padding, torch.cat([y, y[-1:].expand(padding)])
-            pictures.append(self._batch(network, padded_y, seed, padded_rows)[: len(rows)].cpu())
+            images.append(self._batch(network, padded_y, seed, padded_rows)[: len(rows)].cpu())
             if on_batch is not None:
                 on_batch(start + len(rows))
-        return torch.cat(pictures)
+        return torch.cat(images)
+
+    draw = generate  # its earlier name
 
     def _padded(self, count: int) -> int:
         """Few sizes, so that few kernels are tuned or compiled."""
@@ -104,10 +106,13 @@ class Drawer:
 
 
 def example_plan(count: int, seed: int, n: int) -> list[int]:
-    """Rows of a data set of `count` pictures, whose classes pictures 0..n-1 get; each a function of (seed, i)."""
+    """Rows of a dataset of `count` images whose classes the images 0..n-1 get; each is a function of (seed, i)."""
     return [mix(seed, i, 2) % count for i in range(n)]
 
 
 def label_plan(labels: Tensor, seed: int, n: int) -> Tensor:  # (n,)
-    """Classes of pictures 0..n-1, with the frequencies of a data set's `labels`."""
+    """Classes of images 0..n-1, with the frequencies of a dataset's `labels`."""
     return labels[torch.tensor(example_plan(len(labels), seed, n), dtype=torch.int64)]
+
+
+Drawer = ImageGenerator  # its earlier name

@@ -1,4 +1,4 @@
-"""Sheets of pictures for people to look at: uint8 (N, 3, H, W) -> PIL images."""
+"""Grids of images for people to look at: uint8 (N, 3, H, W) -> PIL images."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-if TYPE_CHECKING:  # the import takes seconds, and drawing needs no feature extractor
-    from ditune.metrics.features import PictureSet
+if TYPE_CHECKING:  # the import takes seconds, and grids need no feature extractor
+    from ditune.metrics import ImageSet
 
-TILE = 128  # pixels: smaller pictures are enlarged by the largest whole factor that stays within this
-BACKGROUND = (232, 232, 232)  # not white: many pictures are, and their edges should be seen
+TILE = 128  # pixels: smaller images are enlarged by the largest whole factor that stays within this
+BACKGROUND = (232, 232, 232)  # not white: many images are, and their edges should be seen
 INK = (32, 32, 32)
 FONT_SIZE = 13
 LINE = 18  # height of a line of text, pixels
 
 
-def tiles(pictures: Tensor) -> list[Image.Image]:
+def tiles(images: Tensor) -> list[Image.Image]:
     """One PIL image each, small ones enlarged by a whole factor without smoothing."""
-    factor = max(1, TILE // max(pictures.shape[-2:]))
-    images = [Image.fromarray(picture.permute(1, 2, 0).cpu().numpy()) for picture in pictures]
+    factor = max(1, TILE // max(images.shape[-2:]))
+    images = [Image.fromarray(image.permute(1, 2, 0).cpu().numpy()) for image in images]
     return [image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST) for image in images]
 
 
@@ -58,26 +58,26 @@ def sheet(rows: Sequence[Sequence[tuple[Image.Image, str]]], pad: int, captions:
     return canvas
 
 
-def grid(pictures: Tensor, columns: int, pad: int = 2, labels: Sequence[str] | None = None) -> Image.Image:
-    """Pictures (N, 3, H, W) uint8 row by row, N >= 1, each over its label where labels (N) are given."""
-    cells = list(zip(tiles(pictures), labels or [""] * len(pictures), strict=True))
+def grid(images: Tensor, columns: int, pad: int = 2, labels: Sequence[str] | None = None) -> Image.Image:
+    """Images (N, 3, H, W) uint8 row by row, N >= 1, each over its label where labels (N) are given."""
+    cells = list(zip(tiles(images), labels or [""] * len(images), strict=True))
     return sheet([cells[start : start + columns] for start in range(0, len(cells), columns)], pad)
 
 
 def save_grid(
-    path: str | Path, pictures: Tensor, columns: int, pad: int = 2, labels: Sequence[str] | None = None
+    path: str | Path, images: Tensor, columns: int, pad: int = 2, labels: Sequence[str] | None = None
 ) -> None:
     """Writes `grid` as the image file `path`; its folder is made where it is missing."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    grid(pictures, columns, pad, labels).save(path)
+    grid(images, columns, pad, labels).save(path)
 
 
 def neighbours_sheet(
-    samples: Tensor, references: Tensor | PictureSet, index: Tensor, distance: Tensor, pad: int = 4
+    samples: Tensor, references: Tensor | ImageSet, index: Tensor, distance: Tensor, pad: int = 4
 ) -> Image.Image:
     """Each row: a sample, then its k nearest references with their distances.
 
-    Shapes: samples (N, 3, H, W) uint8, references (M, 3, H, W) uint8 or a data set, index and distance (N, k).
+    Shapes: samples (N, 3, H, W) uint8, references (M, 3, H, W) uint8 or a dataset, index and distance (N, k).
     """
     wanted = index.flatten().tolist()
     near = references[wanted] if isinstance(references, Tensor) else references.__getitems__(wanted)[0]
@@ -89,10 +89,10 @@ def neighbours_sheet(
 
 
 def side_by_side(panels: dict[str, Image.Image], pad: int = 12) -> Image.Image:
-    """Sheets of one size beside each other, each under its name."""
+    """Grids of one size beside each other, each under its name."""
     return sheet([[(panel, name) for name, panel in panels.items()]], pad)
 
 
 def before_after_sheet(rows: dict[str, Tensor], pad: int = 2) -> Image.Image:
-    """One captioned row of pictures (n, 3, H, W) uint8 for each entry, such as "before" and "after"."""
-    return sheet([[(tile, "") for tile in tiles(pictures)] for pictures in rows.values()], pad, list(rows))
+    """One captioned row of images (n, 3, H, W) uint8 for each entry, such as "before" and "after"."""
+    return sheet([[(tile, "") for tile in tiles(images)] for images in rows.values()], pad, list(rows))

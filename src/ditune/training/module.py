@@ -74,11 +74,11 @@ class GenerativeModule(pl.LightningModule):
         }
 
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
-        pictures, y, positions = batch
+        images, y, positions = batch
         step = int(positions[0]) // self.batch_size
         draws = Draws(self.seed, step, (positions - step * self.batch_size).tolist(), self.device)
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            x0 = self.latents(pictures, draws)
+            x0 = self.latents(images, draws)
         network = self.network if self.balance is None else Watched(self.network)
         loss = self.objective.loss(network, (x0, y), draws, self._state(step))
         added, parts = (0.0, {}) if self.balance is None else self.balance.loss(network.routing, step)
@@ -98,7 +98,7 @@ class GenerativeModule(pl.LightningModule):
         return State(step, self.trainer.max_steps, self.batch_size, ema, teacher if self.objective.has_teacher else ema)
 
     def latents(self, x: Tensor, draws: Draws) -> Tensor:
-        """What is learned, (N, C, h, w): of pictures, or of their cached mean and log-variance, sampled anew."""
+        """What is learned, (N, C, h, w): of images, or of their cached mean and log-variance, sampled anew."""
 
         def normal(shape: Sequence[int]) -> Tensor:
             return draws.normal("posterior", shape)

@@ -3,7 +3,7 @@
 import logging
 from dataclasses import dataclass
 
-from ditune.generation.generator import Drawer
+from ditune.generation.generator import ImageGenerator
 from ditune.progress import duration
 
 log = logging.getLogger(__name__)
@@ -52,8 +52,8 @@ def total(parts: dict[str, float]) -> str:
     return duration(sum(parts.values()))
 
 
-def forward_passes(drawer: Drawer) -> float:
+def forward_passes(generator: ImageGenerator) -> float:
     """Of one image: each step takes two where guidance is on."""
-    start, end = drawer.guidance_interval
-    guided = (end - start) if drawer.guidance != 1 else 0.0
-    return drawer.steps * (1 + guided)
+    start, end = generator.guidance_interval
+    guided = (end - start) if generator.guidance != 1 else 0.0
+    return generator.steps * (1 + guided)

@@ -14,6 +14,7 @@ import torch
 import ditune
 from ditune.checkpoints import save_adapter, save_network
 from ditune.files.atomic import read_json, write_json
+from ditune.metrics.names import headline
 from ditune.training.callbacks import StopOnSignal
 from ditune.training.components import Components
 from ditune.training.plan import counts
@@ -180,11 +181,7 @@ def summarise(result: dict[str, Any], folder: Path) -> None:
     before, after = (result["metrics"].get(which, {}) for which in ("before", "after"))
     for name, values in (
         ("loss on held-out images", result["denoising"]),
-        *(
-            (key, {"before": before.get(key), "after": value})
-            for key, value in after.items()
-            if key.startswith(("kid", "fid", "fd")) and not key.endswith("_std")
-        ),
+        *((key, {"before": before.get(key), "after": value}) for key, value in after.items() if headline(key)),
     ):
         known = [f"{values[which]:.4f} {which}" for which in ("before", "after") if values.get(which) is not None]
         if known:

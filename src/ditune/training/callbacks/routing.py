@@ -19,7 +19,7 @@ class RoutingMonitor(Callback):
     At the end time.png, position.png and class.png join them.
 
     Args:
-        folder: of the pictures.
+        folder: of the images.
         every_n_steps: steps between two summaries; 0 = only the last.
     """
 
@@ -53,5 +53,5 @@ class RoutingMonitor(Callback):
             # the step as that of all other lines of this moment
             logger.log_metrics(statistics.log(), step=step - 1)
             if isinstance(logger, WandbLogger):
-                pictures = [path, *(self.folder / f"{name}.png" for name in statistics.counts if last)]
-                logger.log_image("routing", [Image.open(p) for p in pictures], caption=[p.stem for p in pictures])
+                images = [path, *(self.folder / f"{name}.png" for name in statistics.counts if last)]
+                logger.log_image("routing", [Image.open(p) for p in images], caption=[p.stem for p in images])

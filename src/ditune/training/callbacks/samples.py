@@ -11,32 +11,32 @@ from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 from torchvision.transforms.functional import pil_to_tensor
 
 from ditune.data import Pictures
-from ditune.generation.generator import Drawer, example_plan
+from ditune.generation.generator import ImageGenerator, example_plan
 from ditune.generation.grids import grid, side_by_side
 from ditune.progress import meter
 from ditune.training.outlook import Outlook
 
 
-class DrawSamples(Callback):
+class SampleGrids(Callback):
     """The same noise and labels at step 0, every `every_n_steps` and at the end: samples/step_<k>.png, and the loggers.
 
-    At the end before_after.png has the first sheet, the last one and training pictures of the same classes.
+    At the end before_after.png has the first sheet, the last one and training images of the same classes.
 
     Args:
-        drawer: how to draw.
-        pictures: the training set, whose classes are drawn.
-        n: number of pictures; 0 = no sheets.
+        generator: how to draw.
+        images: the training set, whose classes are generated.
+        n: number of images; 0 = no sheets.
         seed: of noise and classes.
         folder: of the sheets.
         every_n_steps: steps between two sheets; 0 = only the first and the last.
         outlook: is given the time that an image takes.
-        columns: pictures in a row.
+        columns: images in a row.
     """
 
     def __init__(
         self,
-        drawer: Drawer,
-        pictures: Pictures,
+        generator: ImageGenerator,
+        images: Pictures,
         n: int,
         seed: int,
         folder: Path,
@@ -44,9 +44,9 @@ class DrawSamples(Callback):
         outlook: Outlook,
         columns: int = 8,
     ):
-        self.drawer, self.pictures, self.seed, self.folder = drawer, pictures, seed, folder
+        self.generator, self.images, self.seed, self.folder = generator, images, seed, folder
         self.every_n_steps, self.outlook, self.columns = every_n_steps, outlook, columns
-        self.rows = example_plan(len(pictures), seed, n)
+        self.rows = example_plan(len(images), seed, n)
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if trainer.global_step == 0:
@@ -61,10 +61,10 @@ class DrawSamples(Callback):
         if trainer.global_step < trainer.max_steps or not trainer.is_global_zero or not self.rows:
             return
         self._draw(trainer, module)
-        examples, _ = self.pictures.__getitems__(self.rows)
+        examples, _ = self.images.__getitems__(self.rows)
         panels = {"before": self._sheet(0), "after": self._sheet(trainer.global_step)}
         panels = {name: Image.open(path) for name, path in panels.items() if path.exists()}
-        panels["training pictures of the same classes"] = grid(examples, self.columns)
+        panels["training images of the same classes"] = grid(examples, self.columns)
         side_by_side(panels).save(self.folder / "before_after.png")
 
     def _sheet(self, step: int) -> Path:
@@ -75,12 +75,12 @@ class DrawSamples(Callback):
         if not trainer.is_global_zero or path.exists() or not self.rows:
             return
         module.network.eval()
-        labels, start = self.pictures.labels[self.rows], time.perf_counter()
+        labels, start = self.images.labels[self.rows], time.perf_counter()
         with module.ema.applied(), meter(f"sample sheet of step {trainer.global_step}", len(labels)) as progress:
-            pictures = self.drawer.draw(module.network, labels, self.seed, on_batch=progress.update)
+            images = self.generator.generate(module.network, labels, self.seed, on_batch=progress.update)
         self.outlook.image_seconds = (time.perf_counter() - start) / len(labels)
         module.network.train()
-        sheet = grid(pictures, self.columns)
+        sheet = grid(images, self.columns)
         self.folder.mkdir(parents=True, exist_ok=True)
         sheet.save(path)
         for logger in trainer.loggers:

@@ -1,4 +1,4 @@
-"""What a network that is told steps makes of them: pictures from one noise in few and many steps, and one number."""
+"""What a network that is told steps makes of them: images from one noise in few and many steps, and one number."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,22 +13,22 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from ditune.data import Pictures
 from ditune.errors import UserError
-from ditune.generation.generator import Drawer, example_plan
+from ditune.generation.generator import ImageGenerator, example_plan
 from ditune.generation.grids import before_after_sheet
 from ditune.rng import Draws
 from ditune.samplers import Jumps, check
 
 
-class DrawStrips(Callback):
+class StepGrids(Callback):
     """samples/strips_<k>.png: one row for each number of steps, all of the same noise and classes.
 
     With it `samples/step_dependence` is logged: how far the velocities for one step and for the finest one lie apart
     at pure noise, relative to the latter. A network that ignores what it is told has 0.
 
     Args:
-        drawer: how to draw.
-        pictures: the training set, whose classes are drawn.
-        n: pictures in a row; 0 = no strips.
+        generator: how to draw.
+        images: the training set, whose classes are generated.
+        n: images in a row; 0 = no strips.
         steps: numbers of steps; those that the network does not know are left out.
         seed: of noise and classes.
         folder: of the strips.
@@ -37,22 +37,22 @@ class DrawStrips(Callback):
 
     def __init__(
         self,
-        drawer: Drawer,
-        pictures: Pictures,
+        generator: ImageGenerator,
+        images: Pictures,
         n: int,
         steps: Sequence[int],
         seed: int,
         folder: Path,
         every_n_steps: int,
     ):
-        self.pictures, self.seed, self.folder, self.every_n_steps = pictures, seed, folder, every_n_steps
-        self.drawer = replace(drawer, sampler=Jumps(), batch_size=max(n, 1))
-        self.rows = example_plan(len(pictures), seed, n)
+        self.images, self.seed, self.folder, self.every_n_steps = images, seed, folder, every_n_steps
+        self.generator = replace(generator, sampler=Jumps(), batch_size=max(n, 1))
+        self.rows = example_plan(len(images), seed, n)
         self.steps = [count for count in steps if self._known(count)]
 
     def _known(self, count: int) -> bool:
         try:
-            check(self.drawer.sampler, self.drawer.process, count)
+            check(self.generator.sampler, self.generator.process, count)
         except UserError:
             return False
         return True
@@ -80,16 +80,18 @@ class DrawStrips(Callback):
                 logger.experiment.add_image("strips", pil_to_tensor(strips), step)
 
     def _strips(self, module: pl.LightningModule):
-        labels = self.pictures.labels[self.rows]
-        drawers = {f"steps: {count}": replace(self.drawer, steps=count) for count in self.steps}
-        return before_after_sheet({name: d.draw(module.network, labels, self.seed) for name, d in drawers.items()})
+        labels = self.images.labels[self.rows]
+        generators = {f"steps: {count}": replace(self.generator, steps=count) for count in self.steps}
+        return before_after_sheet(
+            {name: d.generate(module.network, labels, self.seed) for name, d in generators.items()}
+        )
 
     @torch.inference_mode()
     def dependence(self, module: pl.LightningModule) -> float:
         """rms of u(x, 1, d = 1) - u(x, 1, d = 0) over the rms of the latter, at pure noise x."""
-        shape, process = self.drawer.autoencoder.latent_shape(self.drawer.resolution), self.drawer.process
+        shape, process = self.generator.autoencoder.latent_shape(self.generator.resolution), self.generator.process
         x = Draws(self.seed, 0, range(len(self.rows)), module.device).normal("dependence", shape)
-        y, one = self.pictures.labels[self.rows].to(module.device), torch.ones(len(x), device=module.device)
-        with torch.autocast(module.device.type, torch.bfloat16, enabled=self.drawer.bf16):
+        y, one = self.images.labels[self.rows].to(module.device), torch.ones(len(x), device=module.device)
+        with torch.autocast(module.device.type, torch.bfloat16, enabled=self.generator.bf16):
             whole, fine = (process.velocity(module.network, x, one, y, d) for d in (one, torch.zeros_like(one)))
         return ((whole - fine).square().mean() / fine.square().mean().clamp(min=1e-12)).sqrt().item()

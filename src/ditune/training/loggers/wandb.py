@@ -150,7 +150,7 @@ class WandbRun(WandbLogger):
 
     @rank_zero_only
     def finish_training(self, folder: Path) -> None:
-        """The evaluation's pictures, and the adapter (or network) where that is asked for."""
+        """The evaluation's images, and the adapter (or network) where that is asked for."""
         grid = folder / "samples" / "grid.png"
         if grid.is_file():
             self.log_image("eval/grid", [str(grid)])
