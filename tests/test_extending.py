@@ -1,9 +1,4 @@
-"""docs/guide/extending.md is right: its snippets extend a copy of the repository, which then trains with all of them.
-
-For the maintainer, after the merge of metrics/names.py and networks/sizes.py: the kinds in `PENDING` are tested as soon
-as their files exist; then delete `PENDING`, `AVAILABLE` and the conditions at the end of
-`test_the_copy_uses_all_of_them`.
-"""
+"""docs/guide/extending.md is right: its snippets extend a copy of the repository, which then trains with all of them."""
 
 import ast
 import json
@@ -19,15 +14,9 @@ import pytest
 
 from helpers import ROOT
 
-PENDING = {
-    "Metric": "src/ditune/metrics/names.py",
-    "Network size": "src/ditune/networks/sizes.py",
-}
-
 PAGE = (ROOT / "docs" / "guide" / "extending.md").read_text(encoding="utf-8")
 KINDS = ("PEFT method of our own", "PEFT method of Hugging Face", "Data set", "Objective", "Sampler", "Metric")
 KINDS += ("Network size", "Checkpoint format")
-AVAILABLE = [kind for kind in KINDS if (ROOT / PENDING.get(kind, "")).exists()]
 NEW = re.compile(r"# ([\w/]+\.(?:py|yaml))")
 IMPORTS = re.compile(r"# add to the imports of (\S+)")
 ROWS = re.compile(r"# add to (\w+) in (\S+)")
@@ -88,7 +77,7 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("src", "configs", "tests/support"):
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
     (root / "assets").symlink_to(ROOT / "assets")
-    for kind in AVAILABLE:
+    for kind in KINDS:
         for snippet in snippets(kind):
             apply(snippet, root)
     return root
@@ -128,7 +117,5 @@ def test_the_copy_uses_all_of_them(extended: Path, tmp_path: Path) -> None:
         assert found[method]["method"] == method
         assert 0 < found[method]["parameters"]["trainable"] < found["base"]["parameters"]["trainable"]
     assert found["tensors"] > 10
-    if "Metric" in AVAILABLE:
-        assert "mmd_efflite0" in found["base"]["metrics"]["after"]
-    if "Network size" in AVAILABLE:
-        assert {"dit_h_2", "dit_h_4", "dit_h_8"} <= set(found["networks"])
+    assert "mmd_efflite0" in found["base"]["metrics"]["after"]
+    assert {"dit_h_2", "dit_h_4", "dit_h_8"} <= set(found["networks"])

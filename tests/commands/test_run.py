@@ -14,7 +14,7 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
-from ditune import cli
+from ditune import errors
 from ditune.checkpoints import load_network, read_adapter
 from ditune.commands.evaluate import evaluate
 from ditune.commands.sample import balanced_labels, sample
@@ -323,14 +323,14 @@ def start(name: str, where: Path, *overrides: str) -> subprocess.CompletedProces
 def test_sample_leaves_no_stray_files(scratch: Path, tmp_path: Path) -> None:
     done = start("sample", tmp_path / "where", f"run={scratch}", "n=2", f"out={tmp_path}/out")
     assert done.returncode == 0, done.stderr
-    assert "2 pictures are in" in done.stdout
+    assert "2 images are in" in done.stdout
     assert len(drawn(tmp_path / "out")) == 2
     assert list((tmp_path / "where").iterdir()) == []
 
 
 def test_evaluate_reports_a_mistake_in_one_sentence(tmp_path: Path) -> None:
     failed = start("evaluate", tmp_path / "where", f"run={tmp_path}/nowhere")
-    assert failed.returncode == cli.USER_ERROR
+    assert failed.returncode == errors.USER_ERROR
     assert failed.stderr.strip().startswith("Error:")
     assert "no run folder" in failed.stderr
     assert "Traceback" not in failed.stderr

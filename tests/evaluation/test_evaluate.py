@@ -54,7 +54,7 @@ def test_blocks_are_drawn_once_and_read_in_any_order(tmp_path):
     pictures, labels = again.__getitems__([6, 0, 4])
     assert torch.equal(pictures, torch.stack([picture(i) for i in (6, 0, 4)]))
     assert labels.tolist() == [0, 0, 1]
-    with pytest.raises(UserError, match="drawn otherwise"):
+    with pytest.raises(UserError, match="generated with other settings"):
         blocks(tmp_path, a=2)
 
 
