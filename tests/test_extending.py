@@ -1,4 +1,4 @@
-"""docs/guide/extending.md is right: its snippets extend a copy of the repository, which then trains with all of them."""
+"""docs/guide/extending.md is right: its snippets extend a copy of the repository, which then trains with all of it."""
 
 import ast
 import json
