@@ -1,4 +1,4 @@
-"""How a trained network uses its experts while it draws (arXiv 2407.11633, section 4.3)."""
+"""How a trained network uses its experts while it generates (arXiv 2407.11633, section 4.3)."""
 
 import logging
 import math
@@ -38,7 +38,7 @@ class Counted(nn.Module):
 
 
 def part_of(process: Process, t: Tensor) -> Tensor:
-    """Part of the process, 0 = data and 1 = noise, of a time that the network is told."""
+    """Part of the process, 0 = data and 1 = noise, of the network's time input."""
     if isinstance(process, FlowProcess):
         part = t / process.time_scale
         return 1 - part if process.data_at else part
@@ -46,7 +46,7 @@ def part_of(process: Process, t: Tensor) -> Tensor:
 
 
 def analyse(cfg: DictConfig) -> Path:
-    """Draw `cfg.n` images, as many of every class, and write what the experts did into `cfg.out`.
+    """Generate `cfg.n` images, equally many of every class, and write what the experts did into `cfg.out`.
 
     Raises:
         UserError: the network has no experts, or the settings or a file are wrong.

@@ -19,8 +19,8 @@ from ditune.config.instantiate import instantiate, refuse_missing
 from ditune.config.keys import check
 from ditune.config.roles import job_hash
 from ditune.config.training import build_module, build_outlook, build_trainer, open_loggers, processes_of, resume_key
-from ditune.data import Pictures
-from ditune.data.stream import PictureStream
+from ditune.data import ImageDataset
+from ditune.data.stream import ImageStream
 from ditune.errors import UserError
 from ditune.evaluation.comparison import Comparison
 from ditune.evaluation.denoising_loss import denoising_loss
@@ -82,7 +82,7 @@ def _train(cfg: DictConfig, folder: Path) -> int:
     comparison = build_comparison(cfg, generator) if first and cfg.metrics.n > 0 else None
     outlook.evaluation_images = cfg.metrics.n * comparison.unknown(c.base_to_compare) if comparison else 0
     source = training_source(cfg, c.images, c.autoencoder)
-    stream = PictureStream(source, cfg.seed, cfg.data.flip, instantiate(cfg.augment, "augment"))
+    stream = ImageStream(source, cfg.seed, cfg.data.flip, instantiate(cfg.augment, "augment"))
     data = StreamData(stream, cfg.batch_size, cfg.data.num_workers)
 
     def close(failed: bool) -> None:
@@ -103,7 +103,7 @@ def _train(cfg: DictConfig, folder: Path) -> int:
     return record.exit_code
 
 
-def held_out_images(cfg: DictConfig) -> Pictures | None:
+def held_out_images(cfg: DictConfig) -> ImageDataset | None:
     """Images that are not trained on, for the loss on them; None if the data has no such split."""
     try:
         return instantiate(cfg.data.pictures, "data", split=cfg.metrics.loss_split)
@@ -117,7 +117,7 @@ def finish(
     module: GenerativeModule,
     trainer: pl.Trainer,
     comparison: Comparison | None,
-    held_out: Pictures | None,
+    held_out: ImageDataset | None,
     record: RunRecord,
     folder: Path,
 ) -> None:
@@ -143,7 +143,7 @@ def finish(
             logger.finish_training(folder)
 
 
-def denoising(c: Components, images: Pictures) -> dict[str, float]:
+def denoising(c: Components, images: ImageDataset) -> dict[str, float]:
     """Loss on held-out images after the training, and of the base before it."""
     networks = {"after": c.network.eval()}
     if c.base_to_compare is not None:

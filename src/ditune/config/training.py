@@ -12,7 +12,7 @@ from ditune.config.base_network import given_process
 from ditune.config.grammar import between_quotes
 from ditune.config.instantiate import instantiate, plain
 from ditune.config.roles import Decides, role_of
-from ditune.data import Pictures
+from ditune.data import ImageDataset
 from ditune.evaluation.denoising_loss import REPEATS
 from ditune.generation.generator import ImageGenerator
 from ditune.training.callbacks import RoutingMonitor, SampleGrids, StepClock, StepGrids, StopOnSignal, TrainingProgress
@@ -74,7 +74,7 @@ def build_module(cfg: DictConfig, c: Components, key: dict[str, Any]) -> Generat
     )
 
 
-def build_outlook(cfg: DictConfig, c: Components, generator: ImageGenerator, held_out: Pictures | None) -> Outlook:
+def build_outlook(cfg: DictConfig, c: Components, generator: ImageGenerator, held_out: ImageDataset | None) -> Outlook:
     """What the run does besides its steps; the evaluation's images are added once it is known what a record holds."""
     networks = 1 if c.base_to_compare is None else 2  # the base's loss is measured beside the run's
     return Outlook(

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 if TYPE_CHECKING:  # the import takes seconds, and grids need no feature extractor
-    from ditune.metrics import ImageSet
+    from ditune.metrics.features import ImageSet
 
 TILE = 128  # pixels: smaller images are enlarged by the largest whole factor that stays within this
 BACKGROUND = (232, 232, 232)  # not white: many images are, and their edges should be seen

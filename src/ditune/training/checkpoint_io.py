@@ -25,7 +25,25 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
+def rewind(checkpoint: dict[str, Any], accumulate: int) -> None:
+    """Let Lightning's loops go on at the first micro-step after the last whole optimizer step.
+
+    A run may stop between micro-steps, and Lightning raises its loggers' step only after it has saved. Checked with
+    pytorch-lightning 2.6; the keys are of its loops' state.
+
+    Args:
+        checkpoint: as Lightning has read it; changed in place.
+        accumulate: micro-steps of an optimizer step.
+    """
+    loop = checkpoint["loops"]["fit_loop"]
+    done = checkpoint["global_step"] * accumulate
+    for span in ("total", "current"):
+        loop["epoch_loop.batch_progress"][span].update(ready=done, started=done, processed=done, completed=done)
+    loop["epoch_loop.state_dict"]["_batches_that_stepped"] = checkpoint["global_step"]
+
+
 def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
     return folder / f"step_{step:08d}.ckpt"
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ditune.autoencoders import Autoencoder
-from ditune.data import Pictures
+from ditune.data import ImageDataset
 from ditune.networks import DiT
 from ditune.objectives import Objective
 from ditune.peft import PeftMethod
@@ -76,7 +76,7 @@ class Processes:
 class Components:
     """What a run is made of."""
 
-    images: Pictures
+    images: ImageDataset
     autoencoder: Autoencoder
     network: DiT  # with the method applied to it
     method: PeftMethod

@@ -14,7 +14,8 @@ from ditune.errors import UserError
 from ditune.moe.balance import Balance, Watched
 from ditune.objectives import Loss, Objective, State
 from ditune.peft import PeftMethod
-from ditune.rng import Draws
+from ditune.rng import StepRandom
+from ditune.training.checkpoint_io import rewind
 from ditune.training.ema import Ema, with_weights
 
 STEP_LEVELS = 7  # losses of steps of length 1, 1/2, ... 1/128 are logged apart, those between with the longer one
@@ -31,10 +32,10 @@ class GenerativeModule(pl.LightningModule):
         autoencoder: pixels to latents, frozen.
         optimizer: (name, parameter) pairs -> optimizer.
         scheduler: optimizer -> learning-rate scheduler.
-        ema_decay: of the average of what trains.
+        ema_decay: of the EMA of the trainable parameters.
         seed: of all random numbers of the training.
         batch_size: global batch.
-        identity: plain values that a checkpoint must share with the run that resumes from it.
+        identity: the resume key, plain values that a checkpoint must share with the run that resumes from it.
         balance: of the experts' load; None = the network has no experts, or nobody looks at them.
         log_every: steps between two lines of the log; 0 = none.
     """
@@ -76,11 +77,11 @@ class GenerativeModule(pl.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
         images, y, positions = batch
         step = int(positions[0]) // self.batch_size
-        draws = Draws(self.seed, step, (positions - step * self.batch_size).tolist(), self.device)
+        random = StepRandom(self.seed, step, (positions - step * self.batch_size).tolist(), self.device)
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            x0 = self.latents(images, draws)
+            x0 = self.latents(images, random)
         network = self.network if self.balance is None else Watched(self.network)
-        loss = self.objective.loss(network, (x0, y), draws, self._state(step))
+        loss = self.objective.loss(network, (x0, y), random, self._state(step))
         added, parts = (0.0, {}) if self.balance is None else self.balance.loss(network.routing, step)
         if self.statistics is not None:
             self.statistics.add(network.routing, loss.time, network.y)
@@ -91,17 +92,17 @@ class GenerativeModule(pl.LightningModule):
     def _state(self, step: int) -> State:
         """Before the step's first micro-step and after it the average is the same, so that all see one teacher."""
         self.ema.follow()
-        if self.objective.renews_teacher(step, self.trainer.max_steps):
+        if self.objective.updates_teacher(step, self.trainer.max_steps):
             self.teacher = {name: value.clone() for name, value in self.ema.average.items()}
         self.teacher = {name: value.to(self.device) for name, value in self.teacher.items()}  # after a resume
         ema, teacher = (with_weights(self.network, weights) for weights in (self.ema.average, self.teacher))
         return State(step, self.trainer.max_steps, self.batch_size, ema, teacher if self.objective.has_teacher else ema)
 
-    def latents(self, x: Tensor, draws: Draws) -> Tensor:
+    def latents(self, x: Tensor, random: StepRandom) -> Tensor:
         """What is learned, (N, C, h, w): of images, or of their cached mean and log-variance, sampled anew."""
 
         def normal(shape: Sequence[int]) -> Tensor:
-            return draws.normal("posterior", shape)
+            return random.normal("posterior", shape)
 
         if x.dtype == torch.uint8:
             return self.autoencoder.to_latent(from_uint8(x), normal)
@@ -164,11 +165,4 @@ class GenerativeModule(pl.LightningModule):
         self.ema.load_state_dict(checkpoint["ema"])
         self.teacher = checkpoint["teacher"]
         Balance.load_state_dict(self.network, checkpoint["balance"])
-        # a run may stop between micro-steps; it goes on with the first one of the step that was not finished
-        loop = checkpoint["loops"]["fit_loop"]
-        progress = loop["epoch_loop.batch_progress"]
-        done = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
-        for span in ("total", "current"):
-            progress[span].update(ready=done, started=done, processed=done, completed=done)
-        # the loggers' step, which Lightning raises only after it has saved
-        loop["epoch_loop.state_dict"]["_batches_that_stepped"] = checkpoint["global_step"]
+        rewind(checkpoint, self.trainer.accumulate_grad_batches)

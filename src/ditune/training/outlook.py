@@ -1,4 +1,4 @@
-"""How long a run will take in all, told once its first steps have been timed."""
+"""How long a run will take in all, estimated once its first steps have been timed."""
 
 import logging
 from dataclasses import dataclass

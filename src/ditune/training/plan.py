@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ditune.data.stream import micro_batch_size
 from ditune.objectives import Objective, State
 from ditune.peft import PeftMethod
-from ditune.rng import Draws
+from ditune.rng import StepRandom
 from ditune.training.components import Components
 
 log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ def expected_memory(
     hooks = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
     with hooks, torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         state = State(step=0, max_steps=1, batch_size=2, ema=network, teacher=network)
-        objective.loss(network, (x0, zeros), Draws(0, 0, range(2), device), state)
+        objective.loss(network, (x0, zeros), StepRandom(0, 0, range(2), device), state)
     weights = sum(p.numel() * p.element_size() for p in parameters)
     training = sum(4 * 4 * p.numel() for p in parameters if p.requires_grad)  # gradient, two moments, EMA in fp32
     activations = sum(saved.values()) / 2 * micro_batch

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 
-from ditune.data.stream import MicroBatches, PictureStream, training_loader
+from ditune.data.stream import ImageStream, MicroBatches, training_loader
 
 
 class StreamData(pl.LightningDataModule):
@@ -16,7 +16,7 @@ class StreamData(pl.LightningDataModule):
         num_workers: processes that load; 0 = the training process.
     """
 
-    def __init__(self, stream: PictureStream, batch_size: int, num_workers: int):
+    def __init__(self, stream: ImageStream, batch_size: int, num_workers: int):
         super().__init__()
         self.stream, self.batch_size, self.num_workers = stream, batch_size, num_workers
 

@@ -10,7 +10,7 @@ from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 from torchvision.transforms.functional import pil_to_tensor
 
-from ditune.data import Pictures
+from ditune.data import ImageDataset
 from ditune.generation.generator import ImageGenerator, example_plan
 from ditune.generation.grids import grid, side_by_side
 from ditune.progress import meter
@@ -36,7 +36,7 @@ class SampleGrids(Callback):
     def __init__(
         self,
         generator: ImageGenerator,
-        images: Pictures,
+        images: ImageDataset,
         n: int,
         seed: int,
         folder: Path,

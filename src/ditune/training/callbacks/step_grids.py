@@ -1,4 +1,4 @@
-"""What a network that is told steps makes of them: images from one noise in few and many steps, and one number."""
+"""Step grids: the same noise in few and many steps, and how strongly the output depends on the step size."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,34 +11,34 @@ from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 from torchvision.transforms.functional import pil_to_tensor
 
-from ditune.data import Pictures
+from ditune.data import ImageDataset
 from ditune.errors import UserError
 from ditune.generation.generator import ImageGenerator, example_plan
 from ditune.generation.grids import before_after_sheet
-from ditune.rng import Draws
-from ditune.samplers import Jumps, check
+from ditune.rng import StepRandom
+from ditune.samplers import ShortcutSampler, check
 
 
 class StepGrids(Callback):
     """samples/strips_<k>.png: one row for each number of steps, all of the same noise and classes.
 
     With it `samples/step_dependence` is logged: how far the velocities for one step and for the finest one lie apart
-    at pure noise, relative to the latter. A network that ignores what it is told has 0.
+    at pure noise, relative to the latter. A network that ignores the step size has 0.
 
     Args:
-        generator: how to draw.
+        generator: how images are generated.
         images: the training set, whose classes are generated.
-        n: images in a row; 0 = no strips.
-        steps: numbers of steps; those that the network does not know are left out.
+        n: images in a row; 0 = no grids.
+        steps: numbers of steps; those that the network was not trained for are left out.
         seed: of noise and classes.
-        folder: of the strips.
-        every_n_steps: training steps between two strips; 0 = only at the end.
+        folder: of the grids.
+        every_n_steps: training steps between two grids; 0 = only at the end.
     """
 
     def __init__(
         self,
         generator: ImageGenerator,
-        images: Pictures,
+        images: ImageDataset,
         n: int,
         steps: Sequence[int],
         seed: int,
@@ -46,7 +46,7 @@ class StepGrids(Callback):
         every_n_steps: int,
     ):
         self.images, self.seed, self.folder, self.every_n_steps = images, seed, folder, every_n_steps
-        self.generator = replace(generator, sampler=Jumps(), batch_size=max(n, 1))
+        self.generator = replace(generator, sampler=ShortcutSampler(), batch_size=max(n, 1))
         self.rows = example_plan(len(images), seed, n)
         self.steps = [count for count in steps if self._known(count)]
 
@@ -67,19 +67,19 @@ class StepGrids(Callback):
             return
         module.network.eval()
         with module.ema.applied():
-            strips = self._strips(module)
+            rows = self._grid(module)
             dependence = self.dependence(module)
         module.network.train()
         self.folder.mkdir(parents=True, exist_ok=True)
-        strips.save(path)
+        rows.save(path)
         for logger in trainer.loggers:
             logger.log_metrics({"samples/step_dependence": dependence}, step=step)
             if isinstance(logger, WandbLogger):
-                logger.log_image("strips", [strips], caption=[f"step {step}"])
+                logger.log_image("strips", [rows], caption=[f"step {step}"])
             elif isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image("strips", pil_to_tensor(strips), step)
+                logger.experiment.add_image("strips", pil_to_tensor(rows), step)
 
-    def _strips(self, module: pl.LightningModule):
+    def _grid(self, module: pl.LightningModule):
         labels = self.images.labels[self.rows]
         generators = {f"steps: {count}": replace(self.generator, steps=count) for count in self.steps}
         return before_after_sheet(
@@ -90,7 +90,7 @@ class StepGrids(Callback):
     def dependence(self, module: pl.LightningModule) -> float:
         """rms of u(x, 1, d = 1) - u(x, 1, d = 0) over the rms of the latter, at pure noise x."""
         shape, process = self.generator.autoencoder.latent_shape(self.generator.resolution), self.generator.process
-        x = Draws(self.seed, 0, range(len(self.rows)), module.device).normal("dependence", shape)
+        x = StepRandom(self.seed, 0, range(len(self.rows)), module.device).normal("dependence", shape)
         y, one = self.images.labels[self.rows].to(module.device), torch.ones(len(x), device=module.device)
         with torch.autocast(module.device.type, torch.bfloat16, enabled=self.generator.bf16):
             whole, fine = (process.velocity(module.network, x, one, y, d) for d in (one, torch.zeros_like(one)))
