@@ -12,8 +12,8 @@ from ditune.checkpoints import load_network, read_network
 from ditune.checkpoints.diffusers_dit import to_theirs
 from ditune.checkpoints.networks import PROCESSES
 from ditune.commands.train import train
-from ditune.config.base_network import build_network
-from ditune.config.instantiate import instantiate
+from ditune.config.components import build_components
+from ditune.config.options import load_option
 from ditune.errors import UserError
 from ditune.networks import dit, dit_moe
 from ditune.processes import FlowProcess, GaussianProcess, build_process
@@ -130,7 +130,7 @@ def test_sit_and_repa_are_asked_as_their_codes_do(saved):
 
 def test_a_checkpoint_is_drawn_from_by_its_process(saved):
     path = saved(network(in_channels=3, learn_sigma=False).state_dict())
-    sampler = OmegaConf.load(ROOT / "configs" / "sampler" / "published.yaml")
+    sampler = load_option(ROOT / "configs" / "sampler" / "published.yaml")
     trained = load_checkpoint(path, NONE, sampler, False, "repa", {"num_heads": None})
     assert isinstance(trained.generator.process, FlowProcess)
     assert type(trained.generator.sampler).__name__ == "Euler"
@@ -149,11 +149,8 @@ def test_training_on_a_flow_of_others(saved, pictures, tmp_path):
     general = [*SMALL_FLOW, f"data.root={pictures}", f"pretrained={path}", "network=as_pretrained"]
 
     def built(*overrides: str):
-        cfg = compose(tmp_path / "run", *general, *overrides)
-        objective = instantiate(cfg.objective, "objective")
-        codec = instantiate(cfg.autoencoder, "autoencoder")
-        build_network(cfg, ["cat", "dog", "eel"], codec, objective)
-        return objective.process
+        cfg = compose(tmp_path / "run", *general, "peft=full", *overrides)
+        return build_components(cfg).objective.process
 
     assert built().diffused is not None
     assert built("pretrained_process=diffusion").diffused is not None

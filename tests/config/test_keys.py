@@ -63,7 +63,8 @@ def test_every_row_is_of_a_key():
         names.setdefault(command, set()).update(leaves(values, "" if at_the_top else group))
     everything = set().union(*names.values())
     unused = [row.pattern for row in KEYS if not any(row.matches(name) for name in everything)]
-    for command, rows in APART.items():
+    for command in names.keys() & APART.keys():  # studies add theirs when they are imported
+        rows = APART[command]
         unused += [row.pattern for row in rows if not any(row.matches(name) for name in names[command])]
     # groups that are chosen, not written
     assert set(unused) <= {"sampler.sampler", "trainer.strategy"}

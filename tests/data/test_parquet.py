@@ -11,13 +11,13 @@ import torch
 from torch.utils.data import DataLoader
 
 from ditune.commands.prepare import prepare
-from ditune.config.instantiate import instantiate as instantiate
+from ditune.config.instantiate import instantiate
 from ditune.data import ImageDataset
 from ditune.data import parquet_reader as reader_module
 from ditune.data.sources import open_source
 from ditune.errors import UserError
 from ditune.evaluation.image_files import ImageFiles
-from small_datasets import identity, png, prepare_config
+from small_datasets import identity, make, png, prepare_config
 
 pa = pytest.importorskip("pyarrow", reason="pyarrow, which only Parquet files need, is not installed")
 pq = pytest.importorskip("pyarrow.parquet", reason="pyarrow, which only Parquet files need, is not installed")
@@ -42,7 +42,7 @@ def export(tmp_path: Path) -> Path:
     for i in range(2):
         write(tmp_path / f"export/data/train-{i:05d}-of-00002.parquet", [0, 1, 0, 1, 1], names, first=5 * i)
     write(tmp_path / "export/data/validation-00000-of-00001.parquet", [0, 1, 0, -1, None], names, first=10)
-    instantiate(tmp_path / "export", {"README.md": b"", "data/.cache": b""})
+    make(tmp_path / "export", {"README.md": b"", "data/.cache": b""})
     return tmp_path / "export"
 
 
@@ -131,7 +131,7 @@ def test_bytes_without_a_path_and_missing_files(tmp_path):
 def test_mistakes_are_named(tmp_path, files, kwargs, message):
     for name, labels in files.items():
         if isinstance(labels, bytes):
-            instantiate(tmp_path / "a", {name: labels})
+            make(tmp_path / "a", {name: labels})
         else:
             write(tmp_path / "a" / name, labels, kwargs.get("names"))
     with pytest.raises(UserError, match=message):
@@ -157,12 +157,12 @@ def test_without_pyarrow_a_sentence_says_what_to_install(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="pip install pyarrow"):
         ImageDataset(path, 8)
     with pytest.raises(UserError, match="Unpack it: Parquet files are read"):
-        ImageDataset(instantiate(tmp_path / "a.zip", {"data/train.parquet": path.read_bytes()}), 8)
+        ImageDataset(make(tmp_path / "a.zip", {"data/train.parquet": path.read_bytes()}), 8)
 
 
 def test_images_beside_parquet_files_come_first(tmp_path):
     write(tmp_path / "cat" / "a.parquet", [0])
-    pictures = ImageDataset(instantiate(tmp_path, {"cat/0.png": png()}), 8)
+    pictures = ImageDataset(make(tmp_path, {"cat/0.png": png()}), 8)
     assert pictures.class_names == ["cat"]
     assert pictures.not_images == {".parquet": 1}
 

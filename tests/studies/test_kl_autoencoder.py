@@ -69,7 +69,7 @@ def test_noise_without_finished_latents_is_refused(tmp_path):
 
 def test_without_it_the_error_names_the_command(tmp_path):
     cfg = compose(tmp_path, "autoencoder=kl_emoji", f"autoencoder.folder={tmp_path}/none").autoencoder
-    with pytest.raises(UserError, match=r"python studies/kl_autoencoder\.py"):
+    with pytest.raises(UserError, match=r"studies/kl_autoencoder\.py"):
         instantiate(cfg, "autoencoder")
 
 
