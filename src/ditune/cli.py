@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from ditune.config.keys import check
-from ditune.config.overrides import explain
+from ditune.config.overrides import current, explain
 from ditune.errors import PLACES, UserError, fail, refusal
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,6 +68,7 @@ def entry_point(name: str, folder: str = CONFIGS) -> Callable[[Callable[[DictCon
 
         def start() -> None:
             prepare()
+            sys.argv[1:] = map(current, sys.argv[1:])
             with_sentences(main, folder, name)
 
         return start

@@ -13,7 +13,7 @@ from ditune import cli
 from ditune.commands.sample import sample
 from ditune.commands.train import train
 from ditune.config.keys import APART, KEYS, check, rows_of
-from ditune.config.overrides import nearest
+from ditune.config.overrides import current, nearest
 from ditune.errors import UserError
 from helpers import ROOT, SMALL, compose
 
@@ -391,3 +391,29 @@ def test_what_few_runs_need_is_imported_by_those(module, without):
     script = f"import {module}, sys; print(*(m for m in {without} if m in sys.modules))"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT / "src", capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "\n"), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("argument", "stored"),
+    [
+        ("callbacks.step_grids.n=4", "callbacks.strips.n=4"),
+        ("++callbacks.step_grids.steps=[1,2]", "++callbacks.strips.steps=[1,2]"),
+        ("sampler.sampler.step_size=1", "sampler.sampler.told=1"),
+        ("~callbacks.step_grids", "~callbacks.strips"),
+        ("name=callbacks.step_grids.n=4", "name=callbacks.step_grids.n=4"),
+        ("callbacks.step_grids_of_mine=4", "callbacks.step_grids_of_mine=4"),
+        ("-m", "-m"),
+    ],
+)
+def test_aliases_are_read_as_the_stored_keys(argument, stored):
+    assert current(argument) == stored
+
+
+@pytest.mark.slow
+def test_an_alias_composes_to_the_stored_key():
+    command = [sys.executable, "src/train.py", "--cfg", "job", "~experiment", "callbacks.step_grids.n=3"]
+    command += ["sampler=euler", "sampler.sampler.step_size=0.5"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    cfg = yaml.safe_load(done.stdout)
+    assert (cfg["callbacks"]["strips"]["n"], cfg["sampler"]["sampler"]["told"]) == (3, 0.5)
+    assert "step_grids" not in cfg["callbacks"]

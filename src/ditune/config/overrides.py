@@ -9,6 +9,24 @@ import hydra
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
+# The field's names of keys whose own names are older and stand in stored configs.
+ALIASES = {"callbacks.step_grids": "callbacks.strips", "sampler.sampler.step_size": "sampler.sampler.told"}
+
+
+def current(argument: str) -> str:
+    """An argument of the command line, with the stored name of a key that it calls by an alias.
+
+    Args:
+        argument: such as "callbacks.step_grids.n=4"; anything else is returned as it is.
+    """
+    key, equals, value = argument.partition("=")
+    prefix = key[: len(key) - len(key.lstrip("+~"))]
+    name = key.removeprefix(prefix)
+    for alias, stored in ALIASES.items():
+        if name == alias or name.startswith(f"{alias}."):
+            return prefix + stored + name.removeprefix(alias) + equals + value
+    return argument
+
 
 def explain(error: Exception, folder: str, name: str, overrides: Sequence[str]) -> str:
     """What is wrong with the overrides, as a sentence.
