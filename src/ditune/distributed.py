@@ -1,6 +1,8 @@
 """Which of several processes this one is, and its device."""
 
+import atexit
 import os
+from functools import cache
 
 import torch
 
@@ -20,3 +22,18 @@ def best_device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+@cache
+def leave_at_exit() -> None:
+    """Let this process leave its process group before the interpreter ends.
+
+    Lightning does so for nccl only. Threads of gloo that are still there abort a rank which ends before the first one,
+    after all its work is done.
+    """
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -115,12 +115,15 @@ def meter(what: str, total: int | None = None, unit: str = "images", done: int =
     current = Meter(what, total, unit, done)
     _meters.append(current)
     ended = threading.Event()
+    speaker = threading.Thread(target=_speak, args=(current, ended), daemon=True)
     if _bars is None and is_first_rank():
-        threading.Thread(target=_speak, args=(current, ended), daemon=True).start()
+        speaker.start()
     try:
         yield current
     finally:
         ended.set()
+        if speaker.is_alive():
+            speaker.join()
         _meters.remove(current)
         for other in _meters:
             other.said_at = time.monotonic()  # what was said meanwhile was news enough

@@ -21,6 +21,7 @@ from ditune.config.roles import job_hash
 from ditune.config.training import build_module, build_outlook, build_trainer, open_loggers, processes_of, resume_key
 from ditune.data import ImageDataset
 from ditune.data.stream import ImageStream
+from ditune.distributed import leave_at_exit
 from ditune.errors import UserError
 from ditune.evaluation.comparison import Comparison
 from ditune.evaluation.denoising_loss import denoising_loss
@@ -67,6 +68,8 @@ def _train(cfg: DictConfig, folder: Path) -> int:
     generator, held_out = build_generator(cfg, c), held_out_images(cfg)
     outlook = build_outlook(cfg, c, generator, held_out)
     trainer, clock, stop = build_trainer(cfg, c, generator, folder, outlook)
+    if trainer.world_size > 1:
+        leave_at_exit()
     c.processes = processes_of(trainer, in_sweep())
     rules.check(c, rules.OF_THE_PROCESSES)
     resumed = find_checkpoint(folder, cfg.resume, cfg.max_steps, resume_key(cfg, c))
