@@ -1,6 +1,7 @@
 """Images -> feature vectors. Distances carry the extractor's name: those of two extractors are not comparable."""
 
 import pickle
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,7 +60,7 @@ def exact(device: torch.device) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-class FrozenExtractor(nn.Module):
+class FrozenExtractor(nn.Module, ABC):
     """Base of the extractors: a network in evaluation mode that computes in full float32 precision.
 
     A subclass sets `name`, `columns` and `identity` (see `Extractor`) and implements `features`.
@@ -90,9 +91,9 @@ class FrozenExtractor(nn.Module):
         with exact(images.device):
             return self.features(images)
 
+    @abstractmethod
     def features(self, images: Tensor) -> Tensor:
         """The computation inside `forward`: uint8 (N, 3, H, W) -> float32 (N, D)."""
-        raise NotImplementedError
 
 
 class EfficientNetLite0(FrozenExtractor):

@@ -12,7 +12,7 @@ def started(pattern: str) -> str:
     """When this run was started, as `datetime.strftime` writes it: for folders that no two starts share.
 
     Ranks that something else starts for one run compose one config each, and must find the same folder: they take the
-    time of what has started them. (Ranks that Lightning starts are told the folder.)
+    time of what has started them. (Lightning passes the folder to the ranks that it starts.)
     """
     return _moment().strftime(pattern)
 
