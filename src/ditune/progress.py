@@ -11,7 +11,9 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 log = logging.getLogger(__name__)
@@ -22,6 +24,15 @@ MOMENT = 3.0  # seconds between two lines at the least
 
 _meters: list["Meter"] = []  # that are at work, the innermost one last
 _bars: Progress | None = None  # one display for all of them: rich can show only one
+
+
+def console(**options: Any) -> Console:
+    """A console that prints text as it is: names and messages may hold brackets, which rich takes for markup.
+
+    Args:
+        options: of rich's Console.
+    """
+    return Console(markup=False, emoji=False, highlight=False, **options)
 
 
 class Meter:
@@ -103,9 +114,9 @@ def meter(what: str, total: int | None = None, unit: str = "images", done: int =
     outermost = not _meters
     if outermost and is_first_rank() and sys.stdout.isatty():
         _bars = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
-            TextColumn("{task.completed:,.0f}{task.fields[of]} {task.fields[note]}"),
+            TextColumn("{task.completed:,.0f}{task.fields[of]} {task.fields[note]}", markup=False),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             refresh_per_second=2,

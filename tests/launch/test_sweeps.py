@@ -23,7 +23,7 @@ from ditune.config.roles import job_hash
 from ditune.errors import UserError
 from ditune.files.locks import alone
 from ditune.launch.jobs import Job, needs, of_the_job, place
-from ditune.launch.sweep import Stopped, Sweep
+from ditune.launch.sweep import Stopped, Sweep, show_summary
 from ditune.launch.trees import Tree
 from helpers import ROOT, SMALL, compose
 
@@ -76,7 +76,24 @@ def test_one_failing_rank_ends_the_others(tmp_path):
     assert finish(running) == [-signal.SIGTERM, 1, -signal.SIGTERM]
     assert time.monotonic() - start < 20
     assert running.failed_first == [1]
-    assert running.reason(1) == "Error: no luck."
+    assert running.causes() == {1: "Error: no luck."}
+
+
+def test_the_cause_is_told_and_not_the_lost_connection(tmp_path):
+    """The rank that only lost its connection may well be the first to end."""
+    lost = "sys.exit('RuntimeError: [/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:561] Connection closed')"
+    late = "time.sleep(0.7)\nsys.exit('RuntimeError: the disk is gone')"
+    finish(running := tree(tmp_path, f"if os.environ['RANK'] == '0': {lost}\n{late}", 2))
+    assert running.failed_first == [0, 1]
+    assert running.causes() == {1: "RuntimeError: the disk is gone"}
+
+
+def test_the_table_of_jobs_takes_no_error_for_markup(capsys):
+    failed = Job(["name=[b]"], status="failed", error="lost [/x.cc:5] at :smile: [red]", folder=Path("[0]"))
+    show_summary([failed, Job(["name=c"])])
+    shown = "".join(capsys.readouterr().out.split())
+    for text in ("name=[b]", "lost[/x.cc:5]", "at:smile:[red]", "[0]"):
+        assert text in shown, shown
 
 
 def test_a_rank_that_does_not_listen_is_killed_with_its_children(tmp_path):

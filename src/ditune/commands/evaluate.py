@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 from rich.table import Table
 
 from ditune.checkpoints import locate
@@ -28,6 +27,7 @@ from ditune.evaluation.protocol import Record, evaluate_images
 from ditune.files.atomic import read_json, sha256, write_json
 from ditune.launch.run_folder import owned
 from ditune.metrics import ImageSet, check_counts
+from ditune.progress import console
 from ditune.run import Trained, exactly_one, load_checkpoint, load_run
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def evaluate(cfg: DictConfig) -> Path:
     with owned(folder) if folder is not None and folder.is_dir() else nullcontext():
         path, metrics = SOURCES[source](cfg)
     if rank() == 0:
-        Console().print(table(metrics))
+        console().print(table(metrics))
         log.info("the values are in %s", path)
     return path
 

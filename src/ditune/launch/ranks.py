@@ -39,6 +39,6 @@ def run_ranks(processes: int, out: str | Path, threads: int | None) -> int:
             time.sleep(POLL)
     finally:
         tree.stop()
-    failed = next((rank for rank in tree.failed_first), None)
+    failed = next(iter(tree.causes()), None)
     sys.stdout.write(tree.log(failed or 0).read_text(encoding="utf-8"))
     return 0 if failed is None else abs(codes[failed])

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from ditune.config.grammar import hydra_value
@@ -19,6 +18,7 @@ from ditune.files.locks import alone
 from ditune.launch.jobs import Job
 from ditune.launch.run_folder import LOCK, SWEEP
 from ditune.launch.trees import STOPPED_GRACE, Tree
+from ditune.progress import console
 
 log = logging.getLogger(__name__)
 
@@ -146,10 +146,10 @@ class Sweep:
         if tree.stopping and not tree.failed_first:
             job.status, job.error = "stopped", "stopped with the sweep; the same command goes on with it"
         else:
-            killed = any(codes[rank] < 0 for rank in tree.failed_first)
+            causes = tree.causes()
+            killed = causes and all(codes[rank] < 0 for rank in causes)
             job.status = "stopped" if said == "stopped" else "killed" if killed else "failed"
-            reasons = [f"rank {rank}: {tree.reason(rank)}" for rank in tree.failed_first]
-            job.error = "; ".join(reasons) or "it left no result"
+            job.error = "; ".join(f"rank {rank}: {cause}" for rank, cause in causes.items()) or "it left no result"
         if said is not None:  # rank 0 knows only that another rank was gone
             write_json(path, result | {"status": job.status, "error": job.error})
 
@@ -182,7 +182,7 @@ def show_summary(jobs: Sequence[Job]) -> None:
         own = " ".join(override for override in job.overrides if override not in common)
         folder = "" if job.folder is None else job.folder.name
         table.add_row(own, folder, job.status, f"{job.seconds:.0f}", job.error[:500])
-    Console().print(table)
+    console().print(table)
 
 
 class Stopped(KeyboardInterrupt):

@@ -13,7 +13,8 @@ from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 
-FAILED_GRACE = 10.0  # seconds that the other ranks have to end after one has failed
+SETTLE = 2.0  # seconds in which the other ranks may fail by themselves after one has failed
+FAILED_GRACE = 10.0  # seconds that they have to end after that, once they are asked to
 STOPPED_GRACE = 120.0  # seconds for a last checkpoint when the sweep is stopped
 # of torchrun, Lightning and Slurm: a job must not believe that it is a rank of the program that started the sweep
 FOREIGN = ("MASTER_", "RANK", "LOCAL_", "GROUP_", "NODE_RANK", "WORLD_SIZE", "ROLE_", "TORCHELASTIC_", "SLURM_")
@@ -22,6 +23,8 @@ NOISE = re.compile(
     r"\s*(Set the environment variable HYDRA_FULL_ERROR|See https?://|Error executing job with overrides)"
 )
 RANK_PREFIX = re.compile(r"^\[rank\d+\]:\s?")
+# what ranks say when another one is gone
+CONSEQUENCE = re.compile(r"gloo/transport|Connection (closed|reset) by peer|Broken pipe|ncclRemoteError|remote process")
 ERROR = re.compile(r"[\w.]*(Error|Exception|Interrupt|Exit|Expired|Timeout)(: |$)")
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 _PR_SET_PDEATHSIG = 1
@@ -56,8 +59,9 @@ class Tree:
             env |= _rendezvous(processes)
         self.folder, self.started, self._deadline = folder, time.monotonic(), float("inf")
         self.ranks: list[subprocess.Popen] = []
-        self.failed_first: list[int] = []  # ranks that failed on their own
+        self.failed_first: list[int] = []  # ranks that failed before any was asked to stop
         self.stopping = False  # whether it was asked to stop
+        self._asked = False  # whether any rank was sent a signal
         try:
             for rank in range(processes):
                 self.ranks.append(self._start(command, rank, env if processes == 1 else env | _of_rank(rank)))
@@ -86,16 +90,17 @@ class Tree:
     def poll(self) -> list[int] | None:
         """Exit codes of all ranks once all have ended (-k: by signal k), else None. A failure ends the others."""
         codes = [process.poll() for process in self.ranks]
-        self.failed_first = self.failed_first or [rank for rank, code in enumerate(codes) if code]
+        if not self._asked:
+            self.failed_first = [rank for rank, code in enumerate(codes) if code]
         if None not in codes:
             self._sweep_up()
             return codes
         if any(codes):  # neither None nor 0
             if self._deadline == float("inf"):
-                self._signal(signal.SIGTERM)
-                self._deadline = time.monotonic() + FAILED_GRACE
+                self._deadline = time.monotonic() + SETTLE
             elif time.monotonic() > self._deadline:
-                self._signal(signal.SIGKILL)
+                self._signal(signal.SIGKILL if self._asked else signal.SIGTERM)
+                self._asked, self._deadline = True, time.monotonic() + FAILED_GRACE
         return None
 
     def stop(self, grace: float = STOPPED_GRACE) -> list[int]:
@@ -118,7 +123,7 @@ class Tree:
 
     def terminate(self) -> None:
         """Ask all ranks to save and stop, without waiting for them."""
-        self.stopping = True
+        self.stopping = self._asked = True
         self._signal(signal.SIGTERM)
 
     def _signal(self, number: int) -> None:
@@ -134,7 +139,12 @@ class Tree:
             except (ProcessLookupError, PermissionError):
                 continue  # nothing is left
 
-    def reason(self, rank: int) -> str:
+    def causes(self) -> dict[int, str]:
+        """Why the ranks failed that failed first, without those that only lost the connection to another one."""
+        reasons = {rank: self._reason(rank) for rank in self.failed_first}
+        return {rank: text for rank, text in reasons.items() if not CONSEQUENCE.search(text)} or reasons
+
+    def _reason(self, rank: int) -> str:
         """Why a rank failed: the signal that ended it, its last error message, or the last line of its output."""
         code = self.ranks[rank].returncode
         if code < 0:

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 from ditune.data.stream import micro_batch_size
 from ditune.objectives import Objective, State
 from ditune.peft import PeftMethod
+from ditune.progress import console
 from ditune.rng import StepRandom
 from ditune.training.components import Components
 
@@ -97,16 +97,16 @@ def announce(c: Components, trainer: pl.Trainer, folder: Path, config: str | Non
     """
     for note in c.images.notes:
         log.warning("%s", note)
-    console = Console(soft_wrap=True, markup=False, highlight=False)
+    show = console(soft_wrap=True)
     if config is not None:
-        console.print(config)
-        console.print(parameter_table(c.network, c.method))
+        show.print(config)
+        show.print(parameter_table(c.network, c.method))
     trained, total = counts(c.network)
-    console.print(f"{c.method.title} trains {trained:,} of {total:,} parameters ({trained / total:.2%})")
+    show.print(f"{c.method.title} trains {trained:,} of {total:,} parameters ({trained / total:.2%})")
     for kind, count in trained_kinds(c.network).items():
-        console.print(f"  {kind:<22}{count:>13,}")
+        show.print(f"  {kind:<22}{count:>13,}")
     for key, value in facts(c, trainer, folder).items():
-        console.print(f"{key:<12}{value}")
+        show.print(f"{key:<12}{value}")
 
 
 def facts(c: Components, trainer: pl.Trainer, folder: Path) -> dict[str, str]:
