@@ -121,7 +121,8 @@ def test_a_sweep_in_an_odd_folder_plans_its_jobs(tmp_path, pictures):
     settings = [*SMALL, f"data.root={pictures}", "peft=full", "seed=0,1", "dry_run=true"]
     done = start("train.py", "-m", *settings, f"sweep_dir={hydra_value(sweep)}")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert [job["status"] for job in read_json(sweep / "summary.json")["jobs"]] == ["planned", "planned"]
+    jobs = read_json(sweep / "summary.json")["jobs"]
+    assert [(job["status"], job["method"], job["data"]) for job in jobs] == [("planned", "full", "folder")] * 2
 
 
 @pytest.mark.ddp

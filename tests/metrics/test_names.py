@@ -24,7 +24,7 @@ from ditune.report.tables import markdown_table
 COUNTS = {"n", "n_reference"}
 
 
-def write_run(folder: Path, method: str, metrics: dict[str, float]) -> None:
+def write_run(folder: Path, method: str, metrics: dict[str, float], seed: int) -> None:
     """The result.json of a finished training, as far as tables need it."""
     folder.mkdir()
     result = {
@@ -35,7 +35,7 @@ def write_run(folder: Path, method: str, metrics: dict[str, float]) -> None:
         "parameters": {"trainable": 1, "share": 0.5},
         "lr": 1e-3,
         "max_steps": 1,
-        "seed": 0,
+        "seed": seed,
         "metrics": {"after": metrics},
     }
     (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
@@ -74,7 +74,8 @@ def test_patterns_of_logged_names():
 def test_a_new_row_is_all_that_a_metric_needs(tmp_path, monkeypatch, higher):
     monkeypatch.setattr(names, "METRICS", (Metric("cmmd", higher, headline=True), *METRICS))
     for method, value in (("DiffFit", 0.25), ("BitFit", 0.75)):
-        write_run(tmp_path / method, method, {"cmmd_x": value})
+        for seed in (0, 1):
+            write_run(tmp_path / f"{method}_{seed}", method, {"cmmd_x": value}, seed)
     runs = read_results(tmp_path)
     assert best(rows(runs), "cmmd_x") == {"a": 0.75 if higher else 0.25}
     assert first_headline(["fid_10k", "cmmd_x"]) == "cmmd_x"

@@ -2,70 +2,51 @@
 
 import csv
 import html.parser
-import json
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import yaml
 from PIL import Image
 
 from ditune.errors import UserError
 from ditune.report import markdown_table, read_results
-from ditune.report.plots import loss_curve, methods_sheet
+from ditune.report.notes import notes
+from ditune.report.pivot import pivot
+from ditune.report.plots import loss_curve
 from ditune.report.results import best, main_metric, rows
 from ditune.report.tables import latex_table
+from ditune.report.thumbnails import methods_sheet
 from ditune.report.write import write_report
 from helpers import ROOT
+from run_results import METHODS, write_run
 
-METHODS = {"DiffFit": (40, 0.30), "BitFit": (30, 0.35), "Full": (4000, 0.20)}  # trained parameters, KID of seed 0
-FILES = {"results.csv", "table.md", "table.tex", "pareto.png", "curves.png", "samples.png", "report.html"}
-
-
-def write_run(
-    folder: Path, method: str, seed: int, data: str = "a", status: str = "finished", **config: object
-) -> None:
-    parameters, kid = METHODS[method]
-    result = {
-        "status": status,
-        "method": method,
-        "peft": {"name": method.lower()},
-        "parameters": {"trainable": parameters, "total": 4000, "share": parameters / 4000},
-        "batch_size": 4,
-        "max_steps": 10,
-        "lr": 1e-3,
-        "seed": seed,
-        "data": {"name": data},
-    }
-    if status == "finished":
-        after = {"kid_x": kid + 0.01 * seed, "kid_x_std": 0.001, "precision_x": 1 - kid, "n": 8}
-        result |= {
-            "seconds": {"fit": 5.0},
-            "images_per_second": 8.0,
-            "denoising": {"before": 1.0, "after": 0.5},
-            "metrics": {"protocol": {"n": 8}, "before": {"kid_x": 0.5}, "after": after},
-        }
-        (folder / "samples").mkdir(parents=True)
-        Image.new("RGB", (8 * 10 + 2, 8 * 10 + 2), (parameters % 256, 0, 0)).save(folder / "samples" / "grid.png")
-        lines = ["step,train/loss,other", *(f"{step},{2 - step / 10},1" for step in range(10)), "10,,2"]
-        (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "result.json").write_text(json.dumps(result))
-    (folder / "config.yaml").write_text(yaml.safe_dump({"seed": seed, "sampler": {"steps": 25}} | config))
+FILES = {"results.csv", "table.csv", "table.md", "table.tex", "pareto.png", "curves.png", "samples.png", "report.html"}
 
 
-@pytest.fixture
-def sweep(tmp_path: Path) -> Path:
+def write_sweep(folder: Path) -> Path:
     """Two seeds of two methods on data a, of one of them on b, where the third has failed."""
     number = iter(range(100))
     for method in ("DiffFit", "BitFit"):
         for seed in (0, 1):
-            write_run(tmp_path / str(next(number)), method, seed)
-    write_run(tmp_path / str(next(number)), "DiffFit", 0, "b")
-    write_run(tmp_path / str(next(number)), "Full", 0, "b", status="failed")
-    return tmp_path
+            write_run(folder / str(next(number)), method, seed)
+    write_run(folder / str(next(number)), "DiffFit", 0, "b")
+    write_run(folder / str(next(number)), "Full", 0, "b", status="failed")
+    return folder
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    return write_sweep(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sweep with its report."""
+    folder = write_sweep(tmp_path_factory.mktemp("sweep"))
+    write_report(folder)
+    return folder
 
 
 def test_means_deviations_and_the_best(sweep):
@@ -88,25 +69,27 @@ def test_means_deviations_and_the_best(sweep):
 
 def test_markdown(sweep):
     header, _, difffit, bitfit, _, full = markdown_table(read_results(sweep)).splitlines()
-    assert "| kid_x before | kid_x |" in header
-    assert "| **0.3050 ± 0.0071** |" in difffit
+    assert header.startswith("| method | data | kid_x | status | trainable parameters |")
+    assert difffit.startswith("| DiffFit | a | **0.3050 ± 0.0071** | 2 finished | 40 |")
     assert "| 0.5000 |" in difffit  # before
-    assert "**" not in bitfit.replace("**0.5000**", "")
-    assert full.split("|")[5].strip() == "0 of 1"
-    assert full.count("not run") == len(full.split("|")) - 7
+    assert bitfit.startswith("| BitFit | a | 0.3550 ± 0.0071 |")
+    assert {text.strip() for text in full.split("|")[3:-3]} == {"failed"}
 
 
-def test_latex(sweep):
-    lines = latex_table(read_results(sweep), "kid_x").splitlines()
-    assert lines[2] == r"Method & Trained & a & b \\"
-    assert lines[4] == r"DiffFit & 1.00 \% & \textbf{0.3050 $\pm$ 0.0071} & 0.3000 \\"
-    assert lines[5] == r"BitFit & 0.75 \% & 0.3550 $\pm$ 0.0071 & not run \\"
-    assert lines[6] == r"Full & not run & not run & not run \\"
+def test_latex_has_the_columns_of_the_papers(sweep):
+    runs = read_results(sweep)
+    table = pivot(runs, [], "kid_x")
+    lines = latex_table(table, notes(table, runs)).splitlines()
+    assert lines[2] == r"method & a & b & mean & rank & trained & share \\"
+    difffit = r"DiffFit & \textbf{0.3050 $\pm$ 0.0071} & 0.3000 (1 of 2 seeds) & 0.3025 & 1.00 & 40 & 1.00 \% \\"
+    assert lines[4] == difffit
+    assert lines[5] == r"BitFit & 0.3550 $\pm$ 0.0071 & not run & 1 of 2 & - & 30 & 0.75 \% \\"
+    assert lines[6] == r"Full & not run & failed & 0 of 2 & - & 4.00 k & 100.00 \% \\"
 
 
 def test_what_a_sweep_varies_is_told_apart(tmp_path):
     for k, steps in enumerate((1, 4, 128)):
-        write_run(tmp_path / str(k), "DiffFit", 0, sampler={"steps": steps})
+        write_run(tmp_path / str(k), "DiffFit", 0, config={"sampler": {"steps": steps}})
     assert [row.label for row in rows(read_results(tmp_path))] == [
         f"DiffFit (sampler.steps={steps})" for steps in (1, 4, 128)
     ]
@@ -129,43 +112,60 @@ def test_sheet_has_methods_in_rows_and_data_in_columns(sweep):
 
 
 class Page(html.parser.HTMLParser):
-    """Cells by row, and everything that a page would fetch."""
+    """Headings and cells by row, what a page fetches, and where it links to."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.rows: list[list[str]] = []
+        self.classes: list[list[str]] = []
         self.fetched: list[str] = []
+        self.links: list[str] = []
         self.images = 0
         self.feed(text)
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         values = dict(attributes)
         self.images += tag == "img"
-        for name in ("src", "href"):
-            if name in values and not values[name].startswith("data:"):
-                self.fetched.append(values[name])
+        if tag == "a":
+            self.links.append(values["href"])
+        elif "href" in values or not values.get("src", "data:").startswith("data:"):
+            self.fetched.append(values.get("href") or values["src"])
         if tag == "tr":
             self.rows.append([])
-        if tag == "td":
-            self.rows[-1].append(values["data-value"])
+            self.classes.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append(values.get("data-value"))
+            self.classes[-1].append(values.get("class", ""))
 
 
-def test_everything_is_written_and_the_page_stands_alone(sweep):
-    write_report(sweep)
-    assert {path.name for path in sweep.iterdir()} >= FILES
-    lines = list(csv.DictReader((sweep / "results.csv").open()))
+def test_everything_is_written_and_the_page_stands_alone(written):
+    assert {path.name for path in written.iterdir()} >= FILES
+    lines = list(csv.DictReader((written / "results.csv").open()))
     assert [line["status"] for line in lines] == ["finished"] * 5 + ["failed"]
     assert float(lines[1]["kid_x"]) == pytest.approx(0.31)
     assert lines[5]["kid_x"] == ""
-    page = Page((sweep / "report.html").read_text())
+    page = Page((written / "report.html").read_text())
     assert page.fetched == []
-    assert "http" not in (sweep / "report.html").read_text()
-    assert page.images == 3
+    assert "http" not in (written / "report.html").read_text()
+    assert page.images == 3 + 3 + 2  # of the mean and both datasets, samples, training
+    assert page.links == ["0/samples/grid.png", "4/samples/grid.png", "2/samples/grid.png"]
+    assert all((written / link).is_file() for link in page.links)
     methods = [row for row in page.rows if row and row[0] in METHODS]
-    assert [row[0] for row in methods] == ["DiffFit", "BitFit", "DiffFit", "Full"]
-    assert methods[3][-1] == ""  # stays below when sorted
+    assert [row[0] for row in methods] == ["DiffFit", "BitFit", "Full", "DiffFit", "BitFit", "DiffFit", "Full"]
+    assert methods[6][1] == ""  # stays below when sorted
+
+
+def test_headings_are_aligned_as_their_cells(written):
+    page, text = Page((written / "report.html").read_text()), []
+    for classes in page.classes:
+        if classes and "text" in classes[0] and len(text) != len(classes):
+            text = ["text" in kind for kind in classes]
+        assert ["text" in kind for kind in classes] == text
+
+
+def test_pictures(written):
     for name in ("pareto", "curves", "samples"):
-        with Image.open(sweep / f"{name}.png") as image:
+        with Image.open(written / f"{name}.png") as image:
             assert image.width > 160
 
 
@@ -182,7 +182,7 @@ def test_unfinished_sweeps_and_wrong_metrics(tmp_path, sweep):
     with pytest.raises(UserError, match=r"no result\.json"):
         write_report(empty)
     write_run(empty / "0", "Full", 0, status="killed")
-    assert "not run" in write_report(empty)
+    assert "| killed |" in write_report(empty)
     assert not (empty / "table.tex").exists()
 
 
@@ -192,6 +192,7 @@ def test_entry_point(sweep):
     assert done.returncode == 0, done.stderr
     assert done.stdout == (sweep / "table.md").read_text() + f"\n{sweep}/report.html shows all of it.\n"
     assert "0.7000" in (sweep / "table.tex").read_text()
+    assert (sweep / "results.csv").read_text().startswith("folder,method,data,precision_x,status,reason,")
 
 
 def test_precisions_are_never_pooled(tmp_path):
@@ -199,7 +200,7 @@ def test_precisions_are_never_pooled(tmp_path):
     for number, (method, seed, precision) in enumerate(
         [("DiffFit", 0, "bf16-mixed"), ("DiffFit", 1, "32-true"), ("BitFit", 0, "32-true")]
     ):
-        write_run(tmp_path / str(number), method, seed, trainer={"precision": precision})
+        write_run(tmp_path / str(number), method, seed, config={"trainer": {"precision": precision}})
     table = rows(read_results(tmp_path))
     assert [row.label for row in table] == [
         "DiffFit (trainer.precision=bf16-mixed)",

@@ -18,6 +18,8 @@ class Job:
         overrides: of its command line.
         key: hash of its config.
         folder: its run folder.
+        method: name of its PEFT method, for reports; None = unknown.
+        data: name of its dataset, likewise.
         processes: number of its ranks.
         on_gpu: whether every rank needs a GPU.
         dry_run: whether it only shows its plan, in its log.
@@ -30,6 +32,8 @@ class Job:
     overrides: list[str]
     key: str = ""
     folder: Path | None = None
+    method: str | None = None
+    data: str | None = None
     processes: int = 1
     on_gpu: bool = False
     dry_run: bool = False

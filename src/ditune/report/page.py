@@ -1,151 +1,223 @@
 """A report of a sweep as one HTML page, which opens from disk without a server or a network."""
 
-import base64
 import html
-import io
+import os
+from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
+from urllib.parse import quote
 
-from matplotlib.figure import Figure
-from PIL import Image
+from ditune.report import markup, tables
+from ditune.report.markup import Column, td
+from ditune.report.notes import BOLD, NO_BEFORE, notes
+from ditune.report.page_style import SCRIPT, STYLE
+from ditune.report.pivot import Line, Pivot
+from ditune.report.plots import curve_panels, pareto_panels
+from ditune.report.published import published
+from ditune.report.results import Row, Run, clear_best, rows
+from ditune.report.status import Job
+from ditune.report.thumbnails import MANY, axes_of, grid_of, shown_columns, shown_runs, thumbnail
 
-from ditune.report.results import Row, Run, best, rows
-from ditune.report.tables import NOT_RUN, columns
-
-STYLE = """
-:root { color-scheme: light dark; --line: #8884; --mark: #3a86ff22; }
-* { box-sizing: border-box; }
-body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 76rem; padding: 1rem; }
-h1 { font-size: 1.5rem; margin: .5rem 0; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
-.scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; }
-table { border-collapse: collapse; width: 100%; font-size: .875rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
-th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: Canvas; }
-td.text { text-align: left; } td.best { font-weight: 700; background: var(--mark); } td.none { opacity: .5; }
-th button { all: unset; cursor: pointer; } th button:focus-visible { outline: 2px solid; }
-th[aria-sort=ascending] button::after { content: " \\25B2"; }
-th[aria-sort=descending] button::after { content: " \\25BC"; }
-img { max-width: 100%; height: auto; display: block; background: #fff; }
-"""
-
-SCRIPT = """
-for (const table of document.querySelectorAll("table")) {
-  table.querySelectorAll("th").forEach((head, column) => {
-    head.querySelector("button").addEventListener("click", () => {
-      const down = head.getAttribute("aria-sort") === "ascending";
-      table.querySelectorAll("th").forEach(other => other.removeAttribute("aria-sort"));
-      head.setAttribute("aria-sort", down ? "descending" : "ascending");
-      const value = row => row.cells[column].dataset.value;
-      const missing = row => value(row) === "";
-      const compare = (a, b) => {
-        if (missing(a) || missing(b)) return missing(a) - missing(b);  // rows without a value stay at the end
-        const [x, y] = [value(a), value(b)];
-        const order = isNaN(x) || isNaN(y) ? x.localeCompare(y) : x - y;
-        return down ? -order : order;
-      };
-      const body = table.tBodies[0];
-      [...body.rows].sort(compare).forEach(row => body.append(row));
-    });
-  });
-}
-"""
+SIDE, LARGE_SIDE = 64, 112  # pixels of an image in a thumbnail: of many datasets, and of one or two
+SEVERAL_SEEDS = "Of several seeds the first one is shown. An image opens the full grid."
 
 
-def html_page(title: str, runs: Sequence[Run], figures: dict[str, Figure], sheets: dict[str, Image.Image]) -> str:
-    """The page: tables that can be sorted by every column, plots and sample grids.
+def html_page(folder: Path, runs: Sequence[Run], jobs: Sequence[Job], table: Pivot | None) -> str:
+    """The page: tables that can be sorted by every column, plots and thumbnails of samples.
 
     Args:
-        title: of the page.
-        runs: of the sweep.
-        figures: plots by their headings.
-        sheets: images by their headings.
+        folder: of the sweep, where the page will lie.
+        runs: with a result.
+        jobs: without one.
+        table: methods x datasets; None = no run has a metric.
 
     Returns:
-        HTML with everything embedded.
+        HTML with everything embedded; its links lead to the runs' own files.
     """
-    parts = [f"<h1>{html.escape(title)}</h1>", f"<p>{_summary(runs)}</p>", "<h2>Methods</h2>", methods_table(runs)]
-    images = {name: _figure(figure) for name, figure in figures.items()}
-    images |= {name: _image(image) for name, image in sheets.items()}
-    for name, data in images.items():
-        text = html.escape(name)
-        parts.append(f'<h2>{text}</h2><img alt="{text}" src="data:image/png;base64,{data}">')
-    parts += ["<h2>Runs</h2>", runs_table(runs)]
+    title = html.escape(folder.resolve().name)
+    parts = [f"<h1>{title}</h1>", f"<p>{html.escape(_summary(runs, jobs))}</p>"]
+    sections = {"Runs": runs_table(runs, jobs, table.metric if table else None)}
+    if table is not None:
+        sections = {
+            f"{table.metric}, methods and datasets": pivot_table(table) + markup.notes(notes(table, runs)),
+            "Published figures": published_table(table),
+            "Trained parameters and quality": markup.panels(pareto_panels(runs, table.metric)),
+            "Samples of every method from the same noise": samples_table(folder, runs),
+            "All numbers": methods_table(runs, table.metric) + markup.notes(_notes_of_numbers(runs)),
+            "Training": markup.panels(curves) if (curves := curve_panels(runs)) else "",
+        } | sections
+    parts += [f"<section><h2>{html.escape(name)}</h2>{part}</section>" for name, part in sections.items() if part]
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>"
+        f"<title>{title}</title><style>{STYLE}</style></head><body>"
         f"{''.join(parts)}<script>{SCRIPT}</script></body></html>\n"
     )
 
 
-def methods_table(runs: Sequence[Run]) -> str:
-    """HTML table with a row per method, dataset and setting: means and deviations over seeds."""
-    table, chosen = rows(runs), columns(runs)
-    winners = {name: best(table, name) for name, _, _ in chosen.values()}
+def pivot_table(table: Pivot) -> str:
+    """HTML table of one metric: methods in rows, datasets in columns; on a phone mean and rank stand first."""
+    several = len(table.data) > 1
+    middle: list[Column] = [(name, "") for name in table.data]
+    ends: list[Column] = [("mean", "wide"), ("rank", "wide")] if several else []
+    starts: list[Column] = [("mean", "narrow"), ("rank", "narrow")] if several else []
+    columns = [("method", "text"), *starts, *middle, *ends, ("trained", ""), ("share", "")]
     body = []
-    for row in table:
-        start = [_text(row.label), _text(row.data), _number(row.lr, f"{row.lr:g}"), _number(row.max_steps)]
-        start.append(_number(len(row.finished), f"{len(row.finished)} of {len(row.runs)}"))
-        body.append([*start, *(_mean(row, *column, winners[column[0]]) for column in chosen.values())])
-    return _table(["method", "data", "lr", "steps", "runs", *chosen], body)
+    for line in table.lines:
+        best = "best" if table.best.get("") is line else "" if line.mean is not None else "none"
+        rank = "-" if line.rank is None else f"{line.rank:.2f}"
+        means = [td(tables.mean_cell(table, line), _value(line.mean), best), td(rank, _value(line.rank))]
+        ends = [line.span(name) for name in ("parameters", "share")]
+        sizes = [td(text, _value(end and end[0])) for text, end in zip(tables.sizes(line), ends, strict=True)]
+        cells = [_pivot_cell(table, line, name) for name in table.data]
+        pair = means if several else []
+        body.append([td(line.label, line.label), *pair, *cells, *pair, *sizes])
+    return markup.table(columns, body)
 
 
-def runs_table(runs: Sequence[Run]) -> str:
-    """HTML table with a row per run and a column per number."""
+def published_table(table: Pivot) -> str:
+    """HTML table of published figures beside ours, each with its protocol; "" if none is known."""
+    columns = [("method", "text"), ("paper", ""), ("ours", ""), ("data", "text"), ("source", "text")]
+    columns += [("the paper's protocol", "text"), ("our protocol", "text")]
+    body, sources = [], []
+    for line in table.lines:
+        for name, row in line.rows.items():
+            for figure in published(line.method, name, table.metric, row.runs[0].config):
+                ours = td(tables.pivot_cell(table, line, name), _value(row.mean(table.metric)))
+                sources += [] if figure.source in sources else [figure.source]
+                place = f"[{sources.index(figure.source) + 1}]"
+                start = [td(line.label, line.label), td(f"{figure.value:g}", figure.value), ours, td(name, name)]
+                protocols = (figure.protocol, our_protocol(row, table.metric))
+                body.append([*start, td(place, place), *(td(text, text, "long") for text in protocols)])
+    below = [f"[{number}] {source}." for number, source in enumerate(sources, 1)]
+    return markup.table(columns, body) + markup.notes(below) if body else ""
+
+
+def our_protocol(row: Row, metric: str) -> str:
+    """How runs were trained and evaluated."""
+    run = next((run for run in row.finished if run.protocol(metric)), row.runs[0])
+    result, protocol = run.result, run.protocol(metric)
+    network = run.config.get("network.name")
+    parts = [network] if network else []
+    parts.append(f"{result['max_steps']:,} steps of {result['batch_size']} images")
+    if protocol:
+        sampler = str(protocol.get("sampler", "")).split(" ")[0]
+        parts.append(f"{protocol['n']:,} images, {sampler} {protocol.get('steps')} steps")
+        parts.append(f"guidance {protocol.get('guidance')}")
+    return ", ".join(parts)
+
+
+def samples_table(folder: Path, runs: Sequence[Run]) -> str:
+    """HTML table of thumbnails that link to the full grids; "" if no run has samples."""
+    chosen = shown_runs(runs)
+    if not chosen:
+        return ""
+    methods, data = axes_of(chosen, runs)
+    columns = shown_columns(data)
+    side = SIDE if len(data) > MANY else LARGE_SIDE
+    body = []
+    for method in methods:
+        cells = []
+        for name in data:
+            run = chosen.get((method, name))
+            if run is None:
+                own = [other for other in runs if (other.method, other.data) == (method, name)]
+                cells.append(html.escape(tables.counted(other.status[0] for other in own)))
+                continue
+            link = quote(Path(os.path.relpath(grid_of(run), folder)).as_posix())
+            cells.append(markup.thumbnail(thumbnail(run, columns, side), f"{method} on {name}", link))
+        body.append((method, cells))
+    return markup.gallery(data, body) + markup.notes([SEVERAL_SEEDS])
+
+
+def methods_table(runs: Sequence[Run], first: str | None = None) -> str:
+    """HTML table with a row per method, dataset and setting: means and deviations over seeds.
+
+    Args:
+        runs: of the sweep.
+        first: the metric of interest, directly after the method's name.
+    """
+    numbers, chosen = rows(runs), tables.columns(runs, first)
+    winners = {name: clear_best(numbers, name) for name, _, _ in chosen.values()}
+    lead, *rest = chosen
+    columns: list[Column] = [("method", "text"), (lead, ""), ("data", "text"), ("status", "text")]
+    columns += [(name, "") for name in (*rest, "lr", "steps")]
+    body = []
+    for row in numbers:
+        cells = [_mean(row, *column, winners[column[0]].get(row.data) is row) for column in chosen.values()]
+        start = [
+            td(row.label, row.label),
+            cells[0],
+            td(row.data, row.data),
+            _status([run.status[0] for run in row.runs]),
+        ]
+        body.append([*start, *cells[1:], td(f"{row.lr:g}", row.lr), td(f"{row.max_steps:,}", row.max_steps)])
+    return markup.table(columns, body)
+
+
+def runs_table(runs: Sequence[Run], jobs: Sequence[Job] = (), first: str | None = None) -> str:
+    """HTML table with a row per job, its status and the reason for it, and a column per number."""
     names = list(dict.fromkeys(name for run in runs for name in run.values))
+    names = sorted(names, key=lambda name: name != first)
+    columns: list[Column] = [("folder", "text"), *((name, "") for name in names[:1]), ("status", "text")]
+    columns += [(name, "text") for name in ("method", "data")]
+    columns += [("seed", ""), ("reason", "text"), *((name, "") for name in names[1:])]
     body = []
     for run in runs:
-        start = [_text(run.folder.name), _text(run.method), _text(run.data), _number(run.result["seed"])]
-        start.append(_text(run.result["status"]))
-        values = run.values
-        body.append([*start, *(_number(values[n], _short(values[n])) if n in values else _none() for n in names)])
-    return _table(["folder", "method", "data", "seed", "status", *names], body)
+        status, reason = run.status
+        numbers = [_number(run.values.get(name), status) for name in names]
+        start = [td(run.folder.name, run.folder.name), *numbers[:1], _status([status])]
+        start += [td(run.method, run.method), td(run.data, run.data), td(str(run.result["seed"]), run.result["seed"])]
+        body.append([*start, td(reason, reason, "long" if reason else ""), *numbers[1:]])
+    for job in jobs:
+        name = job.folder.name if job.folder else "-"
+        none = [_number(None, job.status) for _ in names]
+        reason = ": ".join(filter(None, (job.overrides, job.reason)))
+        start = [td(name, name), *none[:1], _status([job.status]), td(job.method or "-"), td(job.data or "-"), td("-")]
+        body.append([*start, td(reason, reason, "long"), *none[1:]])
+    return markup.table(columns, body)
 
 
-def _table(heads: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    head = "".join(f'<th scope="col"><button>{html.escape(name)}</button></th>' for name in heads)
-    lines = "".join(f"<tr>{''.join(cells)}</tr>" for cells in body)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>'
-
-
-def _mean(row: Row, name: str, factor: float, form: str, winners: dict[str, float]) -> str:
-    mean, deviation = row.mean(name), row.deviation(name)
+def _pivot_cell(table: Pivot, line: Line, name: str) -> tuple[str, str, str]:
+    row = line.rows.get(name)
+    mean = row.mean(table.metric) if row else None
+    text = tables.pivot_cell(table, line, name)
     if mean is None:
-        return _none()
-    text = form.format(mean * factor) + (f" ± {form.format(deviation * factor)}" if deviation else "")
-    return _number(mean, text, "best" if winners.get(row.data) == mean else "")
+        return td(text, "", f"none {' '.join(dict.fromkeys(line.statuses(name)))}")
+    return td(text, mean, "best" if table.best.get(name) is line else "")
 
 
-def _text(value: str) -> str:
-    return f'<td class="text" data-value="{html.escape(value)}">{html.escape(value)}</td>'
+def _mean(row: Row, name: str, factor: float, form: str, best: bool) -> tuple[str, str, str]:
+    text, mean = tables.cell(row, name, factor, form), row.mean(name)
+    if mean is None:
+        return td(text, "", f"none {' '.join(dict.fromkeys(run.status[0] for run in row.runs))}")
+    return td(text, mean, "best" if best else "")
 
 
-def _number(value: float, text: str | None = None, kind: str = "") -> str:
-    return f'<td class="{kind}" data-value="{value!r}">{html.escape(text or f"{value:,}")}</td>'
+def _status(statuses: Sequence[str]) -> tuple[str, str, str]:
+    text = tables.counted(statuses)
+    return td(text, text, " ".join(status for status in dict.fromkeys(statuses) if status != "finished"))
 
 
-def _none() -> str:
-    return f'<td class="none" data-value="">{NOT_RUN}</td>'
+def _number(number: float | None, status: str) -> tuple[str, str, str]:
+    if number is None:
+        return td(tables.NOT_RUN if status == "finished" else status, "", f"none {status}")
+    return td(f"{number:,}" if isinstance(number, int) else f"{number:.4g}", number)
 
 
-def _short(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+def _value(number: float | None) -> object:
+    return "" if number is None else number
 
 
-def _summary(runs: Sequence[Run]) -> str:
-    finished = sum(run.finished for run in runs)
-    counts = {run.result.get("metrics", {}).get("protocol", {}).get("n") for run in runs if run.finished} - {None}
-    measured = f" Metrics of {' or '.join(map(str, sorted(counts)))} images." if counts else ""
-    means = " Mean ± deviation over seeds; the best of a data set is bold."
-    return f"{finished} of {len(runs)} runs have finished.{means}{measured}"
+def _summary(runs: Sequence[Run], jobs: Sequence[Job]) -> str:
+    statuses = Counter([run.status[0] for run in runs] + [job.status for job in jobs])
+    finished, count = statuses.pop("finished", 0), len(runs) + len(jobs)
+    others = "".join(f", {number} {status}" for status, number in statuses.items())
+    images = {run.result.get("metrics", {}).get("protocol", {}).get("n") for run in runs if run.finished} - {None}
+    measured = f" Metrics of {' or '.join(f'{n:,}' for n in sorted(images))} images." if images else ""
+    return f"{finished} of {count} jobs have finished{others}.{measured}"
 
 
-def _figure(figure: Figure) -> str:
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=140)
-    return base64.b64encode(file.getvalue()).decode()
-
-
-def _image(image: Image.Image) -> str:
-    file = io.BytesIO()
-    image.save(file, format="PNG")
-    return base64.b64encode(file.getvalue()).decode()
+def _notes_of_numbers(runs: Sequence[Run]) -> list[str]:
+    missing = any(tables.absent(row, "test_loss before") == tables.NO_BEFORE for row in rows(runs) if row.finished)
+    return [BOLD, *([NO_BEFORE] if missing else [])]

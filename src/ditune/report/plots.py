@@ -1,64 +1,71 @@
-"""Plots and sample grids of a sweep: parameters against a metric, loss curves, samples of all methods."""
+"""Plots of a sweep: parameters against a metric, and loss curves; one panel per dataset, one legend outside of them."""
 
 import csv
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from PIL import Image
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-from ditune.generation.grids import sheet
 from ditune.metrics.names import lower_is_better
-from ditune.report.results import Run, rows
+from ditune.report.pivot import Line, pivot
+from ditune.report.results import Run
 
 SMOOTHING = 0.9  # share of the old value in a smoothed loss
-SHOWN_ROWS, SHOWN_COLUMNS = 2, 8  # of each run's grid
+MEAN = "mean over datasets"
+PANEL = 4.0, 2.9  # inches: at the width of a phone, text stays readable
+WIDE = 4  # ratio of the greatest and the least value from which an axis is logarithmic
+MARKERS = "osD^vP*X<>"
+COLORS = 10  # of matplotlib's cycle
 
 
 def pareto(runs: Sequence[Run], metric: str) -> Figure:
-    """Plot trained parameters against a metric, one mark per row; a line joins the rows that no other one beats.
+    """Plot trained parameters against a metric, one mark per method; a line joins those that no other one beats.
 
     Args:
         runs: of the sweep.
         metric: its name.
     """
-    table = [row for row in rows(runs) if row.mean(metric) is not None]
-    data = list(dict.fromkeys(row.data for row in table))
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot(xscale="log", xlabel="trained parameters", ylabel=metric)
-    for k, name in enumerate(data):
-        own = sorted((row for row in table if row.data == name), key=lambda row: row.mean("parameters"))
-        x, y = ([row.mean(key) for row in own] for key in ("parameters", metric))
-        errors = [row.deviation(metric) or 0 for row in own]
-        axes.errorbar(x, y, errors, fmt="o", color=f"C{k}", capsize=3, label=name)
-        sign = 1 if lower_is_better(metric) else -1
-        front = [i for i in range(len(own)) if all(sign * y[i] < sign * y[j] for j in range(i))]
-        axes.plot([x[i] for i in front], [y[i] for i in front], color=f"C{k}", alpha=0.4)
-        for row, a, b in zip(own, x, y, strict=True):
-            axes.annotate(row.label, (a, b), textcoords="offset points", xytext=(6, 4), fontsize=8)
-    axes.grid(alpha=0.3)
-    axes.margins(0.15)
-    axes.legend(title="data")
-    return figure
+    table = pivot(runs, [], metric)
+    names = ([MEAN] if any(line.mean is not None for line in table.lines) else []) + table.data
+    figure, panels = _panels(len(names))
+    for axes, name in zip(panels, names, strict=True):
+        _pareto(axes, name, table.lines, metric)
+    return _with_legend(figure, panels)
+
+
+def pareto_panels(runs: Sequence[Run], metric: str) -> dict[str, Figure]:
+    """The panels of `pareto`, each a figure of its own, by their titles; arguments likewise."""
+    table = pivot(runs, [], metric)
+    names = ([MEAN] if any(line.mean is not None for line in table.lines) else []) + table.data
+    found = {}
+    for name in names:
+        figure, panels = _panels(1)
+        _pareto(panels[0], name, table.lines, metric)
+        found[name] = _with_legend(figure, panels)
+    return found
 
 
 def curves(runs: Sequence[Run]) -> Figure:
     """Plot smoothed training losses of all runs: one panel per dataset, one colour per method."""
     data = list(dict.fromkeys(run.data for run in runs))
-    methods = list(dict.fromkeys(run.method for run in runs))
-    figure = Figure(figsize=(7, 3.5 * len(data)), layout="constrained")
-    panels = figure.subplots(len(data), squeeze=False)[:, 0]
+    figure, panels = _panels(len(data))
     for axes, name in zip(panels, data, strict=True):
-        axes.set(xlabel="step", ylabel="training loss, smoothed", title=name)
-        axes.grid(alpha=0.3)
-        for run in runs:
-            if run.data == name and (points := loss_curve(run.folder / "metrics.csv")):
-                label, color = run.method, f"C{methods.index(run.method)}"
-                known = label in axes.get_legend_handles_labels()[1]
-                axes.plot(*zip(*points, strict=True), color=color, alpha=0.8, label=None if known else label)
-        if axes.get_legend_handles_labels()[1]:
-            axes.legend()
-    return figure
+        _curves(axes, name, runs)
+    return _with_legend(figure, panels)
+
+
+def curve_panels(runs: Sequence[Run]) -> dict[str, Figure]:
+    """The panels of `curves`, each a figure of its own, by dataset; those without a curve are left out."""
+    found = {}
+    for name in dict.fromkeys(run.data for run in runs):
+        figure, panels = _panels(1)
+        _curves(panels[0], name, runs)
+        if panels[0].lines:
+            found[name] = _with_legend(figure, panels)
+    return found
 
 
 def loss_curve(path: Path) -> list[tuple[int, float]]:
@@ -79,43 +86,66 @@ def loss_curve(path: Path) -> list[tuple[int, float]]:
     return points
 
 
-def methods_sheet(runs: Sequence[Run]) -> Image.Image | None:
-    """Samples of all methods: methods in rows, datasets in columns, all generated from the same noise.
-
-    Of several seeds the first one is shown.
-
-    Args:
-        runs: of the sweep.
-
-    Returns:
-        The grid; None if no run has samples.
-    """
-    chosen: dict[tuple[str, str], Run] = {}
-    for run in sorted((run for run in runs if run.finished), key=lambda run: run.result["seed"]):
-        if (run.folder / "samples" / "grid.png").is_file():
-            chosen.setdefault((run.method, run.data), run)
-    if not chosen:
-        return None
-    methods = list(dict.fromkeys(run.method for run in runs if any(method == run.method for method, _ in chosen)))
-    data = list(dict.fromkeys(run.data for run in runs if any(name == run.data for _, name in chosen)))
-    tops = {key: top_of_grid(run.folder / "samples" / "grid.png") for key, run in chosen.items()}
-    size = tuple(max(top.size[k] for top in tops.values()) for k in (0, 1))
-    table = []
-    for method in methods:
-        images = [tops.get((method, name), Image.new("RGB", size, "white")) for name in data]
-        padded = [image if image.size == size else _padded(image, size) for image in images]
-        table.append([(image, f"{method}, {name}") for image, name in zip(padded, data, strict=True)])
-    return sheet(table, pad=8)
-
-
-def top_of_grid(path: Path) -> Image.Image:
-    """The first rows of a grid of 8 columns."""
-    with Image.open(path) as grid:
-        side = grid.width // SHOWN_COLUMNS
-        return grid.convert("RGB").crop((0, 0, grid.width, min(grid.height, SHOWN_ROWS * side)))
+def _pareto(axes: Axes, name: str, lines: Sequence[Line], metric: str) -> None:
+    points = []
+    for number, line in enumerate(lines):
+        row = line.rows.get(name)
+        value, deviation = (
+            (line.mean, line.deviation) if name == MEAN else (row and row.mean(metric), row and row.deviation(metric))
+        )
+        sizes = line.span("parameters") if name == MEAN else row and (row.mean("parameters"),)
+        if value is None or not sizes:
+            continue
+        points.append((math.prod(sizes) ** (1 / len(sizes)), value))
+        style = {"color": f"C{number % COLORS}", "marker": MARKERS[number % len(MARKERS)]}
+        axes.errorbar(*points[-1], deviation or None, ls="", capsize=3, label=line.label, **style)
+    sign = 1 if lower_is_better(metric) else -1
+    front, best = [], math.inf
+    for x, y in sorted(points, key=lambda point: (point[0], sign * point[1])):
+        if sign * y < best:
+            best = sign * y
+            front.append((x, y))
+    if front:
+        axes.plot(*zip(*front, strict=True), color="0.6", lw=1, zorder=0)
+    axes.set(xscale="log", xlabel="trained parameters", ylabel=metric, title=name)
+    values = [y for _, y in points]
+    if values and min(values) > 0 and max(values) > WIDE * min(values):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.margins(0.12)
 
 
-def _padded(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    canvas = Image.new("RGB", size, "white")
-    canvas.paste(image)
-    return canvas
+def _curves(axes: Axes, name: str, runs: Sequence[Run]) -> None:
+    methods = list(dict.fromkeys(run.method for run in runs))
+    axes.set(xlabel="step", ylabel="training loss, smoothed", title=name)
+    for run in runs:
+        if run.data == name and (points := loss_curve(run.folder / "metrics.csv")):
+            label = run.method
+            known = label in axes.get_legend_handles_labels()[1]
+            style = {"color": f"C{methods.index(label) % COLORS}", "alpha": 0.8, "lw": 1}
+            axes.plot(*zip(*points, strict=True), label=None if known else label, **style)
+
+
+def _panels(count: int) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` panels: one or two of them side by side, many in rows of three."""
+    across = min(count, 2 if count <= 4 else 3)
+    down = math.ceil(count / across)
+    figure = Figure(figsize=(PANEL[0] * across, PANEL[1] * down + 0.6), layout="constrained")
+    panels = list(figure.subplots(down, across, squeeze=False).flat)
+    for axes in panels[count:]:
+        axes.remove()
+    for axes in panels[:count]:
+        axes.grid(alpha=0.3)
+    return figure, panels[:count]
+
+
+def _with_legend(figure: Figure, panels: Sequence[Axes]) -> Figure:
+    """Add one legend for all panels, below them."""
+    handles = {label: h for axes in panels for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    if handles:
+        longest = max(map(len, handles))
+        across = max(1, int(figure.get_figwidth() * 13 / (longest + 5)))
+        figure.legend(handles.values(), handles, loc="outside lower center", ncols=across, fontsize=9, frameon=False)
+    return figure

@@ -15,7 +15,9 @@ import yaml
 from ditune.errors import UserError
 from ditune.files.atomic import read_json
 from ditune.metrics.names import first_headline, is_compared, lower_is_better
+from ditune.report.status import status_of
 
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C where there is one: a table has 56 long files
 PRECISION = "trainer.precision"  # resolved
 # keys of a config that a table shows in columns of their own, or that say nothing about the result
 SHOWN_APART = ("seed", "max_steps", "optimizer.lr", "peft.lr", "run_dir", "sweep_dir", "paths.", "logger.", "name")
@@ -39,6 +41,11 @@ class Run:
         """Whether the training and its evaluation are done."""
         return self.result.get("status") == "finished"
 
+    @cached_property
+    def status(self) -> tuple[str, str]:
+        """Status and the reason for it, as `status_of` reads them."""
+        return status_of(self.folder, self.result)
+
     @property
     def data(self) -> str:
         """Name of the dataset."""
@@ -51,9 +58,31 @@ class Run:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """Dotted keys and values of config.yaml; {} if the file is missing."""
+        """Dotted keys and values of config.yaml; if the file is missing, those that result.json tells of."""
         path = self.folder / "config.yaml"
-        return dict(_flat(yaml.safe_load(path.read_text(encoding="utf-8")))) if path.is_file() else {}
+        if path.is_file():
+            return dict(_flat(yaml.load(path.read_text(encoding="utf-8"), Loader=LOADER)))
+        result, protocol = self.result, self.result.get("metrics", {}).get("protocol", {})
+        told = {
+            "batch_size": result.get("batch_size"),
+            PRECISION: result.get("precision"),
+            "metrics.n": protocol.get("n"),
+            "sampler.steps": protocol.get("steps"),
+            "sampler.guidance": protocol.get("guidance"),
+        }
+        return dict(_flat({"peft": result.get("peft", {})})) | {k: v for k, v in told.items() if v is not None}
+
+    def protocol(self, name: str) -> dict[str, Any]:
+        """How a metric was measured; {} if it was not.
+
+        Args:
+            name: of the metric.
+        """
+        metrics = self.result.get("metrics", {})
+        if name in metrics.get("after", {}):
+            return metrics.get("protocol", {})
+        others = self.result.get("other_protocols", {}).values()
+        return next((other.get("protocol", {}) for other in others if name in other["after"]), {})
 
     @cached_property
     def values(self) -> dict[str, float]:
@@ -132,12 +161,17 @@ def read_results(folder: str | Path) -> list[Run]:
     Raises:
         UserError: there are none.
     """
-    paths = sorted(Path(folder).rglob("result.json"), key=lambda path: _natural(str(path)))
-    runs = [Run(path.parent, read_json(path)) for path in paths]
-    runs = [run for run in runs if {"method", "data", "parameters"} <= run.result.keys()]
+    runs = find_results(folder)
     if not runs:
         raise UserError(f"There is no result.json of a training below {folder}. Give the folder of a sweep, or a run.")
     return runs
+
+
+def find_results(folder: str | Path) -> list[Run]:
+    """As `read_results`; [] if there are none."""
+    paths = sorted(Path(folder).rglob("result.json"), key=lambda path: _natural(str(path)))
+    runs = [Run(path.parent, read_json(path)) for path in paths]
+    return [run for run in runs if {"method", "data", "parameters"} <= run.result.keys()]
 
 
 def rows(runs: Sequence[Run]) -> list[Row]:
@@ -181,6 +215,43 @@ def best(table: Iterable[Row], name: str) -> dict[str, float]:
             means[row.data].append(mean)
     choose = min if lower_is_better(name) else max
     return {data: choose(values) for data, values in means.items() if len(values) > 1}
+
+
+def clear_best(table: Iterable[Row], name: str) -> dict[str, Row]:
+    """The best row on each dataset, where the seeds allow to say so; {} for numbers that are not compared.
+
+    They do if every row has two or more, and the best row's mean ± deviation overlaps no other's.
+
+    Args:
+        table: rows to compare.
+        name: of the number.
+    """
+    groups: dict[str, list[Row]] = defaultdict(list)
+    for row in table:
+        if row.mean(name) is not None and is_compared(name):
+            groups[row.data].append(row)
+    found = {}
+    for data, own in groups.items():
+        place = clearly_best([(row.mean(name), row.deviation(name)) for row in own], lower_is_better(name))
+        if place is not None:
+            found[data] = own[place]
+    return found
+
+
+def clearly_best(values: Sequence[tuple[float, float | None]], lower: bool) -> int | None:
+    """Place of the best (mean, deviation) whose interval overlaps no other's; None if there is none.
+
+    Args:
+        values: means and deviations; a deviation of None = one seed, which allows no comparison.
+        lower: whether less is better.
+    """
+    if len(values) < 2 or any(deviation is None for _, deviation in values):
+        return None
+    sign = 1 if lower else -1
+    order = sorted(range(len(values)), key=lambda k: sign * values[k][0])
+    mean, deviation = values[order[0]]
+    others = (sign * values[k][0] - values[k][1] for k in order[1:])
+    return order[0] if all(sign * mean + deviation < other for other in others) else None
 
 
 def main_metric(runs: Iterable[Run]) -> str | None:

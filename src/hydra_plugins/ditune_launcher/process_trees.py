@@ -67,7 +67,7 @@ class ProcessTreeLauncher(Launcher):
         try:
             cfg = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
             check(cfg)
-            job.key = job_hash(cfg)
+            job.key, job.method, job.data = job_hash(cfg), cfg.peft.name, cfg.data.name
             job.dry_run = cfg.dry_run
             trainer = cfg.trainer
             job.processes, job.on_gpu = needs(
