@@ -190,7 +190,8 @@ def _pivot_cell(table: Pivot, line: Line, name: str) -> tuple[str, str, str]:
 def _mean(row: Row, name: str, factor: float, form: str, best: bool) -> tuple[str, str, str]:
     text, mean = tables.cell(row, name, factor, form), row.mean(name)
     if mean is None:
-        return td(text, "", f"none {' '.join(dict.fromkeys(run.status[0] for run in row.runs))}")
+        statuses = [] if row.finished else dict.fromkeys(run.status[0] for run in row.runs)
+        return td(text, "", " ".join(("none", *statuses)))
     return td(text, mean, "best" if best else "")
 
 

@@ -5,7 +5,7 @@ STYLE = """
 * { box-sizing: border-box; }
 body { background: Canvas; font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 84rem; padding: 1rem; }
 h1 { font-size: 1.5rem; margin: .5rem 0; overflow-wrap: anywhere; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
-.scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; }
+.scroll { overflow-x: auto; width: fit-content; max-width: 100%; border: 1px solid var(--line); border-radius: 6px; }
 .notes { font-size: .875rem; margin: .5rem 0; padding-left: 1.2rem; overflow-wrap: anywhere; }
 table { border-collapse: collapse; width: 100%; font-size: .875rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
@@ -21,7 +21,7 @@ img { max-width: 100%; height: auto; display: block; background: #fff; }
 .samples td { vertical-align: top; } .samples img { max-width: none; }
 .narrow { display: none; }
 @media (max-width: 40rem) {
-  .narrow { display: table-cell; } .wide { display: none; }
+  .narrow { display: table-cell; } .wide { display: none; } td.long { min-width: 34rem; }
   th:first-child, td:first-child { white-space: normal; min-width: 6.5rem; }
 }
 """
