@@ -95,6 +95,13 @@ def test_what_a_sweep_varies_is_told_apart(tmp_path):
     ]
 
 
+def test_what_changes_no_result_tells_no_rows_apart(tmp_path):
+    for seed, devices in enumerate((1, 8)):
+        config = {"trainer": {"devices": devices}, "tags": [str(devices)], "paths": {"output_dir": f"/{devices}"}}
+        write_run(tmp_path / str(seed), "DiffFit", seed, config=config)
+    assert [(row.label, len(row.runs)) for row in rows(read_results(tmp_path))] == [("DiffFit", 2)]
+
+
 def test_curves_are_smoothed_and_skip_what_is_not_there(sweep, tmp_path):
     points = loss_curve(sweep / "0" / "metrics.csv")
     assert points[0] == (0, 2.0)

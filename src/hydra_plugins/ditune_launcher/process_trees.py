@@ -67,8 +67,9 @@ class ProcessTreeLauncher(Launcher):
         try:
             cfg = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
             check(cfg)
-            job.key, job.method, job.data = job_hash(cfg), cfg.peft.name, cfg.data.name
+            job.key = job_hash(cfg)
             job.dry_run = cfg.dry_run
+            job.method, job.data = cfg.peft.name, cfg.data.name
             trainer = cfg.trainer
             job.processes, job.on_gpu = needs(
                 trainer.accelerator, trainer.devices, gpus, self.gpus_per_job, trainer.get("num_nodes", 1)
