@@ -159,11 +159,11 @@ def write_summary(folder: Path, jobs: Sequence[Job]) -> None:
     content = [
         {
             "status": job.status,
+            "method": job.method,
+            "data": job.data,
             "overrides": job.overrides,
             "folder": None if job.folder is None else job.folder.name,
             "config_hash": job.key,
-            "method": job.method,
-            "data": job.data,
             "exit_codes": job.exit_codes,
             "seconds": job.seconds,
             "error": job.error,
