@@ -28,6 +28,7 @@ from ditune.errors import UserError
 from ditune.generation.generator import ImageGenerator
 from ditune.networks import DiT
 from ditune.processes import GaussianProcess, build_process
+from ditune.samplers import Cache
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +86,9 @@ def load_run(folder: Path | str) -> Run:
             f"Let it finish: python src/train.py with its settings, run_dir={folder} and resume=auto."
         )
     bf16 = str(cfg.trainer.precision).startswith("bf16")
-    generator = _build_generator(folder, stored, instantiate(cfg.autoencoder, "autoencoder"), cfg.sampler, bf16)
+    cache = instantiate(cfg.get("cache"), "cache")
+    autoencoder = instantiate(cfg.autoencoder, "autoencoder")
+    generator = _build_generator(folder, stored, autoencoder, cfg.sampler, bf16, cache)
     reshaped = base is not None and (stored["base"].get("classes") or stored["base"]["network"] != stored["network"])
     return Run(network.eval(), generator, stored["class_names"], folder, cfg, base, bool(reshaped))
 
@@ -196,13 +199,18 @@ def _official(path: Path, read: NetworkFile, autoencoder: Autoencoder) -> dict[s
 
 
 def _build_generator(
-    source: Path, stored: dict[str, Any], autoencoder: Autoencoder, sampler: DictConfig, bf16: bool
+    source: Path,
+    stored: dict[str, Any],
+    autoencoder: Autoencoder,
+    sampler: DictConfig,
+    bf16: bool,
+    cache: Cache | None = None,
 ) -> ImageGenerator:
     check_latents(f"network of {source}", stored, autoencoder)
     process = build_process(stored["process"])
     drawing = instantiate(sampler, "sampler")
     if isinstance(drawing["sampler"], str):
         drawing["sampler"] = getattr(samplers, drawing["sampler"])()
-    generator = ImageGenerator(process, autoencoder, stored["resolution"], bf16=bf16, **drawing)
-    samplers.check(generator.sampler, process, generator.steps)
+    generator = ImageGenerator(process, autoencoder, stored["resolution"], bf16=bf16, cache=cache, **drawing)
+    samplers.check(generator.sampler, process, generator.steps, cache)
     return generator

@@ -185,7 +185,7 @@ ALLOWED = {
     "networks": {"rng"},
     "processes": GROUND,
     "objectives": {*GROUND, "processes", "samplers.guidance"},
-    "samplers": {*GROUND, "processes"},
+    "samplers": {*GROUND, "processes", "networks.block"},
     "peft": {*GROUND, "networks"},
     "autoencoders": {*GROUND, "checkpoints.weight_files"},
     "data": {*GROUND, "autoencoders"},

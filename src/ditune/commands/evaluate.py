@@ -5,6 +5,7 @@ import os
 import shutil
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,10 +101,11 @@ def of_checkpoint(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
     bf16 = bare_precision(cfg.precision, cfg.bf16)
     given = (cfg.process, cfg.network_overrides)
     trained = load_checkpoint(checkpoint, cfg.autoencoder, cfg.sampler, bf16, *given)
+    generator = replace(trained.generator, cache=instantiate(cfg.cache, "cache"))
     reference = instantiate(cfg.metrics.reference, "metrics")
     check_reference(trained, reference)
     record, folder, start = Record(cfg.record), Path(cfg.out).expanduser(), time.perf_counter()
-    evaluation = build_evaluation(cfg, trained.generator, reference, store=folder / "evaluation")
+    evaluation = build_evaluation(cfg, generator, reference, store=folder / "evaluation")
     network = trained.network.to(best_device())
     values = evaluation(network, folder)
     if rank() != 0:

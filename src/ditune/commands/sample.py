@@ -54,6 +54,7 @@ def sample(cfg: DictConfig) -> Path:
         "sampler": generator.sampler.kind,
         "steps": generator.steps,
         "guidance": generator.guidance,
+        **({} if generator.cache is None else {"cache": generator.cache.kind, **generator.cache.settings}),
         "precision": BF16 if generator.bf16 else FP32,
         "pictures": [
             {"file": file_name(i), "label": label, "class_name": names[label]}
@@ -91,6 +92,8 @@ def with_settings(generator: ImageGenerator, cfg: DictConfig) -> ImageGenerator:
     """The generator with what the config sets of sampler, steps and guidance."""
     if cfg.sampler is not None:
         generator = replace(generator, **instantiate(cfg.sampler, "sampler"))
+    if cfg.cache is not None:
+        generator = replace(generator, cache=instantiate(cfg.cache, "cache"))
     return replace(generator, **{key: cfg[key] for key in ("steps", "guidance") if cfg[key] is not None})
 
 

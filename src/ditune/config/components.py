@@ -91,9 +91,10 @@ def build_generator(cfg: DictConfig, components: Components, sampler: DictConfig
         autoencoder=components.autoencoder,
         resolution=components.settings.resolution,
         bf16=components.settings.bf16,
+        cache=instantiate(cfg.cache, "cache"),
         **instantiate(cfg.sampler if sampler is None else sampler, "sampler"),
     )
-    check(generator.sampler, generator.process, generator.steps)
+    check(generator.sampler, generator.process, generator.steps, generator.cache)
     if generator.guidance != 1 and components.network.config["class_dropout_prob"] <= 0:
         raise UserError("The network has no null class to be guided away from. Set sampler.guidance=1.")
     return generator

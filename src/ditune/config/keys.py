@@ -169,6 +169,13 @@ KEYS = (
     Key("sampler.guidance_channels", int, at_least=1, null=True),
     Key("sampler.guidance_rescale", float, at_least=0, at_most=1),
     Key("sampler.batch_size", int, at_least=1),
+    Key("cache", dict, null=True),
+    Key("cache.interval", int, at_least=1),
+    Key("cache.order", int, at_least=0),
+    Key("cache.form", str, choices=("taylor", "newton")),
+    Key("cache.first", int, at_least=1),
+    Key("cache.blocks", float, above=0, at_most=1),
+    Key("cache.switch", float, at_least=0, at_most=1),
     # data; a base_reference is written like data.pictures
     Key("*.resolution", int, at_least=1),
     Key("*.num_workers", int, at_least=0),

@@ -64,6 +64,7 @@ ROLES: dict[str, Role] = {
     "balance": TRAINING,
     "trainer": TRAINING,
     "sampler": RESULT,
+    "cache": Role(Decides.RESULT, neutral=None),
     "metrics": RESULT,
     "callbacks": RESULT,
     "rates": NOTHING,                  # optimizer.lr refers to it
@@ -84,7 +85,7 @@ ROLES: dict[str, Role] = {
 # fmt: on
 REFERRED_TO = ("paths", "rates", "labels_train", "reruns_batch")  # by other keys, which hold the resolved values
 # Of an evaluation's protocol: keys that are newer than records of values.
-NEUTRAL_IN_PROTOCOLS = {"guidance_rescale": 0.0}
+NEUTRAL_IN_PROTOCOLS = {"guidance_rescale": 0.0, "cache": None}
 
 
 def role_of(key: str) -> Role:

@@ -73,6 +73,8 @@ class Evaluation:
             "reference": self.reference.fingerprint,
             "features": self.suite.identity,  # has a resolution of its own
         }
+        cache = generator.cache
+        values["cache"] = None if cache is None else f"{cache.kind} {cache.settings}"
         return significant(values, NEUTRAL_IN_PROTOCOLS)
 
     @property

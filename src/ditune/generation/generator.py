@@ -10,7 +10,7 @@ from ditune.autoencoders import Autoencoder
 from ditune.data import to_uint8
 from ditune.processes import Process
 from ditune.rng import mix
-from ditune.samplers import NoiseStream, Sampler, ShortcutSampler, default_sampler, sample
+from ditune.samplers import Cache, NoiseStream, Sampler, ShortcutSampler, default_sampler, sample
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class ImageGenerator:
         guidance, guidance_interval, guidance_channels, guidance_rescale: see `ditune.samplers.sample`.
         batch_size: images at once, at most.
         bf16: the network runs under bf16 autocast.
+        cache: reuse of block outputs between steps; None = none.
     """
 
     process: Process
@@ -38,6 +39,7 @@ class ImageGenerator:
     guidance_rescale: float = 0.0
     batch_size: int = 64
     bf16: bool = True
+    cache: Cache | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sampler", self.sampler or default_sampler(self.process))
@@ -101,6 +103,7 @@ class ImageGenerator:
                 guidance_channels=self.guidance_channels,
                 guidance_rescale=self.guidance_rescale,
                 next_noise=lambda: stream.next().to(device),
+                cache=self.cache,
             )
         return to_uint8(self.autoencoder.to(device).to_pixels(latents.float()))
 

@@ -111,9 +111,17 @@ class TransformerBlock(nn.Module):
     def forward(self, x: Tensor, c: Tensor) -> Any:
         """Tokens x (N, T, D) and condition c (N, D) to tokens (N, T, D), or to (tokens, routing) with experts."""
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
-        branch = self.attn(modulate(self.norm1(x), shift_msa, scale_msa))  # (N, T, D)
+        branch = self.attend(x, shift_msa, scale_msa)  # (N, T, D)
         x = x + apply_gamma(gate_msa[:, None] * branch, self.gamma1)
-        output = getattr(self, self.mlp_key)(modulate(self.norm2(x), shift_mlp, scale_mlp))
+        output = self.transform(x, shift_mlp, scale_mlp)
         branch, *routing = output if isinstance(output, tuple) else (output,)  # (N, T, D)
         x = x + apply_gamma(gate_mlp[:, None] * branch, self.gamma2)
         return (x, *routing) if routing else x
+
+    def attend(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:  # (N, T, D), 2 x (N, D) -> (N, T, D)
+        """The attention branch before its gate."""
+        return self.attn(modulate(self.norm1(x), shift, scale))
+
+    def transform(self, x: Tensor, shift: Tensor, scale: Tensor) -> Any:  # (N, T, D), 2 x (N, D) -> (N, T, D)
+        """The MLP branch before its gate; (tokens, routing) with experts."""
+        return getattr(self, self.mlp_key)(modulate(self.norm2(x), shift, scale))

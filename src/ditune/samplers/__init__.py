@@ -1,6 +1,7 @@
 """Sampling from a network: samplers, guidance, and noise per image."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -8,6 +9,7 @@ from torch import Tensor
 from ditune.errors import UserError
 from ditune.processes import FlowProcess, GaussianProcess, Process
 from ditune.samplers.base import Sampler
+from ditune.samplers.caching import Cache, Delta, Fora, Taylor
 from ditune.samplers.ddim import DDIM
 from ditune.samplers.ddpm import DDPM
 from ditune.samplers.euler import Euler
@@ -22,8 +24,11 @@ NAMES = {GaussianProcess: "a diffusion", FlowProcess: "a flow"}
 __all__ = [
     "DDIM",
     "DDPM",
+    "Cache",
     "ConsistencySampler",
+    "Delta",
     "Euler",
+    "Fora",
     "Jumps",
     "ModelFn",
     "Multistep",
@@ -32,6 +37,7 @@ __all__ = [
     "RungeKutta",
     "Sampler",
     "ShortcutSampler",
+    "Taylor",
     "check",
     "default_sampler",
     "guide",
@@ -49,16 +55,18 @@ def default_sampler(process: Process) -> Sampler:
     return DDIM()
 
 
-def check(sampler: Sampler, process: Process, steps: int) -> None:
-    """Refuse a sampler or a number of steps that does not suit the process.
+def check(sampler: Sampler, process: Process, steps: int, cache: Cache | None = None) -> None:
+    """Refuse a sampler, a number of steps or a cache that does not suit the process.
 
     Args:
         sampler: the sampler.
         process: the process that the network was trained on.
         steps: number of steps.
+        cache: of block outputs; None = none.
 
     Raises:
-        UserError: the sampler cannot sample from the process in this number of steps.
+        UserError: the sampler cannot sample from the process in this number of steps, or calls the network more than
+            once in each and a cache is asked for.
     """
     if not isinstance(process, sampler.process):
         fitting = "euler" if isinstance(process, FlowProcess) else "ddim or ddpm"
@@ -73,6 +81,11 @@ def check(sampler: Sampler, process: Process, steps: int) -> None:
             "Set steps to 2 or more; 25 and more give good images."
         )
     sampler.check(in_steps)
+    if cache is not None and sampler.calls_per_step != 1:
+        raise UserError(
+            f"{sampler.kind} calls the network {sampler.calls_per_step} times in each step, at other times, and a "
+            "cache would mix them. Set cache=none, or choose a sampler of one call in each step."
+        )
 
 
 @torch.inference_mode()
@@ -90,6 +103,7 @@ def sample(
     guidance_rescale: float = 0.0,
     next_noise: Callable[[], Tensor] | None = None,
     on_step: Callable[[float, Tensor, Tensor], None] | None = None,
+    cache: Cache | None = None,
 ) -> Tensor:  # (N, C, H, W)
     """Generate one image per label.
 
@@ -106,22 +120,25 @@ def sample(
         guidance_rescale: phi of arXiv 2305.08891, in [0, 1]; 0 = off.
         next_noise: returns the noise (N, C, H, W) of each step of a random sampler; None = torch's global generator.
         on_step: called after every step with (time at its beginning, x, predicted x_0).
+        cache: reuse of block outputs between steps; None = everything is computed in every step.
 
     Returns:
         (N, C, H, W) data or latents.
 
     Raises:
-        UserError: the sampler or the steps do not suit the process.
+        UserError: the sampler, the steps or the cache do not suit the process.
     """
-    check(sampler, process, steps)
-    model_fn = guided(
-        process.bind(network),
-        y,
-        network.num_classes,
-        guidance,
-        interval=guidance_interval,
-        channels=guidance_channels,
-        timesteps=process.length,
-        rescale=guidance_rescale,
-    )
-    return sampler(model_fn, process.in_steps(steps), noise, next_noise or (lambda: torch.randn_like(noise)), on_step)
+    check(sampler, process, steps, cache)
+    in_steps = process.in_steps(steps)
+    with nullcontext(network) if cache is None else cache.used(network, in_steps.steps) as called:
+        model_fn = guided(
+            process.bind(called),
+            y,
+            network.num_classes,
+            guidance,
+            interval=guidance_interval,
+            channels=guidance_channels,
+            timesteps=process.length,
+            rescale=guidance_rescale,
+        )
+        return sampler(model_fn, in_steps, noise, next_noise or (lambda: torch.randn_like(noise)), on_step)

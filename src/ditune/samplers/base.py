@@ -20,6 +20,7 @@ class Sampler(ABC):
     kind: ClassVar[str]  # name in stored evaluation protocols; the class may be renamed
     parameters: ClassVar[tuple[str, ...]] = ()  # attributes that change the images, in the order of `settings`
     process: ClassVar[type[Process]]  # the kind of process that it samples from
+    calls_per_step: ClassVar[int] = 1  # network calls, at several times if there are several
 
     def settings(self) -> dict[str, Any]:
         """Names and values of `parameters`, a part of every stored evaluation protocol."""

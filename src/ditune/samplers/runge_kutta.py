@@ -31,6 +31,7 @@ class RungeKutta(Sampler):
     kind = "RungeKutta"
     parameters = ("method", "shift")
     process = FlowProcess
+    calls_per_step = 2
 
     def __init__(self, method: str = "heun", shift: float = 1.0):
         require(method in METHODS, "sampler.sampler.method", method, f"Choose one of {', '.join(METHODS)}.")
