@@ -23,7 +23,7 @@ from ditune.checkpoints import (
     read_network,
 )
 from ditune.config.base_network import check_latents, given_process
-from ditune.config.instantiate import instantiate
+from ditune.config.instantiate import instantiate, refuse_strangers
 from ditune.errors import UserError
 from ditune.generation.generator import ImageGenerator
 from ditune.networks import DiT
@@ -38,6 +38,7 @@ STORED = (
     "resolution",
     "class_names",
 )  # what a file must say about itself
+BUILT = ("autoencoder", "sampler", "metrics")  # groups of a run folder's config from which objects are built
 OURS = {"guidance": 1.5}  # of sampling, where no authors say otherwise
 
 
@@ -69,10 +70,12 @@ def load_run(folder: Path | str) -> Run:
     """The network of a run folder, with the run's own autoencoder and sampler.
 
     Raises:
-        UserError: the run is not there, has not finished or is damaged; or its base network is missing or another one.
+        UserError: the run is not there, has not finished or is damaged; its base network is missing or another one; or
+            its config would call what is none of our classes.
     """
     folder = Path(folder).expanduser()
     cfg = _read_config(folder)
+    refuse_strangers(cfg, BUILT, folder / "config.yaml")
     if (folder / "adapter").is_dir():
         base = locate(cfg.pretrained, Path(cfg.paths.cache_dir) / "networks")
         network, stored = _load_adapted(folder / "adapter", base)

@@ -1,6 +1,7 @@
 """What runs leave behind: loaded, drawn from and judged again."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,17 +17,19 @@ from PIL import Image
 
 from ditune import errors
 from ditune.checkpoints import load_network, read_adapter
+from ditune.commands.analyze_routing import analyse
 from ditune.commands.evaluate import evaluate
+from ditune.commands.export import export
 from ditune.commands.sample import balanced_labels, sample
 from ditune.commands.train import train
 from ditune.config import hardware
 from ditune.config.components import build_comparison, build_components, build_evaluation, build_generator
-from ditune.config.instantiate import instantiate
+from ditune.config.instantiate import instantiate, refuse_strangers
 from ditune.errors import UserError
 from ditune.evaluation.protocol import Record
 from ditune.files.atomic import sha256, write_json
 from ditune.networks import DiT
-from ditune.run import load_checkpoint, load_run
+from ditune.run import BUILT, load_checkpoint, load_run
 from helpers import ROOT, SMALL, compose, task
 
 JUDGED = ["metrics.n=5", "+metrics.judge.batch_size=4", "sampler.batch_size=4"]
@@ -335,3 +338,78 @@ def test_evaluate_reports_a_mistake_in_one_sentence(tmp_path: Path) -> None:
     assert "no run folder" in failed.stderr
     assert "Traceback" not in failed.stderr
     assert list((tmp_path / "where").iterdir()) == []
+
+
+# Run folders of strangers
+
+
+def bomb(folder: Path) -> tuple[Path, Path]:
+    """A pickle, and the file that it makes when it is executed."""
+    mark = folder / "executed"
+    (folder / "evil.pt").write_bytes(b"cos\nmkdir\n(V" + str(mark).encode() + b"\ntR.")
+    return folder / "evil.pt", mark
+
+
+HOSTILE = {
+    "torch.load": lambda evil, mark: {"_target_": "torch.load", "f": evil, "weights_only": False},
+    "numpy.load": lambda evil, mark: {"_target_": "numpy.load", "file": evil, "allow_pickle": True},
+    "a method": lambda evil, mark: {"_target_": "pathlib.Path.touch", "self": mark},
+    "by way of us": lambda evil, mark: {"_target_": "ditune.cli.os.mknod", "path": mark},
+    "a class of others by way of us": lambda evil, mark: {
+        "_target_": "ditune.launch.trees.subprocess.Popen",
+        "args": ["touch", mark],
+    },
+    "below ours": lambda evil, mark: {
+        "_target_": "ditune.autoencoders.Pixels",
+        "deep": [{"x": {"_target_": "shutil.copy", "src": evil, "dst": mark}}],
+    },
+    "no text": lambda evil, mark: {"_target_": 3},
+}
+ENTRIES = {
+    "sample": lambda run, out: sample(task("sample", f"run={run}", f"out={out}", "n=1")),
+    "evaluate": lambda run, out: evaluate(task("evaluate", f"run={run}")),
+    "export": lambda run, out: export(task("export", f"run={run}", f"out={out}/network.safetensors")),
+    "analyze_routing": lambda run, out: analyse(task("analyze_routing", f"run={run}", f"out={out}")),
+}
+
+
+def test_the_bomb_is_one(tmp_path: Path) -> None:
+    evil, mark = bomb(tmp_path)
+    with pytest.raises(RuntimeError, match="magic number"):
+        torch.load(evil, weights_only=False)
+    assert mark.exists()
+
+
+def stranger(adapted: Path, folder: Path, group: str, kind: str) -> tuple[Path, Path]:
+    """A run folder whose config calls what it should not, and the file that tells of it."""
+    run = copytree(adapted, folder / "run")
+    evil, mark = bomb(folder)
+    cfg = OmegaConf.load(run / "config.yaml")
+    OmegaConf.update(cfg, group, HOSTILE[kind](str(evil), str(mark)), merge=False, force_add=True)
+    OmegaConf.save(cfg, run / "config.yaml")
+    return run, mark
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+@pytest.mark.parametrize("group", ["autoencoder", "sampler.sampler", "metrics.judge"])
+def test_a_run_folder_of_a_stranger_runs_nothing(adapted: Path, tmp_path: Path, group: str, kind: str) -> None:
+    run, mark = stranger(adapted, tmp_path, group, kind)
+    with pytest.raises(UserError, match="which is no class of this package"):
+        load_run(run)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_every_entry_point_refuses_it(adapted: Path, tmp_path: Path, entry: str) -> None:
+    run, mark = stranger(adapted, tmp_path, "metrics.judge", "torch.load")
+    with pytest.raises(UserError, match="which is no class of this package"):
+        ENTRIES[entry](run, tmp_path / "out")
+    assert not mark.exists()
+
+
+def test_what_our_configs_name_is_ours() -> None:
+    """All that is built from a run folder, of every option of its groups."""
+    for group in BUILT:
+        for path in (ROOT / "configs" / group).glob("*.yaml"):
+            targets = re.findall(r"_target_: *(\S+)", path.read_text())
+            refuse_strangers(OmegaConf.create({group: [{"_target_": t} for t in targets]}), [group], path)

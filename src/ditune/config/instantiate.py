@@ -1,7 +1,9 @@
 """Objects from groups of the config; mistakes in them become one sentence that names the group."""
 
 import inspect
+from collections.abc import Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import hydra.utils
@@ -36,6 +38,50 @@ def instantiate(config: DictConfig | None, what: str, **kwargs: object) -> Any:
         raise UserError(
             f"The config group '{what}' cannot be built: {reason}. See the comments in configs/{what}/ for its keys."
         ) from error
+
+
+def refuse_strangers(config: DictConfig, groups: Sequence[str], path: Path) -> None:
+    """Refuse a config that someone else may have written, if building its groups would call more than our own classes.
+
+    A `_target_` can name anything that Python can import, and call it with any arguments.
+
+    Args:
+        config: of a run folder.
+        groups: that are going to be built from it; missing ones are left out.
+        path: of the config, for the message.
+
+    Raises:
+        UserError: a `_target_` in one of the groups is no class of this package.
+    """
+    for group in groups:
+        for target in _targets(plain(config[group]) if config.get(group) is not None else {}):
+            if not _is_own_class(target):
+                raise UserError(
+                    f"{path} would call {target} (in its group '{group}'), which is no class of this package. Files of "
+                    "others can do harm in this way. If it is your own class, put it into src/ditune "
+                    "(docs/guide/extending.md)."
+                )
+
+
+def _targets(values: object) -> Iterator[Any]:
+    """What stands under `_target_`, at any depth."""
+    if isinstance(values, dict):
+        yield from (value for key, value in values.items() if key == "_target_")
+        values = list(values.values())
+    if isinstance(values, list):
+        for value in values:
+            yield from _targets(value)
+
+
+def _is_own_class(target: object) -> bool:
+    if not isinstance(target, str) or not target.startswith("ditune."):
+        return False
+    try:
+        found = hydra.utils.get_object(target)
+    except (ImportError, AttributeError, ValueError):
+        return True  # there is nothing to call: building it says so
+    # ditune.cli.os.system is found as well, but belongs to os
+    return inspect.isclass(found) and found.__module__.startswith("ditune.")
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
