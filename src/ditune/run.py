@@ -38,7 +38,7 @@ STORED = (
     "resolution",
     "class_names",
 )  # what a file must say about itself
-BUILT = ("autoencoder", "sampler", "metrics")  # groups of a run folder's config from which objects are built
+BUILT = ("autoencoder", "sampler", "cache", "metrics")  # groups of a run folder's config from which objects are built
 OURS = {"guidance": 1.5}  # of sampling, where no authors say otherwise
 
 
