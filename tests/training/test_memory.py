@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from ditune.cli import reported
 from ditune.commands.train import train
 from ditune.config.components import build_components
 from ditune.errors import UserError
@@ -183,6 +184,7 @@ WORKER = """
 import sys
 import torch
 from helpers import compose
+from ditune.cli import reported
 from ditune.commands.train import train
 from ditune.distributed import rank
 from ditune.objectives import FlowMatching
@@ -307,3 +309,18 @@ def test_expected_memory_of_a_fused_kernel_and_of_blocks_that_are_computed_twice
     c.network.gradient_checkpointing = True
     assert activations(True) < 0.75 * fused  # of two blocks one is there at a time
     assert c.network.gradient_checkpointing
+
+
+def test_a_command_that_runs_out_of_memory_anywhere(capsys):
+    def fails(error):
+        def work():
+            raise error
+
+        return work
+
+    with pytest.raises(SystemExit) as caught:
+        reported(fails(MemoryError()), traceback=False)
+    assert caught.value.code == 2
+    assert "Error: There is not enough memory for this command: " in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        reported(fails(RuntimeError("shapes differ")), traceback=False)
