@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ditune.config.keys import check
 from ditune.config.overrides import current, explain
 from ditune.errors import PLACES, UserError, fail, refusal
+from ditune.memory import is_out_of_memory, shortage
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = str(ROOT / "configs")
@@ -116,9 +117,11 @@ def message(error: Exception, places: str = PLACES) -> str | None:
     """What a user can mend, as sentences; None for an error of the program."""
     if isinstance(error, UserError):
         return str(error)
+    if is_out_of_memory(error):
+        return shortage(error, "this command", "Free some, or take a machine that has more.")
     if isinstance(error, OSError):
         return refusal(error, places)
-    return config_error(error)
+    return config_error(error) if isinstance(error, OmegaConfBaseException) else None
 
 
 def reported(work: Callable[[], int | None], traceback: bool, places: str = PLACES) -> None:
@@ -129,7 +132,7 @@ def reported(work: Callable[[], int | None], traceback: bool, places: str = PLAC
     """
     try:
         code = work()
-    except (UserError, OmegaConfBaseException, OSError) as error:
+    except (UserError, OmegaConfBaseException, OSError, MemoryError, RuntimeError) as error:
         text = message(error, places)
         if traceback or in_sweep() or text is None:
             raise  # a sweep goes on with its next job and shows the error at its end

@@ -29,6 +29,7 @@ BROKEN = {
     "null_class_is_there": ["network.class_dropout_prob=0"],
     "latents_are_not_augmented": ["augment=drawings", "data.latents=true"],
     "batch_is_shared_evenly": ["trainer.accumulate_grad_batches=3"],
+    "micro_batches_may_be_chosen": ["network=tiny_moe", "balance=global", "trainer.accumulate_grad_batches=auto"],
 }
 
 

@@ -26,10 +26,12 @@ from ditune.errors import UserError
 from ditune.evaluation.comparison import Comparison
 from ditune.evaluation.denoising_loss import denoising_loss
 from ditune.launch.run_folder import owned
+from ditune.memory import memory_for
 from ditune.training.callbacks import peak_memory_mib
 from ditune.training.checkpoint_io import newest_checkpoint
 from ditune.training.components import Components
 from ditune.training.loggers.wandb import WandbRun, close_loggers
+from ditune.training.micro_batch import less_memory
 from ditune.training.module import GenerativeModule
 from ditune.training.plan import announce
 from ditune.training.result import RunRecord, describe, has_finished, save_trained, summarise
@@ -74,6 +76,7 @@ def _train(cfg: DictConfig, folder: Path) -> int:
     rules.check(c, rules.OF_THE_PROCESSES)
     resumed = find_checkpoint(folder, cfg.resume, cfg.max_steps, resume_key(cfg, c))
     module = build_module(cfg, c, resume_key(cfg, c))
+    module.begun_with = resumed.micro_batch
 
     first = trainer.is_global_zero
     if first:
@@ -91,7 +94,8 @@ def _train(cfg: DictConfig, folder: Path) -> int:
     def close(failed: bool) -> None:
         close_loggers(trainer, failed)
 
-    with RunRecord(folder, describe(c, key), resumed.seconds, stop, first, close) as record:
+    enough = memory_for("the training", lambda: less_memory(trainer, module))
+    with RunRecord(folder, describe(c, key), resumed.seconds, stop, first, close) as record, enough:
         open_loggers(cfg, trainer, folder, resumed.step, c)
         if cfg.compile:
             module.network.compile_blocks()

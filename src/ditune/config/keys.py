@@ -45,7 +45,7 @@ KEYS = (
     Key("trainer.devices", int, at_least=0, many=True),  # which ones
     Key("trainer.precision", str, choices=("bf16-mixed", "32-true", "auto")),
     Key("trainer.max_epochs", int, at_least=-1),
-    Key("trainer.accumulate_grad_batches", int, at_least=1),
+    Key("trainer.accumulate_grad_batches", int, at_least=1, also=("auto",)),
     Key("trainer.gradient_clip_val", float, above=0, null=True),
     Key("trainer.log_every_n_steps", int, at_least=0),
     Key("trainer.use_distributed_sampler", bool),

@@ -117,4 +117,6 @@ def job_hash(cfg: DictConfig) -> str:
     cfg.paths.output_dir = ""  # likewise
     values = significant(OmegaConf.to_container(cfg, resolve=True), neutral_values())
     values = {key: value for key, value in values.items() if role_of(key) is not NOTHING}
+    if values.get("trainer", {}).get("accumulate_grad_batches") == "auto":
+        values["trainer"]["accumulate_grad_batches"] = 1  # the same but for rounding, whatever the device decides
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

@@ -182,6 +182,18 @@ def batch_is_shared_evenly(c: Components) -> str | None:
     return refusal(lambda: micro_batch_size(c.settings.batch_size, c.processes.accumulate, c.processes.world_size))
 
 
+def micro_batches_may_be_chosen(c: Components) -> str | None:
+    """The device may choose the micro-batch where it changes nothing but rounding."""
+    if c.processes is None or not c.processes.searched or c.balance is None:
+        return None
+    if c.balance.alpha == 0 or c.balance.scope == "sequence":
+        return None
+    return (
+        f"balance.scope={c.balance.scope} takes the experts' load from micro-batches, so their size decides what is "
+        "learned, and trainer.accumulate_grad_batches=auto must not. Set a number, or balance=sequence or loss_free."
+    )
+
+
 def sweep_starts_every_process(c: Components) -> str | None:
     """A job that runs inside of the launcher's process would start the whole sweep again."""
     if c.processes is None or not c.processes.starts_others:
@@ -211,5 +223,9 @@ OF_A_TRAINING: tuple[Rule, ...] = (
     null_class_is_there,
     latents_are_not_augmented,
 )
-OF_THE_PROCESSES: tuple[Rule, ...] = (batch_is_shared_evenly, sweep_starts_every_process)
+OF_THE_PROCESSES: tuple[Rule, ...] = (
+    batch_is_shared_evenly,
+    micro_batches_may_be_chosen,
+    sweep_starts_every_process,
+)
 RULES = (*OF_THE_BASE, *OF_THE_LABELS, *OF_A_TRAINING, *OF_THE_PROCESSES)

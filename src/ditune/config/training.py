@@ -20,6 +20,7 @@ from ditune.training.checkpoint_io import AtomicCheckpointIO
 from ditune.training.components import Components, Processes
 from ditune.training.loggers.metrics_csv import MetricsCsv
 from ditune.training.loggers.wandb import WandbRun
+from ditune.training.micro_batch import AUTO, FitMicroBatch
 from ditune.training.module import GenerativeModule
 from ditune.training.outlook import Outlook, forward_passes
 from ditune.training.plan import parameter_kinds
@@ -116,7 +117,12 @@ def build_trainer(
         grids = cfg.callbacks.strips
         arguments = (grids.n, list(grids.steps), cfg.seed, folder / "samples", samples.every_n_steps)
         callbacks.append(StepGrids(generator, c.images, *arguments))
-    trainer = instantiate(cfg.trainer, "trainer", callbacks=callbacks, logger=False, plugins=[AtomicCheckpointIO()])
+    others = {"callbacks": callbacks, "logger": False, "plugins": [AtomicCheckpointIO()]}
+    if cfg.trainer.accumulate_grad_batches == AUTO:
+        shape = c.autoencoder.latent_shape(c.settings.resolution)
+        callbacks.append(FitMicroBatch(shape, c.settings.bf16, cfg.compile))
+        others["accumulate_grad_batches"] = 1  # until it is found
+    trainer = instantiate(cfg.trainer, "trainer", **others)
     tell_ranks(folder)
     return trainer, clock, stop
 
@@ -125,7 +131,8 @@ def processes_of(trainer: pl.Trainer, in_sweep: bool) -> Processes:
     """How the trainer spreads a training."""
     strategy = trainer.strategy
     alone = trainer.world_size == 1 or strategy.cluster_environment.creates_processes_externally
-    return Processes(trainer.world_size, trainer.accumulate_grad_batches, in_sweep and not alone)
+    searched = any(isinstance(callback, FitMicroBatch) for callback in trainer.callbacks)
+    return Processes(trainer.world_size, trainer.accumulate_grad_batches, in_sweep and not alone, searched)
 
 
 def tell_ranks(folder: Path) -> None:

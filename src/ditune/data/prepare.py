@@ -24,6 +24,7 @@ from ditune.data.transforms import from_uint8
 from ditune.data.verify import is_valid, verify
 from ditune.errors import UserError
 from ditune.files.locks import locked, share
+from ditune.memory import memory_for
 from ditune.progress import meter
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 
 PIECE = 256  # images that one process encodes at a time
 BATCH = 32  # images that the autoencoder sees at once
+ENCODING = "Free memory of the device, or set autoencoder.tiling=true."
 
 
 def fetch(cls: type[Benchmark], root: Path, download: bool) -> None:
@@ -203,9 +205,10 @@ def _encoded(dataset: ImageDataset, rows: range, autoencoder: "Autoencoder", dev
         while batch := list(islice(decoded, BATCH)):
             x = from_uint8(torch.stack(batch).to(device))  # (n, 3, R, R)
             sides = []
-            for side in (x, x.flip(-1)):
-                found = [part for part in autoencoder.encode(side) if part is not None]
-                sides.append(torch.stack(found, dim=1))  # (n, M, C, h, w)
+            with memory_for(f"encoding {len(x)} images at once", ENCODING):
+                for side in (x, x.flip(-1)):
+                    found = [part for part in autoencoder.encode(side) if part is not None]
+                    sides.append(torch.stack(found, dim=1))  # (n, M, C, h, w)
             moments = torch.stack(sides, dim=1).half()  # (n, 2, M, C, h, w)
             if not torch.isfinite(moments).all():
                 raise UserError(

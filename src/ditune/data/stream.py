@@ -53,6 +53,13 @@ class ImageStream(Dataset):
             taken, labels = self.augment(taken, labels, positions, self.seed, null_class=self.dataset.num_classes)
         return taken, labels, torch.tensor(positions)
 
+    def blank(self, positions: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """A batch of these positions with its real shapes and types and zeros for content; no file is read."""
+        latents, count = isinstance(self.dataset, Latents), len(positions)
+        side = None if latents else self.dataset.resolution
+        shape, dtype = (self.dataset.shape[2:], torch.float16) if latents else ((3, side, side), torch.uint8)
+        return torch.zeros(count, *shape, dtype=dtype), torch.zeros(count, dtype=torch.int64), torch.tensor(positions)
+
 
 class MicroBatches(Sampler[list[int]]):
     """Positions of this rank's micro-batches, without end.

@@ -5,12 +5,14 @@ from torch import nn
 
 from ditune.autoencoders import Autoencoder
 from ditune.data import ImageDataset, from_uint8
+from ditune.memory import memory_for
 from ditune.objectives import Objective
 from ditune.progress import meter
 from ditune.rng import StepRandom
 
 REPEATS = 4  # noise levels for each image
 BATCH = 128
+REMEDY = "What was trained is saved: free memory of the device, and resume=auto measures it again."
 
 
 @torch.inference_mode()
@@ -35,7 +37,8 @@ def denoising_loss(
     """
     device = next(network.parameters()).device
     autoencoder, losses = autoencoder.to(device), [[] for _ in range(REPEATS)]
-    with meter("loss on held-out images", len(images)) as progress:
+    shortage = memory_for(f"the loss on {BATCH} held-out images at once", REMEDY)
+    with meter("loss on held-out images", len(images)) as progress, shortage:
         for start in range(0, len(images), BATCH):
             rows = range(start, min(start + BATCH, len(images)))
             batch, y = images.__getitems__(rows)

@@ -8,9 +8,13 @@ from torch import Tensor, nn
 
 from ditune.autoencoders import Autoencoder
 from ditune.data import to_uint8
+from ditune.memory import memory_for
 from ditune.processes import Process
 from ditune.rng import mix
 from ditune.samplers import Cache, NoiseStream, Sampler, ShortcutSampler, default_sampler, sample
+
+FEWER = "Set sampler.batch_size lower; of src/sample.py, set n= lower and generate the rest with first=."
+TILES = "Set autoencoder.tiling=true or sampler.batch_size lower; of src/sample.py, n= lower and the rest with first=."
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,8 @@ class ImageGenerator:
     def _batch(self, network: nn.Module, y: Tensor, seed: int, indices: list[int]) -> Tensor:
         device = next(network.parameters()).device
         stream = NoiseStream(seed, indices, self.autoencoder.latent_shape(self.resolution))
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.bf16)
+        with memory_for(f"generating {len(indices)} images at once", FEWER), autocast:
             latents = sample(
                 network,
                 self.process,
@@ -105,7 +110,8 @@ class ImageGenerator:
                 next_noise=lambda: stream.next().to(device),
                 cache=self.cache,
             )
-        return to_uint8(self.autoencoder.to(device).to_pixels(latents.float()))
+        with memory_for(f"decoding {len(indices)} images at once", TILES):
+            return to_uint8(self.autoencoder.to(device).to_pixels(latents.float()))
 
 
 def example_plan(count: int, seed: int, n: int) -> list[int]:

@@ -14,7 +14,10 @@ from torch import Tensor, nn
 
 from ditune.errors import UserError
 from ditune.files import atomic
+from ditune.memory import memory_for
 from ditune.progress import meter
+
+FEWER = "Set +metrics.judge.batch_size=16, or lower."  # 64 where it is not set
 
 
 class ImageSet(Protocol):
@@ -207,6 +210,7 @@ def extract(extractor: nn.Module, images: Tensor | ImageSet, batch_size: int = 6
             indices = list(range(start, min(start + batch_size, count)))
             batch = images[indices] if isinstance(images, Tensor) else images.__getitems__(indices)[0]
             padding = batch[-1:].expand(batch_size - len(batch), *batch.shape[1:])
-            features.append(extractor(torch.cat([batch, padding]).to(device))[: len(batch)].cpu())
+            with memory_for(f"the features of {batch_size} images at once", FEWER):
+                features.append(extractor(torch.cat([batch, padding]).to(device))[: len(batch)].cpu())
             progress.advance(len(indices))
     return torch.cat(features)  # (N, D)

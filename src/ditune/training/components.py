@@ -65,11 +65,13 @@ class Processes:
         world_size: processes.
         accumulate: micro-steps of an optimizer step.
         starts_others: whether a job of a sweep would have to start the other processes itself.
+        searched: whether `accumulate` is only the least, and the device decides before the first step.
     """
 
     world_size: int
     accumulate: int
     starts_others: bool
+    searched: bool = False
 
 
 @dataclass

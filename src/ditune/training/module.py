@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from ditune.autoencoders import Autoencoder
 from ditune.data import from_uint8
+from ditune.data.stream import micro_batch_size
 from ditune.errors import UserError
 from ditune.moe.balance import Balance, Watched
 from ditune.objectives import Loss, Objective, State
@@ -66,6 +67,8 @@ class GenerativeModule(pl.LightningModule):
         self.routing: dict[str, float] = {}  # what it found at the end, means over the layers
         self.teacher: dict[str, Tensor] = {}  # weights of what trains, where the objective has a teacher
         self.seed, self.batch_size, self.identity, self.log_every = seed, batch_size, identity, log_every
+        self.begun_with: int | None = None  # micro-batch of the run that this one goes on from
+        self._logged: tuple[int, list[tuple[Loss, dict[str, Tensor]]]] = (-1, [])  # micro-batches of the logged step
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = self.make_optimizer(list(self.method.trainable(self.network).items()))
@@ -75,8 +78,19 @@ class GenerativeModule(pl.LightningModule):
         }
 
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
-        images, y, positions = batch
-        step = int(positions[0]) // self.batch_size
+        total, loss, parts = self.micro_step(batch)
+        step = self.step_of(batch)
+        if self.log_every and (step + 1) % self.log_every == 0:
+            self._log_loss(step, loss, parts, last=(batch_idx + 1) % self.trainer.accumulate_grad_batches == 0)
+        return total
+
+    def step_of(self, batch: tuple[Tensor, Tensor, Tensor]) -> int:
+        """The optimizer step that a micro-batch belongs to, from 0."""
+        return int(batch[2][0]) // self.batch_size
+
+    def micro_step(self, batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Loss, dict[str, Tensor]]:
+        """The loss of a micro-batch to be differentiated, its parts, and those of the balance; nothing is logged."""
+        (images, y, positions), step = batch, self.step_of(batch)
         random = StepRandom(self.seed, step, (positions - step * self.batch_size).tolist(), self.device)
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             x0 = self.latents(images, random)
@@ -85,9 +99,7 @@ class GenerativeModule(pl.LightningModule):
         added, parts = (0.0, {}) if self.balance is None else self.balance.loss(network.routing, step)
         if self.statistics is not None:
             self.statistics.add(network.routing, loss.time, network.y)
-        if self.log_every and (step + 1) % self.log_every == 0:
-            self._log_loss(loss, len(y), parts)
-        return loss.total + self.method.penalty(self.network) + added
+        return loss.total + self.method.penalty(self.network) + added, loss, parts
 
     def _state(self, step: int) -> State:
         """Before the step's first micro-step and after it the average is the same, so that all see one teacher."""
@@ -109,7 +121,14 @@ class GenerativeModule(pl.LightningModule):
         mean, *logvar = x.float().unbind(1)  # (N, M, C, h, w)
         return self.autoencoder.from_moments(mean, logvar[0] if logvar else None, normal)
 
-    def _log_loss(self, loss: Loss, size: int, parts: dict[str, Tensor]) -> None:
+    def _log_loss(self, step: int, loss: Loss, parts: dict[str, Tensor], last: bool) -> None:
+        """Log the losses of all micro-batches of the step, at its last one."""
+        if self._logged[0] != step:  # a run goes on at the first micro-batch of a step, wherever it was stopped
+            self._logged = (step, [])
+        self._logged[1].append((loss._replace(total=loss.total.detach()), parts))
+        if not last:
+            return
+        loss, parts = whole(self._logged[1])
         values = {f"train/{name}": part.mean() for name, part in (loss.parts | parts).items()}
         bins = (loss.time * LOSS_BINS).long().clamp(max=LOSS_BINS - 1)
         for k in range(LOSS_BINS):
@@ -120,7 +139,7 @@ class GenerativeModule(pl.LightningModule):
             for k in range(STEP_LEVELS + 1):
                 values[f"train/loss_step_1_{2**k}"] = loss.parts["loss"][levels == k].mean()
         values["train/lr"] = torch.tensor(self.lr_schedulers().get_last_lr()[0])
-        self.log_dict(values, batch_size=size)
+        self.log_dict(values, batch_size=len(loss.time))
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
@@ -157,6 +176,9 @@ class GenerativeModule(pl.LightningModule):
         checkpoint["method"] = self.method.training_state()
         checkpoint["balance"] = Balance.state_dict(self.network)
         checkpoint["identity"] = self.identity
+        checkpoint["micro_batch"] = micro_batch_size(
+            self.batch_size, self.trainer.accumulate_grad_batches, self.trainer.world_size
+        )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         trained = {name.removeprefix("network."): value for name, value in checkpoint["state_dict"].items()}
@@ -166,3 +188,15 @@ class GenerativeModule(pl.LightningModule):
         self.teacher = checkpoint["teacher"]
         Balance.load_state_dict(self.network, checkpoint["balance"])
         rewind(checkpoint, self.trainer.accumulate_grad_batches)
+
+
+def whole(micro: list[tuple[Loss, dict[str, Tensor]]]) -> tuple[Loss, dict[str, Tensor]]:
+    """The losses of a step's micro-batches as those of one batch; nothing is kept for a backward pass."""
+    losses, balances = zip(*micro, strict=True)
+    if len(losses) == 1:
+        return micro[0]
+    together = {name: torch.cat([loss.parts[name] for loss in losses]) for name in losses[0].parts}
+    time = torch.cat([loss.time for loss in losses])
+    d = None if losses[0].d is None else torch.cat([loss.d for loss in losses])
+    parts = {name: torch.stack([part[name] for part in balances]) for name in balances[0]}
+    return Loss(torch.stack([loss.total for loss in losses]).mean(), together, time, d), parts

@@ -53,37 +53,60 @@ def counts(network: nn.Module) -> tuple[int, int]:
 
 
 def expected_memory(
-    network: nn.Module, objective: Objective, latent_shape: tuple[int, ...], micro_batch: int, bf16: bool
+    network: nn.Module,
+    objective: Objective,
+    latent_shape: tuple[int, ...],
+    micro_batch: int,
+    bf16: bool,
+    fused: bool = False,
 ) -> dict[str, float]:
     """MiB of parameters, of gradients with optimizer state and EMA, and of what one micro-batch saves for its backward.
 
-    The last is measured on two samples, by counting the tensors that autograd keeps.
+    The last is measured on two samples, by counting the tensors that autograd keeps. `fused`: the run's device has a
+    fused kernel for attention (GPUs have), which keeps no attention weights.
     """
     parameters = list(network.parameters())
-    owned = {p.untyped_storage().data_ptr() for p in parameters}
+
+    def saved() -> float:
+        return saved_bytes(network, objective, latent_shape, bf16, fused)
+
+    activations = saved()
+    if network.gradient_checkpointing:  # one block at a time is computed again
+        network.gradient_checkpointing = False
+        activations += (saved() - activations) / len(network.blocks)
+        network.gradient_checkpointing = True
+    weights = sum(p.numel() * p.element_size() for p in parameters)
+    training = sum(4 * 4 * p.numel() for p in parameters if p.requires_grad)  # gradient, two moments, EMA in fp32
+    return {
+        "parameters": weights / 2**20,
+        "gradients, optimizer, EMA": training / 2**20,
+        "saved activations": activations * micro_batch / 2**20,
+    }
+
+
+def saved_bytes(
+    network: nn.Module, objective: Objective, latent_shape: tuple[int, ...], bf16: bool, fused: bool
+) -> float:
+    """Bytes that autograd keeps for one image, see `expected_memory`."""
+    owned = {p.untyped_storage().data_ptr() for p in network.parameters()}
+    tokens, heads = network.pos_embed.shape[1], network.config["num_heads"]
     saved: dict[int, int] = {}
 
     def count(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in owned:
+        weights_of_attention = tensor.shape[-2:] == (tokens, tokens) and tensor.numel() == 2 * heads * tokens**2
+        if storage.data_ptr() not in owned and not (fused and weights_of_attention):
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    device = parameters[0].device
+    device = next(network.parameters()).device
     x0 = torch.zeros(2, *latent_shape, device=device)
     zeros = torch.zeros(2, dtype=torch.int64, device=device)
     hooks = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
     with hooks, torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         state = State(step=0, max_steps=1, batch_size=2, ema=network, teacher=network)
         objective.loss(network, (x0, zeros), StepRandom(0, 0, range(2), device), state)
-    weights = sum(p.numel() * p.element_size() for p in parameters)
-    training = sum(4 * 4 * p.numel() for p in parameters if p.requires_grad)  # gradient, two moments, EMA in fp32
-    activations = sum(saved.values()) / 2 * micro_batch
-    return {
-        "parameters": weights / 2**20,
-        "gradients, optimizer, EMA": training / 2**20,
-        "saved activations": activations / 2**20,
-    }
+    return sum(saved.values()) / 2
 
 
 def announce(c: Components, trainer: pl.Trainer, folder: Path, config: str | None) -> None:
@@ -114,14 +137,16 @@ def facts(c: Components, trainer: pl.Trainer, folder: Path) -> dict[str, str]:
     settings, spread = c.settings, c.processes
     micro = micro_batch_size(settings.batch_size, spread.accumulate, spread.world_size)
     shape = c.autoencoder.latent_shape(settings.resolution)
-    memory = expected_memory(c.network, c.objective, shape, micro, settings.bf16)
+    fused = trainer.strategy.root_device.type != "cpu"
+    memory = expected_memory(c.network, c.objective, shape, micro, settings.bf16, fused)
     passes = settings.max_steps * settings.batch_size / len(c.images)
     return {
         "base": "none, from scratch" if c.base is None else f"{c.base.path} ({c.base.sha256[:12]})",
         "data": f"{settings.data_name}, {len(c.images):,} images, {c.images.describe_classes()}",
         "latents": f"{' x '.join(map(str, shape))}, autoencoder {c.autoencoder.name}",
         "steps": f"{settings.max_steps:,} of {settings.batch_size} images ({passes:.1f} passes over the data)",
-        "batch": f"{micro} x {spread.accumulate} micro-steps x {spread.world_size} processes",
+        "batch": f"{micro} x {spread.accumulate} micro-steps x {spread.world_size} processes"
+        + (", in smaller micro-batches where that does not fit" if spread.searched else ""),
         "memory": ", ".join(f"{k} {v:,.0f} MiB" for k, v in memory.items()) + " (expected)",
         "device": device(settings.precision, trainer),
         "folder": f"{folder} (config.yaml there has every setting; verbose=true shows them)",

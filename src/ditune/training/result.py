@@ -74,6 +74,7 @@ class RunRecord:
         self.values |= {
             "status": "stopped" if trainer.global_step < trainer.max_steps else "trained",
             "steps": trainer.global_step,
+            "micro_batch": batch_size // (trainer.accumulate_grad_batches * trainer.world_size),
             "seconds": {"fit": self.fit_seconds},
             "seconds_per_step": step_seconds / steps if steps else None,
             "images_per_second": steps * batch_size / step_seconds if steps else None,

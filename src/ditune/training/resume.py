@@ -22,11 +22,13 @@ class Resumed:
         path: of the checkpoint; None = the run is new.
         step: optimizer steps that are done.
         seconds: of training that are behind the run.
+        micro_batch: images that one process handled at once; None = the checkpoint does not say.
     """
 
     path: Path | None
     step: int
     seconds: float
+    micro_batch: int | None = None
 
 
 def find_checkpoint(folder: Path, resume: str | None, max_steps: int, key: dict[str, Any]) -> Resumed:
@@ -71,4 +73,4 @@ def find_checkpoint(folder: Path, resume: str | None, max_steps: int, key: dict[
             f"In {folder} the run is at step {step} already; max_steps={max_steps} lies before it. "
             f"Set max_steps={step} or more, or start a new run folder."
         )
-    return Resumed(newest, step, result.get("seconds", {}).get("fit", 0.0))
+    return Resumed(newest, step, result.get("seconds", {}).get("fit", 0.0), checkpoint.get("micro_batch"))
