@@ -24,7 +24,7 @@ LOSS = "loss"  # the name of the loss on held-out images
 
 
 class Measure(Protocol):
-    """Numbers of the network as it is, by name, in the first process; others may get {}.
+    """Numbers of the network as it is, by name; those of the first process count, others may get {}.
 
     All processes call it at the same step. It moves no global random number and changes no weight.
     """
@@ -62,6 +62,8 @@ def evenly_spread(count: int, n: int) -> list[int]:
 class HeldOutLoss:
     """The loss on held-out images, each time at the same timesteps with the same noise; see `denoising_loss`.
 
+    All processes compute it, so that it may share the images among them.
+
     Args:
         every_n_steps: steps between two measurements.
         images: not trained on.
@@ -75,8 +77,6 @@ class HeldOutLoss:
     bf16: bool
 
     def __call__(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, float]:
-        if not trainer.is_global_zero:
-            return {}
         arguments = (module.objective, module.autoencoder, self.images, self.seed, self.bf16)
         return {LOSS: denoising_loss(module.network, *arguments)}
 
