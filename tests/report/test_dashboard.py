@@ -18,9 +18,18 @@ def spec(group: str | None = "sweep_7") -> dict:
 def test_workspace_has_the_panels():
     workspace = spec()["workspace"]["spec"]["section"]
     sections = {section["name"]: section["panels"] for section in workspace["panelBankConfig"]["sections"]}
-    assert [name for name in sections if sections[name]] == ["Quality", "Pictures", "Training"]
+    assert [name for name in sections if sections[name]] == ["Quality", "Pictures", "Training", "Cost"]
     text = json.dumps(sections)
-    for part in ("eval/fid_10k", "parameters/trained", "samples", "eval/grid", "train/loss", STEP):
+    for part in (
+        "eval/fid_10k",
+        "parameters/trained",
+        "samples",
+        "eval/grid",
+        "train/loss",
+        "val/loss",
+        "^val/fid_[^_]+$",
+        STEP,
+    ):
         assert part in text
     assert '"sweep_7"' in json.dumps(workspace["runSets"])
 
@@ -29,7 +38,7 @@ def test_report_has_the_panels_under_headings():
     report = spec()["report"]
     assert report["project"] == {"name": "ditune", "entityName": "me"}
     text = json.dumps(report["spec"])
-    assert text.count('"panel-grid"') == 3
+    assert text.count('"panel-grid"') == 4
     for part in ("Quality", "eval/fid_10k", "sweep_7"):
         assert part in text
     assert "sweep_7" not in json.dumps(spec(group=None)["report"]["spec"]["blocks"])

@@ -2,7 +2,11 @@
 
 import io
 import json
+import os
+import re
+import signal
 import struct
+import subprocess
 import time
 from pathlib import Path
 
@@ -17,9 +21,13 @@ from ditune.commands.train import train
 from ditune.config.components import build_components
 from ditune.config.instantiate import plain
 from ditune.errors import UserError
+from ditune.files.atomic import read_json
 from ditune.networks import build_network
+from ditune.report.wandb_workspace import build_report, build_workspace, specification
 from ditune.rng import Draws
+from ditune.training import GenerativeModule
 from ditune.training.loggers.wandb import ID_FILE, NAME, run_id, shortened, tags_of
+from ditune.training.loggers.wandb import summary_of as summary_of_result
 from helpers import SMALL, compose
 
 STEPS = 3
@@ -75,9 +83,66 @@ def values(items) -> dict:
     return {key(item): json.loads(item.value_json) for item in items}
 
 
+def summary_of(written: dict[str, list]) -> dict:
+    """The run's summary as W&B shows it: the last value of each key, under its full name."""
+    return {k: v for r in written["summary"] for k, v in values(r.summary.update).items()}
+
+
+def assert_all_plain(summary: dict) -> None:
+    """No number has become an object such as {"min": 1.5}; images and tables are objects with a type."""
+    objects = {key for key, value in summary.items() if isinstance(value, dict) and "_type" not in value}
+    assert objects <= {"_wandb"}
+
+
+def assert_panels_have_values(summary: dict, history: list[dict], config: dict) -> None:
+    """Each panel of the dashboard asks for keys that the run has."""
+    panels, asked = [], {"summary": set(), "history": set(), "config": set()}
+    spec = specification(
+        build_workspace("me", "ditune", None, "kid_efflite0"), build_report("me", "ditune", None, "kid_efflite0")
+    )["workspace"]["spec"]["section"]
+    for section in spec["panelBankConfig"]["sections"]:
+        panels += [panel["config"] for panel in section["panels"]]
+    logged = {key for row in history for key in row}
+    for panel in panels:
+        axes = [panel[axis] for axis in ("xAxis", "yAxis") if ":" in panel.get(axis, "")]
+        for accessor in [*axes, *(column["accessor"] for column in panel.get("columns", []))]:
+            place, _, name = accessor.partition(":")
+            asked[place].add(name)
+        # bars show the summary, lines the history
+        asked["history" if "xAxis" in panel else "summary"] |= set(panel.get("metrics", []))
+        asked["history"] |= set(panel.get("mediaKeys", []))
+        if "metricRegex" in panel:
+            assert [key for key in logged if re.search(panel["metricRegex"], key)]
+    assert {"eval/kid_efflite0", "parameters/trained", "seconds/fit", "peak_memory_mib"} <= asked["summary"]
+    assert {"val/loss", "train/loss", "samples", "eval/grid"} <= asked["history"]
+    for name in asked["summary"]:
+        assert isinstance(summary[name], int | float), name
+    media = {key.rpartition("/")[0] for key in logged}  # W&B writes an image's parts under its name
+    assert asked["history"] <= logged | media
+    for name in asked["config"]:
+        value = config
+        for key in name.replace(".value", "").split("."):
+            value = value[key]
+
+
+def test_summaries_of_a_whole_result():
+    """A run with a base has values before and after, and of how far the gap between the domains closed."""
+    after, before = {"kid_x": 0.5, "kid_x_std": 0.1, "n": 8}, {"kid_x": 1.5}
+    metrics = {"protocol": {"n": 8}, "after": after, "before": before, "before_is": "record"}
+    metrics |= {"base_domain": {"kid_x": 0.25}, "gap_before": 1.25, "gap_after": 0.25, "gap_closed": 0.8}
+    result = {"status": "finished", "name": "a", "metrics": metrics, "denoising": {"before": 3.0, "after": 2.0}}
+    result |= {"peft": {"r": 4}, "versions": {"torch": "2"}, "seconds": {"fit": 7.5}, "seconds_per_step": None}
+    assert summary_of_result(result) == {
+        **{"status": "finished", "seconds/fit": 7.5, "eval/test_loss": 2.0, "before/test_loss": 3.0},
+        **{"eval/kid_x": 0.5, "eval/kid_x_std": 0.1, "eval/n": 8, "before/kid_x": 1.5, "base_domain/kid_x": 0.25},
+        **{"eval/gap_before": 1.25, "eval/gap_after": 0.25, "eval/gap_closed": 0.8},
+    }
+
+
 def test_wandb_offline(small, tmp_path, offline):
     judged = ["metrics.n=6", "+metrics.judge.batch_size=4", f"paths.cache_dir={tmp_path}/cache"]
     run = ["peft=full", "logger=wandb", f"max_steps={STEPS}", "tags=[tests]", "name=small", "logger.log_adapter=true"]
+    run += ["callbacks.held_out.every_n_steps=2", "callbacks.metrics.every_n_steps=2", "callbacks.metrics.n=5"]
     cfg = small(*run, *judged)
     assert train(cfg) == 0
     written, files = wandb_records(tmp_path / "run")
@@ -88,6 +153,8 @@ def test_wandb_offline(small, tmp_path, offline):
     assert set(run.tags) == {"full", "folder", "tiny", "tests"}
     assert run.display_name == "small-full-folder-0"
     history = [values(r.history.item) for r in written["history"]]
+    for name in ("val/loss", "val/kid_efflite0"):
+        assert [row["trainer/global_step"] for row in history if name in row] == [0, 2, STEPS]
     losses = [row["train/loss"] for row in history if "train/loss" in row]
     assert len(losses) == STEPS
     assert all(0 < loss < 10 for loss in losses)
@@ -97,14 +164,30 @@ def test_wandb_offline(small, tmp_path, offline):
     for name in ("peft", "batch_size", "objective"):
         assert config[name] == plain(cfg)[name]
 
-    metrics = {r.metric.name or r.metric.glob_name: r.metric for r in written["metric"]}
-    assert metrics["train/loss"].summary.min
-    assert metrics["eval/kid_*"].summary.min
-    assert metrics["eval/precision_*"].summary.max
-    assert metrics["eval/kid_*"].step_metric == "trainer/global_step"
-    summary = {k: v for r in written["summary"] for k, v in values(r.summary.update).items()}
-    assert summary["parameters/share"] == 1  # everything trains
+    # every value is plain in every run: a metric that W&B is to call best of would be {"min": ...}
+    assert not [r.metric for r in written["metric"] if r.metric.HasField("summary")]
+    summary, result = summary_of(written), read_json(tmp_path / "run" / "result.json")
+    metrics, denoising = result["metrics"], result["denoising"]
+    for name, value in metrics["after"].items():
+        assert summary[f"eval/{name}"] == value
+    expected = {
+        "status": "finished",
+        "eval/test_loss": denoising["after"],
+        "seconds/fit": result["seconds"]["fit"],
+        "seconds/evaluation": result["seconds"]["evaluation"],
+        "peak_memory_mib": result["peak_memory_mib"],
+        "images_per_second": result["images_per_second"],
+        "parameters/trained": result["parameters"]["trainable"],
+        "parameters/share": 1,  # everything trains
+        "steps": STEPS,
+        "evaluated/checkpoint": "last",
+        "evaluated/step": STEPS,
+        "val/loss": denoising["after"],
+    }
+    assert {name: summary[name] for name in expected} == expected
+    assert_all_plain(summary)
     assert written["exit"][-1].exit.exit_code == 0
+    assert_panels_have_values(summary, history, config)
 
     media = files[0].parent / "files" / "media"
     for name, count in (("samples", 2), ("eval", 1)):  # before and after; the evaluation's
@@ -135,7 +218,26 @@ def test_wandb_goes_on_in_the_same_run_and_shows_failures(small, tmp_path, offli
         train(small(*common, "max_steps=5", "optimizer.lr=1e38", "trainer.gradient_clip_val=null", folder=folder))
     failed, _ = wandb_records(folder)
     assert failed["exit"][-1].exit.exit_code == 1
+    summary = summary_of(failed)
+    assert summary["status"] == "failed"
+    assert "not finite" in summary["error"]
+    assert_all_plain(summary)
     assert failed["run"][0].run.run_id != written["run"][0].run.run_id
+
+
+def test_a_stopped_run_is_no_finished_one(small, tmp_path, offline, monkeypatch):
+    original = GenerativeModule.training_step
+
+    def stopped(self, batch, batch_idx):
+        subprocess.run(["kill", "-TERM", str(os.getpid())], check=True)
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(GenerativeModule, "training_step", stopped)
+    assert train(small("peft=full", "logger=wandb", "max_steps=3")) == 128 + signal.SIGTERM
+    written, _ = wandb_records(tmp_path / "run")
+    assert written["exit"][-1].exit.exit_code == 128 + signal.SIGTERM
+    summary = summary_of(written)
+    assert (summary["status"], summary["steps"]) == ("stopped", 1)
 
 
 def test_tags_are_texts_that_wandb_takes(caplog):

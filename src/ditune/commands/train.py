@@ -2,7 +2,9 @@
 
 import logging
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -19,6 +21,7 @@ from ditune.config.instantiate import instantiate, refuse_missing
 from ditune.config.keys import check
 from ditune.config.roles import job_hash
 from ditune.config.training import build_module, build_outlook, build_trainer, open_loggers, processes_of, resume_key
+from ditune.config.validation import build_validation, chosen_metric
 from ditune.data import ImageDataset
 from ditune.data.stream import ImageStream
 from ditune.distributed import leave_at_exit
@@ -27,8 +30,8 @@ from ditune.evaluation.comparison import Comparison
 from ditune.evaluation.denoising_loss import denoising_loss
 from ditune.launch.run_folder import owned
 from ditune.memory import memory_for
-from ditune.training.callbacks import peak_memory_mib
-from ditune.training.checkpoint_io import newest_checkpoint
+from ditune.training.callbacks import Validation, peak_memory_mib
+from ditune.training.checkpoint_io import newest_checkpoint, remove_checkpoints
 from ditune.training.components import Components
 from ditune.training.loggers.wandb import WandbRun, close_loggers
 from ditune.training.micro_batch import less_memory
@@ -61,6 +64,7 @@ def _train(cfg: DictConfig, folder: Path) -> int:
         return 0
     settle(cfg, newest_checkpoint(folder / "checkpoints") if cfg.resume else None)
     instantiate(cfg.logger, "logger")  # what it refuses shows before the data is prepared
+    chosen_metric(cfg)  # likewise
     torch.set_flush_denormal(True)  # every result in docs/results was made with it; no speed was gained by it
     if not cfg.dry_run:
         ensure(cfg)
@@ -87,13 +91,14 @@ def _train(cfg: DictConfig, folder: Path) -> int:
         return 0
     comparison = build_comparison(cfg, generator) if first and cfg.metrics.n > 0 else None
     outlook.evaluation_images = cfg.metrics.n * comparison.unknown(c.base_to_compare) if comparison else 0
+    validation = build_validation(cfg, trainer, generator, held_out, comparison, resumed.step)
+    if validation is not None:  # right behind the clock: it may make this step the last one
+        trainer.callbacks.insert(trainer.callbacks.index(clock) + 1, validation)
     source = training_source(cfg, c.images, c.autoencoder)
     stream = ImageStream(source, cfg.seed, cfg.data.flip, instantiate(cfg.augment, "augment"))
     data = StreamData(stream, cfg.batch_size, cfg.data.num_workers)
 
-    def close(failed: bool) -> None:
-        close_loggers(trainer, failed)
-
+    close = partial(close_loggers, trainer)
     enough = memory_for("the training", lambda: less_memory(trainer, module))
     with RunRecord(folder, describe(c, key), resumed.seconds, stop, first, close) as record, enough:
         open_loggers(cfg, trainer, folder, resumed.step, c)
@@ -104,10 +109,29 @@ def _train(cfg: DictConfig, folder: Path) -> int:
         record.values["peak_memory_mib"] = peak_memory_mib(trainer.strategy.root_device)
         if module.routing:
             record.values["routing"] = module.routing
+        if record.status == "trained":
+            record.values["evaluated"] = take_weights(module, trainer, validation)
         if record.status == "trained" and first:
             with stop.at_once():
                 finish(c, module, trainer, comparison, held_out, record, folder)
+    if first and record.status == "finished" and not cfg.callbacks.checkpoint.keep_finished:
+        remove_checkpoints(folder / "checkpoints")  # result.json says already that nobody has to go on from them
     return record.exit_code
+
+
+def take_weights(module: GenerativeModule, trainer: pl.Trainer, validation: Validation | None) -> dict[str, Any]:
+    """Decide which weights are saved and evaluated, and give them to the module; returns what result.json says of it.
+
+    They are an average (EMA): the best one where callbacks.checkpoint.best is set, else the last one.
+    """
+    ended = {}
+    if validation is not None and validation.ended_at is not None:
+        ended = {"ended_early_at": validation.ended_at}
+    if validation is not None and validation.best is not None:
+        if validation.best.found:
+            return validation.best.take(module) | ended
+        log.warning("val/%s was never a number: the last weights are saved and evaluated", validation.best.metric)
+    return {"checkpoint": "last", "step": trainer.global_step} | ended
 
 
 def held_out_images(cfg: DictConfig) -> ImageDataset | None:
@@ -133,7 +157,7 @@ def finish(
     c.network.to(trainer.strategy.root_device)  # Lightning has put it back on the CPU
     with module.ema.applied():
         start = time.perf_counter()
-        save_trained(c, folder, trainer.global_step)
+        save_trained(c, folder, values["evaluated"]["step"])
         if c.base is not None:
             values["adapter_bytes"] = (folder / "adapter" / "adapter_model.safetensors").stat().st_size
         values["denoising"] = {} if held_out is None else denoising(c, held_out)
@@ -145,7 +169,7 @@ def finish(
     after = values["metrics"].get("after", {})
     for logger in trainer.loggers:
         if after:
-            logger.log_metrics({f"eval/{key}": value for key, value in after.items()}, step=trainer.global_step)
+            logger.log_metrics({f"eval/{key}": value for key, value in after.items()}, step=values["evaluated"]["step"])
         if isinstance(logger, WandbRun):
             logger.finish_training(folder)
 

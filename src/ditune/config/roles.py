@@ -103,6 +103,19 @@ def neutral_values() -> dict[str, Any]:
     return {key: role.neutral for key, role in ROLES.items() if role.neutral is not ALWAYS}
 
 
+def deciding(callbacks: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the group `callbacks`, what decides the result: what is measured does so where it chooses the weights."""
+    values = {name: dict(group) if isinstance(group, Mapping) else group for name, group in callbacks.items()}
+    checkpoint, stopping = values.get("checkpoint", {}), values.get("early_stopping", {})
+    checkpoint.pop("keep_finished", None)
+    chosen = checkpoint.get("best") is not None
+    if not chosen:
+        checkpoint.pop("best", None)
+    if not chosen or stopping.get("patience") is None:
+        values.pop("early_stopping", None)
+    return values if chosen else {name: group for name, group in values.items() if name not in ("held_out", "metrics")}
+
+
 def job_hash(cfg: DictConfig) -> str:
     """Hash of all that decides the result of a training, wherever its files go.
 
@@ -119,4 +132,6 @@ def job_hash(cfg: DictConfig) -> str:
     values = {key: value for key, value in values.items() if role_of(key) is not NOTHING}
     if values.get("trainer", {}).get("accumulate_grad_batches") == "auto":
         values["trainer"]["accumulate_grad_batches"] = 1  # the same but for rounding, whatever the device decides
+    if "callbacks" in values:
+        values["callbacks"] = deciding(values["callbacks"])
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

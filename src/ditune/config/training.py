@@ -78,6 +78,8 @@ def build_module(cfg: DictConfig, c: Components, key: dict[str, Any]) -> Generat
 def build_outlook(cfg: DictConfig, c: Components, generator: ImageGenerator, held_out: ImageDataset | None) -> Outlook:
     """What the run does besides its steps; the evaluation's images are added once it is known what a record holds."""
     networks = 1 if c.base_to_compare is None else 2  # the base's loss is measured beside the run's
+    loss, small = cfg.callbacks.held_out, cfg.callbacks.metrics
+    checks = [(loss.every_n_steps, loss.n * REPEATS), (small.every_n_steps, small.n * forward_passes(generator))]
     return Outlook(
         max_steps=cfg.max_steps,
         batch_size=cfg.batch_size,
@@ -85,6 +87,7 @@ def build_outlook(cfg: DictConfig, c: Components, generator: ImageGenerator, hel
         sheet_images=cfg.callbacks.samples.n,
         every_n_steps=cfg.callbacks.samples.every_n_steps,
         held_out_calls=0 if held_out is None else len(held_out) * REPEATS * networks,
+        checks=[(every, calls) for every, calls in checks if every is not None],
     )
 
 

@@ -5,6 +5,7 @@ as 1/N), so it is only comparable at equal N.
 """
 
 import logging
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -110,6 +111,12 @@ def kid_with_deviation(x: Tensor, y: Tensor, subsets: int = 100, seed: int = 0) 
     return values[0].item(), values[1:].std().item()
 
 
+@cache
+def warn_of_bias(count: int, dimensions: int) -> None:
+    """Once: a training may measure it every few steps."""
+    log.warning("Frechet distance of %d samples in %d dimensions is biased upwards.", count, dimensions)
+
+
 def frechet_distance(x: Tensor, y: Tensor) -> float:
     """|mu_x - mu_y|^2 + Tr(S_x + S_y - 2 (S_x S_y)^(1/2)) of the Gaussians fitted to both sets (1/(n-1) covariances).
 
@@ -129,7 +136,7 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
     x, y = check(x, y, least=2)
     fewest, dimensions = min(len(x), len(y)), x.shape[1]
     if fewest <= dimensions:
-        log.warning("Frechet distance of %d samples in %d dimensions is biased upwards.", fewest, dimensions)
+        warn_of_bias(fewest, dimensions)
     x_centred, y_centred = x - x.mean(0), y - y.mean(0)
     n, m = len(x) - 1, len(y) - 1
     r_x, r_y = (torch.linalg.qr(centred, mode="r").R for centred in (x_centred, y_centred))  # (min(N, D), D)

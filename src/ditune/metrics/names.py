@@ -1,4 +1,4 @@
-"""What is known about each metric by its name: one row per family, read by suites, loggers, reports and summaries.
+"""What is known about each metric by its name: one row per family, read by suites, trainings, reports and summaries.
 
 A new metric is its formula in this folder and one row in `METRICS`. This file imports nothing heavy.
 """
@@ -15,7 +15,7 @@ class Metric:
     Args:
         name: the family; a metric is named `<name>` or `<name>_<what it was computed with>`.
         higher_is_better: whether a higher value is the better one.
-        compared: whether tables mark the best value, and W&B keeps it as the run's summary.
+        compared: whether tables mark the best value, and a training may choose its weights by it.
         headline: whether the log's last lines show it, and reports may choose it as their main metric.
     """
 
@@ -79,9 +79,3 @@ def first_headline(names: list[str]) -> str | None:
     """
     headlines = (metric for metric in METRICS if metric.headline)
     return next((n for metric in headlines for n in names if metric.includes(n) and headline(n)), None)
-
-
-def summaries() -> dict[str, str]:
-    """Which of a metric's values stands for a run in W&B: patterns of logged names, and "min" or "max"."""
-    compared = [metric for metric in METRICS if metric.compared]
-    return {f"eval/{metric.name}_*": "max" if metric.higher_is_better else "min" for metric in compared}

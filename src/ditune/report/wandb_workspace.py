@@ -21,13 +21,35 @@ def training() -> list[Any]:
     ]
 
 
+def validation(metric: str) -> list[Any]:
+    """Panels of what is measured while a run trains (callbacks.held_out, callbacks.metrics); empty where nothing is.
+
+    Args:
+        metric: name of the final evaluation's metric, whose kind is shown.
+    """
+    kind = metric.split("_")[0]
+    return [
+        wr.LinePlot(title="loss on held-out images", x=STEP, y=["val/loss"]),
+        # a FID's name has the number of its images, which is another one here: val/fid_256 beside eval/fid_10k
+        wr.LinePlot(title=f"{kind} of a few images", x=STEP, metric_regex=f"^val/{kind}_[^_]+$"),
+    ]
+
+
+def cost() -> list[Any]:
+    """Panels of what a run took."""
+    return [
+        wr.BarPlot(title=title, metrics=[name], groupby=wr.Config("peft.name"), groupby_aggfunc="mean")
+        for title, name in (("seconds of training", "seconds/fit"), ("peak memory in MiB", "peak_memory_mib"))
+    ]
+
+
 def quality(metric: str) -> list[Any]:
     """Panels of a metric, alone and against trained parameters.
 
     Args:
         metric: its name.
     """
-    value = wr.SummaryMetric(f"eval/{metric}")
+    value = wr.SummaryMetric(f"eval/{metric}")  # a plain number in every finished run, see training/loggers/wandb.py
     columns = [wr.ParallelCoordinatesPlotColumn(metric=wr.Config(name)) for name in SWEPT]
     return [
         wr.ScatterPlot(title="trained parameters", x=wr.SummaryMetric("parameters/trained"), y=value, log_x=True),
@@ -46,7 +68,7 @@ def images() -> list[Any]:
 
 
 def build_workspace(entity: str, project: str, group: str | None, metric: str) -> ws.Workspace:
-    """A workspace with the sections quality, images and training; runs are grouped by method and dataset.
+    """A workspace with the sections quality, images, training and cost; runs are grouped by method and dataset.
 
     Args:
         entity: user or team.
@@ -63,7 +85,8 @@ def build_workspace(entity: str, project: str, group: str | None, metric: str) -
         sections=[
             ws.Section(name="Quality", panels=quality(metric), is_open=True),
             ws.Section(name="Pictures", panels=images(), is_open=True),
-            ws.Section(name="Training", panels=training(), is_open=True),
+            ws.Section(name="Training", panels=[*validation(metric), *training()], is_open=True),
+            ws.Section(name="Cost", panels=cost(), is_open=True),
         ],
         settings=ws.WorkspaceSettings(x_axis=STEP, max_runs=100),
         runset_settings=ws.RunsetSettings(groupby=grouping, filters=filters),
@@ -75,7 +98,9 @@ def build_report(entity: str, project: str, group: str | None, metric: str) -> w
     filters = "" if group is None else f"Metric('Group') == '{group}'"
     runs = wr.Runset(name=group or "all runs", filters=filters)  # of the report's own project
     blocks: list[Any] = [wr.TableOfContents()]
-    for title, panels in (("Quality", quality(metric)), ("Pictures", images()), ("Training", training())):
+    sections = {"Quality": quality(metric), "Pictures": images()}
+    sections |= {"Training": [*validation(metric), *training()], "Cost": cost()}
+    for title, panels in sections.items():
         blocks += [wr.H1(title), wr.PanelGrid(runsets=[runs], panels=panels)]
     return wr.Report(entity=entity, project=project, title=f"DiTune {group or project}", blocks=blocks, width="fluid")
 

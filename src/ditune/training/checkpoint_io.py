@@ -10,8 +10,11 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from ditune.errors import UserError
 from ditune.files.atomic import atomic
+from ditune.progress import amount
 
 log = logging.getLogger(__name__)
+
+BEST = Path("best.pt")  # of the best weights; no training goes on from them, so the file is no .ckpt
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -57,7 +60,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
         leftover.unlink(missing_ok=True)  # all ranks clean up
     found = sorted(folder.glob("*.ckpt"), reverse=True)
     for path in found:
-        if _is_whole(path):
+        if is_whole(path):
             return path
         log.warning("The checkpoint %s is damaged; trying the one before it.", path)
     if found:
@@ -65,9 +68,25 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def _is_whole(path: Path) -> bool:
+def is_whole(path: Path) -> bool:
+    """Whether a file of torch.save is undamaged."""
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None  # compares every file's CRC, so it finds flipped bits too
     except (zipfile.BadZipFile, OSError):
         return False
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Remove all that only a training needs which goes on; what it has saved as its result lies elsewhere.
+
+    Args:
+        folder: of a finished run's checkpoints.
+    """
+    files = sorted(path for path in folder.glob("*") if path.suffix in (".ckpt", BEST.suffix))
+    size = sum(path.stat().st_size for path in files)
+    for path in files:
+        path.unlink()
+    if files:
+        text = "the run has finished: %d files of its checkpoints are removed, %s (callbacks.checkpoint.keep_finished)"
+        log.info(text, len(files), amount(size, "bytes"))

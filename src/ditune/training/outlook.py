@@ -1,7 +1,7 @@
 """How long a run will take in all, estimated once its first steps have been timed."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ditune.generation.generator import ImageGenerator
 from ditune.progress import duration
@@ -23,6 +23,7 @@ class Outlook:
         every_n_steps: between two sheets; 0 = only the first and the last.
         held_out_calls: forward passes of the loss on held-out images.
         evaluation_images: images that the evaluation generates.
+        checks: (steps between two, forward passes of one) of what is measured while the training runs.
     """
 
     max_steps: int
@@ -32,6 +33,7 @@ class Outlook:
     every_n_steps: int
     held_out_calls: int
     evaluation_images: int = 0
+    checks: list[tuple[int, float]] = field(default_factory=list)
     image_seconds: float | None = None  # for generating one, once a sheet has been timed
 
     def say(self, step: int, images_per_second: float) -> None:
@@ -42,6 +44,8 @@ class Outlook:
         parts = {
             "training": (self.max_steps - step) * self.batch_size / images_per_second,
             "sample sheets": (len(due) + 1) * self.sheet_images * image,
+            "validation": sum((-(-(self.max_steps - step) // every)) * calls for every, calls in self.checks)
+            * (image / self.calls),
             "evaluation": self.evaluation_images * image + self.held_out_calls * (image / self.calls),
         }
         shown = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items() if seconds >= 0.5)

@@ -31,7 +31,7 @@ class RunRecord:
         seconds: of training that earlier starts of the run took.
         stop: tells whether a signal has ended the training.
         writes: whether this process speaks for all.
-        at_end: called with whether the run has failed, when the block ends.
+        at_end: called with the values and the exit code that stands for them, when the block ends.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class RunRecord:
         seconds: float,
         stop: StopOnSignal,
         writes: bool,
-        at_end: Callable[[bool], None],
+        at_end: Callable[[dict[str, Any], int], None],
     ) -> None:
         self.path, self.stop, self.writes, self.at_end = folder / "result.json", stop, writes, at_end
         self.values: dict[str, Any] = {"status": "running", **facts, "seconds": {"fit": seconds}}
@@ -62,7 +62,7 @@ class RunRecord:
         return self._earlier + time.perf_counter() - self._start
 
     def trained(self, trainer: pl.Trainer, first_step: int, batch_size: int, step_seconds: float) -> None:
-        """The steps have ended: all of them, or up to a signal.
+        """The steps have ended: all of them, or up to a signal or the end of patience.
 
         Args:
             trainer: after its fit.
@@ -94,7 +94,7 @@ class RunRecord:
             text = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
             self.values |= {"status": "failed", "error": text}
         self._write()
-        self.at_end(self.status == "failed")
+        self.at_end(self.values, 1 if self.status == "failed" else self.exit_code)
         return handled
 
     @property

@@ -6,6 +6,7 @@ from ditune.training.callbacks.routing import RoutingMonitor
 from ditune.training.callbacks.samples import SampleGrids
 from ditune.training.callbacks.step_grids import StepGrids
 from ditune.training.callbacks.stop import StopOnSignal
+from ditune.training.callbacks.validation import Validation
 
 __all__ = [
     "RoutingMonitor",
@@ -14,5 +15,6 @@ __all__ = [
     "StepGrids",
     "StopOnSignal",
     "TrainingProgress",
+    "Validation",
     "peak_memory_mib",
 ]

@@ -5,9 +5,10 @@ import netrc
 import os
 import re
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.loggers import WandbLogger
@@ -15,7 +16,6 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from ditune.errors import UserError
 from ditune.files.atomic import atomic
-from ditune.metrics.names import summaries
 
 log = logging.getLogger(__name__)
 
@@ -138,15 +138,22 @@ class WandbRun(WandbLogger):
 
     @rank_zero_only
     def describe(self, parameters: list[tuple[str, int, int]]) -> None:
-        """What to call best of each metric, and which parameters train: rows of (kind, trained, frozen)."""
+        """Which parameters train: rows of (kind, trained, frozen)."""
         import wandb  # here and below: it takes seconds, and other loggers do without
 
         run = self.experiment
-        for pattern, summary in ({"train/loss": "min,last"} | summaries()).items():
-            run.define_metric(pattern, step_metric="trainer/global_step", summary=summary)
         run.log({"parameters": wandb.Table(["parameter", "trained", "frozen"], [list(row) for row in parameters])})
         trained, frozen = (sum(row[k] for row in parameters) for k in (1, 2))
         run.summary.update({"parameters/trained": trained, "parameters/share": trained / (trained + frozen)})
+
+    @rank_zero_only
+    def summarise(self, result: dict[str, Any]) -> None:
+        """The content of result.json as the run's summary.
+
+        All are plain numbers. `define_metric(..., summary="min")` would make {"min": 1.5} of a number, which panels do
+        not find; and where a glob and Lightning's own "*" fit a key, W&B takes either of them.
+        """
+        self.experiment.summary.update(summary_of(result))
 
     @rank_zero_only
     def finish_training(self, folder: Path) -> None:
@@ -166,11 +173,51 @@ class WandbRun(WandbLogger):
         self.experiment.log_artifact(artifact)
 
 
-def close_loggers(trainer: pl.Trainer, failed: bool) -> None:
-    """Let W&B show failed runs as failed, and let the next job of a sweep begin a run of its own."""
+SUMMARY = {  # parts of result.json and their names in W&B; a metric of the trained network is eval/<metric>
+    "metrics/after": "eval",
+    "metrics/before": "before",
+    "metrics/base_domain": "base_domain",
+    "metrics": "eval",  # gap_before, gap_after, gap_closed
+    "denoising/after": "eval/test_loss",
+    "denoising/before": "before/test_loss",
+}
+LEFT_OUT = ("metrics/protocol", "peft", "versions", "data")  # W&B has them among the run's config
+TEXTS = ("status", "error", "evaluated/checkpoint", "evaluated/metric")
+
+
+def summary_of(result: dict[str, Any]) -> dict[str, Any]:
+    """The numbers of a result.json by flat names, such as eval/kid_efflite0, seconds/fit and parameters/share."""
+    summary = {}
+    for name, value in flat(result):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if name.startswith(LEFT_OUT) or not (number or name in TEXTS):
+            continue
+        part = next((part for part in SUMMARY if name == part or name.startswith(f"{part}/")), None)
+        summary[name if part is None else SUMMARY[part] + name.removeprefix(part)] = value
+    return summary
+
+
+def flat(values: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """(name with slashes, value) of all that is no group."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{path}{key}/")
+        else:
+            yield f"{path}{key}", value
+
+
+def close_loggers(trainer: pl.Trainer, result: dict[str, Any], exit_code: int) -> None:
+    """Let W&B have the result, show failed and stopped runs as such, and let the next job begin a run of its own.
+
+    Args:
+        trainer: with the loggers.
+        result: content of the run's result.json.
+        exit_code: 0 = finished.
+    """
     for logger in trainer.loggers:
         logger.save()
-        if isinstance(logger, WandbLogger) and trainer.is_global_zero:
+        if isinstance(logger, WandbRun) and trainer.is_global_zero:
             import wandb
 
-            wandb.finish(exit_code=int(failed))
+            logger.summarise(result)
+            wandb.finish(exit_code=exit_code)

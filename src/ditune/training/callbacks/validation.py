@@ -1,0 +1,195 @@
+"""What is measured while a training runs: the loss on held-out images, and a small evaluation, as val/<name>."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback
+from torch import Tensor
+
+from ditune.data import ImageDataset
+from ditune.evaluation.denoising_loss import denoising_loss
+from ditune.generation.generator import ImageGenerator
+from ditune.metrics import MetricSuite
+from ditune.metrics.names import family
+from ditune.progress import meter
+from ditune.training.best_weights import BestWeights
+
+log = logging.getLogger(__name__)
+
+PREFIX = "val/"  # of the names in metrics.csv, W&B and TensorBoard
+LOSS = "loss"  # the name of the loss on held-out images
+
+
+class Measure(Protocol):
+    """Numbers of the network as it is, by name; those of the first process count, others may get {}.
+
+    All processes call it at the same step. It moves no global random number and changes no weight.
+    """
+
+    every_n_steps: int
+
+    def __call__(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, float]: ...
+
+
+class EvenlySpread:
+    """A few images of a dataset, evenly spread: a dataset is sorted by class, and its first images are of one class.
+
+    Args:
+        images: the dataset.
+        n: number of images, at most.
+    """
+
+    def __init__(self, images: ImageDataset, n: int):
+        self.images, self.rows = images, evenly_spread(len(images), n)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        return self.images.__getitems__([self.rows[i] for i in indices])
+
+
+def evenly_spread(count: int, n: int) -> list[int]:
+    """`n` of the numbers 0..count-1, or all if there are no more."""
+    n = min(n, count)
+    return [i * count // n for i in range(n)]
+
+
+@dataclass(frozen=True)
+class HeldOutLoss:
+    """The loss on held-out images, each time at the same timesteps with the same noise; see `denoising_loss`.
+
+    All processes compute it, so that it may share the images among them.
+
+    Args:
+        every_n_steps: steps between two measurements.
+        images: not trained on.
+        seed: of timesteps, noise and label drop.
+        bf16: the network runs under bf16 autocast.
+    """
+
+    every_n_steps: int
+    images: EvenlySpread
+    seed: int
+    bf16: bool
+
+    def __call__(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, float]:
+        arguments = (module.objective, module.autoencoder, self.images, self.seed, self.bf16)
+        return {LOSS: denoising_loss(module.network, *arguments)}
+
+
+@dataclass(frozen=True)
+class SmallEvaluation:
+    """Metrics of a few generated images, each time of the same noise and classes; all processes generate.
+
+    Args:
+        every_n_steps: steps between two measurements.
+        generator: how images are generated.
+        labels: classes (n,) of the images.
+        seed: of their noise.
+        suite: of metrics; None in all processes but the first, which compute none.
+        reference: features (M, D) of the images to come near to; None like the suite.
+    """
+
+    every_n_steps: int
+    generator: ImageGenerator
+    labels: Tensor
+    seed: int
+    suite: MetricSuite | None
+    reference: Tensor | None
+
+    def __call__(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, float]:
+        images = self._generate(trainer, module)
+        if self.suite is None:
+            return {}
+        self.suite.extractor.to(module.device)
+        values = self.suite.compare(self.suite.features(images), self.reference)
+        return {name: value for name, value in values.items() if family(name) is not None}
+
+    def _generate(self, trainer: pl.Trainer, module: pl.LightningModule) -> Tensor:
+        """Images (n, 3, R, R) uint8: process r generates the numbers r, r + world_size, ...
+
+        Every batch is padded to one size, so the images are the same to the bit whichever process generates them.
+        """
+        count, processes = len(self.labels), trainer.world_size
+        share = -(-count // processes)  # equally many in all processes
+        mine = [min(trainer.global_rank + k * processes, count - 1) for k in range(share)]
+        with meter(f"generating images at step {trainer.global_step}", len(mine)) as progress:
+            arguments = (self.labels[mine], self.seed, mine)
+            images = self.generator.generate(module.network, *arguments, on_batch=progress.update, fixed_batch=True)
+        if processes == 1:
+            return images
+        gathered = trainer.strategy.all_gather(images.to(module.device)).cpu()  # (processes, len(mine), 3, R, R)
+        return gathered.transpose(0, 1).flatten(0, 1)[:count]
+
+
+class Validation(Callback):
+    """Measures the EMA weights before the first step, every so many steps and after the last one.
+
+    Weights, their average, the optimizer and all random numbers stay as they are.
+
+    Args:
+        measures: what is measured.
+        best: keeps the best weights; None = the last ones are taken.
+        patience: measurements without a better value after which the training ends; None = it never does.
+    """
+
+    def __init__(self, measures: Sequence[Measure], best: BestWeights | None = None, patience: int | None = None):
+        self.measures, self.best, self.patience = measures, best, patience
+        self.ended_at: int | None = None  # the step after which patience was at its end
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if trainer.global_step == 0:
+            self._measure(trainer, module, self.measures)
+        else:
+            self._lose_patience(trainer)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        step, last = trainer.global_step, trainer.global_step == trainer.max_steps
+        due = [measure for measure in self.measures if last or step % measure.every_n_steps == 0]
+        if due:
+            self._measure(trainer, module, due)
+            self._lose_patience(trainer)
+
+    def _measure(self, trainer: pl.Trainer, module: pl.LightningModule, due: Sequence[Measure]) -> None:
+        step, values = trainer.global_step, {}
+        module.network.eval()
+        with module.ema.applied():
+            for measure in due:
+                values |= measure(trainer, module)
+            values = trainer.strategy.broadcast(values)  # all processes decide by the first one's numbers
+            for logger in trainer.loggers:
+                logger.log_metrics({PREFIX + name: value for name, value in values.items()}, step=step)
+            if self.best is not None:
+                self.best.offer(trainer, module, values)
+        module.network.train()
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items() if self._is_shown(name))
+        log.info("step %d: %s", step, shown)
+
+    def _is_shown(self, name: str) -> bool:
+        metric = family(name)
+        chosen = self.best is not None and name == self.best.metric
+        return chosen or name == LOSS or (metric is not None and metric.headline and not name.endswith("_std"))
+
+    def _lose_patience(self, trainer: pl.Trainer) -> None:
+        """End the training where the last `patience` measurements of the chosen metric brought nothing better.
+
+        The state is the step of the best weights alone, so a resumed training ends where an uninterrupted one does.
+        """
+        if self.patience is None or self.best is None:
+            return
+        source = next(m for m in self.measures if isinstance(m, HeldOutLoss) == (self.best.metric == LOSS))
+        waited = (trainer.global_step - self.best.step) // source.every_n_steps
+        if waited < self.patience or trainer.global_step == trainer.max_steps:
+            return
+        text = "the training ends early, at step %d: val/%s has not been better than at step %d for %d measurements"
+        log.info(text, trainer.global_step, self.best.metric, self.best.step, waited)
+        self.ended_at = trainer.global_step
+        trainer.fit_loop.epoch_loop.max_steps = trainer.global_step  # other callbacks do what belongs to the last step
