@@ -2,9 +2,9 @@
 
 The network is made without memory, and every tensor of the file is copied into memory of its own, in fp32, one by one.
 Mapped pages that have been copied count as memory of the process until their file is closed, so a large file is opened
-anew after every `WINDOW`. Nothing of the file is needed once the network is there: it may be replaced, cut or deleted
-while the network trains, where weights that stay mapped would end the process. Processes of one machine share the
-pages of the file itself, which belong to the system.
+anew after each of `WINDOWS` parts. Nothing of the file is needed once the network is there: it may be replaced, cut or
+deleted while the network trains, where weights that stay mapped would end the process. Processes of one machine share
+the pages of the file itself, which belong to the system.
 """
 
 import logging
@@ -24,7 +24,7 @@ from ditune.progress import meter
 
 log = logging.getLogger(__name__)
 
-WINDOW = 1 << 27  # bytes of a large file that are copied before it is opened anew
+WINDOWS = 20  # parts of a large file; it takes a tenth of a second to open one of DiT-XL/2
 SKIPPED = 5  # names of objects that are listed
 
 
@@ -76,7 +76,7 @@ def _copied(source: Source, content: Content, opened: Callable[[Source], Content
         left = 0
         for name in list(content.tensors):
             if in_windows and left <= 0:
-                content, left = _anew(source, opened), WINDOW
+                content, left = _anew(source, opened), size // WINDOWS
             copies[name] = _copy(name, content.tensors[name], source)
             left -= copies[name].nbytes
             if progress is not None:

@@ -94,6 +94,8 @@ class Source:
         self._archive: Archive | None = None
         if not self.path.exists():
             raise UserError(f"There is no network file {path}. Check the path, or restore it from the repository.")
+        facts = self.path.stat()
+        self._state = (facts.st_ino, facts.st_size, facts.st_mtime_ns)
 
     def part(self, path: Path) -> "Source":
         """A file or folder inside of this one; each is opened once."""
@@ -108,11 +110,8 @@ class Source:
 
     @property
     def state(self) -> tuple[tuple[int, ...], ...]:
-        """Numbers that change with the files that were opened."""
-        if self.parts:
-            return tuple(numbers for part in self.parts.values() for numbers in part.state)
-        facts = self.path.stat()
-        return ((facts.st_ino, facts.st_size, facts.st_mtime_ns),)
+        """Numbers that change with the files that were opened, as they were then."""
+        return tuple(numbers for part in self.parts.values() for numbers in part.state) or (self._state,)
 
     @cached_property
     def kind(self) -> str:

@@ -22,10 +22,16 @@ class Initialisation(TorchDispatchMode):
         super().__init__()
         self.changes: list[tuple[Any, Tensor, tuple, dict]] = []
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled in the block, and skipping would import the compiler: seconds and 160 MB
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Called for every operation in the block."""
-        if func._schema.is_mutable and isinstance(args[0], Tensor) and args[0].is_meta:
+        in_place = func._schema.name.endswith("_")
+        if in_place and isinstance(args[0], Tensor) and args[0].is_meta:
             self.changes.append((func, args[0], args[1:], kwargs or {}))
+            return args[0]  # there is nothing to change; torch would import its compiler to find that out
         return func(*args, **(kwargs or {}))
 
     @torch.no_grad()
