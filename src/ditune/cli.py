@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ditune.config.keys import check
 from ditune.config.overrides import current, explain
 from ditune.errors import PLACES, UserError, fail, refusal
+from ditune.files.atomic import keep_hashes_in
 from ditune.memory import is_out_of_memory, shortage
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,6 +64,7 @@ def entry_point(name: str, folder: str = CONFIGS) -> Callable[[Callable[[DictCon
         def task(cfg: DictConfig) -> None:
             composed()
             reported(lambda: check(cfg, name), traceback=False)
+            keep_hashes_in(Path(cfg.paths.cache_dir) / "hashes" if "paths" in cfg else None)
             reported(lambda: work(cfg), cfg.traceback)
 
         main = hydra.main(version_base="1.3", config_path=folder, config_name=name)(task)

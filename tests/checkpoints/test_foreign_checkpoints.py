@@ -11,7 +11,7 @@ from ditune.checkpoints.diffusers_dit import to_ours, to_theirs
 from ditune.checkpoints.source import Source
 from ditune.errors import UserError
 from ditune.networks import DiT, build_network
-from helpers import GOLDEN, golden
+from helpers import GOLDEN, composed, golden
 
 OFFICIAL = {
     "DiT-S-2-256x256": ("dit_s_2", 32),
@@ -69,7 +69,7 @@ def test_a_folder_of_diffusers_has_the_reference_network(tiny, folder):
 
 def test_to_ours_inverts_to_theirs(tiny, tmp_path):
     weights = {key: value for key, value in tiny.state_dict().items() if key != "pos_embed"}
-    back = to_ours(to_theirs(weights), 3, Source(tmp_path))
+    back = composed(to_ours(to_theirs(weights), 3, Source(tmp_path)))
     assert back.keys() == weights.keys()
     assert all(torch.equal(back[key], weights[key]) for key in weights)
 

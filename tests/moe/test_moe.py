@@ -12,7 +12,7 @@ from ditune.checkpoints.official_dit_moe import to_ours, to_theirs
 from ditune.networks import moe as moe_module
 from ditune.networks.moe import MoE, by_grouped_mm, by_slices
 from ditune.networks.routing import Router, balance_loss, z_loss
-from helpers import golden
+from helpers import composed, golden
 
 LAYERS = {"moe_layer": (8, 2), "moe_layer_empty_expert": (4, 1)}
 ALPHA = 0.01
@@ -36,7 +36,7 @@ def layer_of(name: str) -> tuple[MoE, Used]:
     num_experts, top_k = LAYERS[name]
     layer = MoE(32, num_experts, expert_size=128, shared_size=64, top_k=top_k)
     theirs = {f"moe.{key.removeprefix('w.')}": value for key, value in expected.items() if key.startswith("w.")}
-    layer.load_state_dict({key.removeprefix("moe."): value for key, value in to_ours(theirs).items()})
+    layer.load_state_dict({key.removeprefix("moe."): value for key, value in composed(to_ours(theirs)).items()})
     return layer, expected
 
 

@@ -15,7 +15,7 @@ from ditune.networks.sizes import DIT_MOE as SIZES
 from ditune.objectives import GaussianDiffusion
 from ditune.processes import FlowProcess, GaussianProcess
 from ditune.samplers import Euler, guided, sample
-from helpers import GOLDEN, golden
+from helpers import GOLDEN, composed, golden
 
 ALPHA = 0.01
 VARIANTS = {"tiny_dit_moe": False, "tiny_dit_moe_flash": True}
@@ -26,7 +26,7 @@ TINY |= {"num_classes": 10, "num_experts": 4}
 def tiny(name: str) -> DiTMoE:
     network = DiTMoE(**TINY, qk_norm=VARIANTS[name])
     theirs = {key: value.float() for key, value in golden(f"{name}_weights").items()}
-    network.load_state_dict(to_ours(theirs))
+    network.load_state_dict(composed(to_ours(theirs)))
     return network
 
 

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 
 import hydra
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ditune import cli
+from ditune.checkpoints.source import Composed
 from ditune.config.components import build_components
 from ditune.config.grammar import hydra_value
 from ditune.training.checkpoint_io import newest_checkpoint
@@ -40,6 +42,11 @@ SMALL_FLOW = [override for override in SMALL if not override.startswith("objecti
 
 def golden(name: str) -> dict[str, Tensor]:
     return load_file(GOLDEN / f"{name}.safetensors")
+
+
+def composed(tensors: Mapping[str, Tensor | Composed]) -> dict[str, Tensor]:
+    """What a format's module makes of a file, with every tensor put together."""
+    return {key: value.make() if isinstance(value, Composed) else value for key, value in tensors.items()}
 
 
 def compose(folder: Path, *overrides: str) -> DictConfig:

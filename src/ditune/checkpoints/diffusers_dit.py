@@ -6,6 +6,8 @@ diffusers copies both embedders into every block and splits qkv. Its model also 
 
 import re
 from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ditune.checkpoints.official_dit import depth_of, sampling  # noqa: F401  # sampling: the same networks
-from ditune.checkpoints.source import Content, Source
+from ditune.checkpoints.source import Composed, Content, Source
 from ditune.checkpoints.weight_files import find_weights, listed
 from ditune.errors import UserError
 from ditune.networks import DiT
@@ -101,7 +103,7 @@ def _schedule(theirs: dict[str, Any], timesteps: int) -> str | None:
 
 def _folder(source: Source) -> Source:
     inner = source.path / "transformer"
-    return Source(inner) if inner.is_dir() else source
+    return source.part(inner) if inner.is_dir() else source
 
 
 def _config(source: Source) -> dict[str, Any]:
@@ -133,11 +135,13 @@ def _weights(source: Source) -> dict[str, Tensor]:
             f"{source.path} has no {STEM}.safetensors, nor a variant or parts of it. It holds {listed(source.path)}. "
             "Fetch the weights too."
         )
-    return {key: value for file in weights.files for key, value in Source(file).entries.items()}
+    return {key: value for file in weights.files for key, value in source.part(file).entries.items()}
 
 
-def to_ours(theirs: dict[str, Tensor], depth: int, source: Source) -> dict[str, Tensor]:
+def to_ours(theirs: dict[str, Tensor], depth: int, source: Source) -> dict[str, Tensor | Composed]:
     """Our state dict from theirs, without the computed position table.
+
+    Keys are compared here. Whether the embedders' copies are equal is seen where their numbers are read.
 
     Args:
         theirs: their state dict.
@@ -145,9 +149,10 @@ def to_ours(theirs: dict[str, Tensor], depth: int, source: Source) -> dict[str, 
         source: the folder, for messages.
 
     Raises:
-        UserError: keys are missing or left over, or the embedders' copies differ.
+        UserError: keys are missing or left over.
     """
-    ours: dict[str, Tensor] = {}
+    ours: dict[str, Tensor | Composed] = {}
+    copies: dict[str, list[Tensor]] = {}  # of the embedders, by the end of their keys
     left = dict(theirs)
     left.pop("pos_embed.pos_embed", None)  # a table that is computed
 
@@ -164,19 +169,32 @@ def to_ours(theirs: dict[str, Tensor], depth: int, source: Source) -> dict[str, 
             for our, their in BLOCK.items():
                 ours[f"blocks.{i}.{our}.{end}"] = take(f"{block}{their}.{end}")
             parts = [take(f"{block}attn1.to_{part}.{end}") for part in "qkv"]
-            ours[f"blocks.{i}.attn.qkv.{end}"] = torch.cat(parts)
+            size = sum(len(part) for part in parts)
+            ours[f"blocks.{i}.attn.qkv.{end}"] = Composed((size, *parts[0].shape[1:]), partial(torch.cat, parts))
             for our, their in COPIED.items():
                 if our == "y_embedder.embedding_table" and end == "bias":
                     continue
-                copy = take(f"{block}{their}.{end}")
-                if not torch.equal(ours.setdefault(f"{our}.{end}", copy), copy):
-                    raise UserError(
-                        f"{source.path} has another {their}.{end} in block {i} than in block 0, where DiT has one for "
-                        "all. Give a folder that was converted from DiT."
-                    )
+                own = copies.setdefault(f"{their}.{end}", [])
+                own.append(take(f"{block}{their}.{end}"))
+                ours[f"{our}.{end}"] = Composed(own[0].shape, partial(_the_same, own, f"{their}.{end}", source.path))
     if left:
         raise UserError(f"{source.path} has {len(left)} tensors that DiT has not, as {min(left)}.")
     return ours
+
+
+def _the_same(copies: list[Tensor], key: str, path: Path) -> Tensor:
+    """The one tensor that every block has a copy of.
+
+    Raises:
+        UserError: the copies differ.
+    """
+    for i, copy in enumerate(copies):
+        if not torch.equal(copies[0], copy):
+            raise UserError(
+                f"{path} has another {key} in block {i} than in block 0, where DiT has one for all. Give a folder that "
+                "was converted from DiT."
+            )
+    return copies[0]
 
 
 def to_theirs(ours: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -5,7 +5,9 @@ and does nothing. Only tensors, numpy arrays, argparse.Namespace and plain value
 an optimizer or an attack in the file is passed over, and the weights beside it are read.
 """
 
+import mmap
 import pickle
+import struct
 import sys
 import zipfile
 from collections.abc import Sequence
@@ -78,7 +80,7 @@ class Storage(Inert):
 
 
 class StoredTensor(Inert):
-    """A dense tensor that is still in the archive."""
+    """A dense tensor that is still in the archive; its bytes are read from disk where they are used."""
 
     storage: Storage | None = None
     shape: tuple[int, ...] = ()
@@ -178,7 +180,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class Archive:
-    """A torch file in its zip container.
+    """A torch file in its zip container, mapped into memory.
 
     Its attribute `content` is the object in the file, made of plain values, dicts, `StoredTensor`, `StoredArray` and
     stand-ins; `strangers` are the names of classes and functions that were passed over.
@@ -192,8 +194,9 @@ class Archive:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        with zipfile.ZipFile(path) as archive:
+        with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
+            self.mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # what is written stays in memory
+            self.entries = {info.filename: info for info in archive.infolist()}
             entry = next((name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl"), None)
             if entry is None:
                 raise pickle.UnpicklingError("it has no data.pkl")
@@ -217,21 +220,23 @@ class Archive:
             return None
         try:
             return value.read(self)
-        except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        except (RuntimeError, ValueError, TypeError, KeyError, struct.error) as error:
             raise pickle.UnpicklingError(f"a tensor does not fit its bytes ({error})") from error
 
-    def bytes_of(self, key: str) -> bytearray:
-        """Bytes of the storage `key`.
+    def bytes_of(self, key: str) -> memoryview:
+        """Bytes of the storage `key`, mapped from the file.
 
         Raises:
             KeyError: there is none.
             ValueError: it is compressed.
         """
-        with zipfile.ZipFile(self.path) as archive:
-            info = archive.getinfo(f"{self.folder}data/{key}")
-            if info.compress_type != zipfile.ZIP_STORED:
-                raise ValueError("torch does not compress its files")
-            return bytearray(archive.read(info))
+        info = self.entries[f"{self.folder}data/{key}"]
+        if info.compress_type != zipfile.ZIP_STORED:
+            raise ValueError("torch does not compress its files")
+        # the entry's own header: 30 bytes, of which the last four are the lengths of its name and of what else it has
+        lengths = self.mapped[info.header_offset + 26 : info.header_offset + 30]
+        start = info.header_offset + 30 + sum(struct.unpack("<HH", lengths))
+        return memoryview(self.mapped)[start : start + info.file_size]
 
 
 def _load(unpickler: _Unpickler) -> Any:

@@ -4,24 +4,23 @@ import json
 import logging
 import re
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from ditune.checkpoints import diffusers_dit, official_dit, official_dit_moe, shortcut_jax
+from ditune.checkpoints.loading import build
 from ditune.checkpoints.published import locate
 from ditune.checkpoints.source import Content, Source
 from ditune.checkpoints.unknown import refuse_ours, unknown
 from ditune.errors import UserError
-from ditune.files.atomic import LARGE, atomic
+from ditune.files.atomic import atomic
 from ditune.networks import CLASSES, DiT
 from ditune.networks.dit_moe import of_earlier_release
-from ditune.progress import Meter, meter
 
 log = logging.getLogger(__name__)
 
@@ -120,12 +119,11 @@ def load_network(path: Path | str, known: Mapping[str, Any] | None = None, **ove
     Raises:
         UserError: the file is missing, damaged, of an unknown kind, or does not fit the overrides.
     """
-    source = Source(path)
-    return _build(source, _content(source, known or {}, **overrides), overrides)
+    return build(Source(path), lambda source: _content(source, known or {}, **overrides), overrides)
 
 
 def read_network(
-    path: Path | str,
+    path: Path | str | Source,
     process: str | Mapping[str, Any] | None = None,
     known: Mapping[str, Any] | None = None,
     key: str = "process",
@@ -134,7 +132,7 @@ def read_network(
     """Read a network together with its header, process and sampler settings; the log says how a foreign file was read.
 
     Args:
-        path: as in `load_network`.
+        path: as in `load_network`, or the file already opened.
         process: what a foreign file is for: one of `PROCESSES`, or a config of ditune.processes. None = as the file
             says, else as the authors of its format train.
         known: as in `load_network`.
@@ -144,15 +142,15 @@ def read_network(
     Raises:
         UserError: as in `load_network`; or the process is unknown, or is given for a file of our own.
     """
-    source = Source(path)
+    source = path if isinstance(path, Source) else Source(path)
     if is_ours(source):
         if process is not None:
-            raise UserError(f"{path} says itself what it was trained on. Leave {key}=null.")
+            raise UserError(f"{source.path} says itself what it was trained on. Leave {key}=null.")
         header = read_header(source)
-        network = _build(source, _content(source, known or {}, **overrides), overrides)
+        network = build(source, lambda opened: _content(opened, known or {}, **overrides), overrides)
         return NetworkFile(network, header, header["process"], {})
     module = _format_of(source)
-    network = _build(source, module.read(source, known or {}, **overrides), overrides)
+    network = build(source, lambda opened: module.read(opened, known or {}, **overrides), overrides)
     config, how = _process(source, module, network, process, key)
     log.info("read %s: %s", source.path, _summary(source, module, network, f"{name_of(config)} ({how})"))
     if how == "assumed":
@@ -160,13 +158,16 @@ def read_network(
     return NetworkFile(network, None, config, module.sampling(config, network.config))
 
 
-def network_like(name: str, checkpoint: str | None, cache_dir: str, **overrides: Any) -> nn.Module:
+def network_like(
+    name: str, checkpoint: str | None, cache_dir: str, source: Source | None = None, **overrides: Any
+) -> nn.Module:
     """An untrained network of the file's kind and sizes, for `network=as_pretrained`.
 
     Args:
         name: of the config; nothing depends on it.
         checkpoint: the file, or the name of a published one.
         cache_dir: folder of published ones.
+        source: the file, if it has been opened already.
         overrides: constructor arguments that replace those of the file.
 
     Raises:
@@ -174,7 +175,7 @@ def network_like(name: str, checkpoint: str | None, cache_dir: str, **overrides:
     """
     if checkpoint is None:
         raise UserError("network=as_pretrained takes its sizes from a file. Set pretrained=<file> or another network=.")
-    content = _content(Source(locate(checkpoint, cache_dir)), {}, **overrides)
+    content = _content(source or Source(locate(checkpoint, cache_dir)), {}, **overrides)
     return content.build(**(content.config | overrides))
 
 
@@ -207,43 +208,6 @@ def _content(source: Source, known: Mapping[str, Any], **overrides: Any) -> Cont
     if kind not in CLASSES:
         raise UserError(f"{source.path} holds a {kind}, which this release does not know. Use a newer one.")
     return Content(CLASSES[kind], of_earlier_release(header["network"]), source.content)
-
-
-def _build(source: Source, content: Content, overrides: dict[str, Any]) -> nn.Module:
-    """Build the network and copy its tensors into it."""
-    try:
-        network = content.build(**(content.config | overrides))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{source.path} makes no network: {error}. Check the overrides {overrides}.") from error
-    tensors = content.tensors
-    whole = [key for key, value in tensors.items() if not value.is_floating_point()]
-    if whole:
-        raise UserError(f"{source.path} holds whole numbers as {whole[0]}. Give the file before its quantisation.")
-    if overrides.get("step") and not content.config.get("step"):
-        network.ignore_step_at_first()
-        own = network.state_dict()
-        tensors = tensors | {name: value for name, value in own.items() if name.startswith(network.fresh)}
-    size = sum(value.nbytes for value in tensors.values())
-    with meter(f"reading {source.path.name}", size, "bytes") if size > LARGE else nullcontext() as progress:
-        try:
-            _fill(network, tensors, progress)
-        except (RuntimeError, ValueError) as error:
-            raise UserError(
-                f"{source.path} does not fit the network: {error}. Check the overrides {overrides}."
-            ) from error
-    network.file = source.path
-    return network
-
-
-def _fill(network: nn.Module, tensors: dict[str, Tensor], progress: Meter | None) -> None:
-    """Copy tensors into the network; mapped ones are read from disk only here."""
-    hooks = []
-    for module in network.modules() if progress else ():
-        size = sum(p.nbytes for p in module.parameters(recurse=False))
-        hooks.append(module.register_load_state_dict_post_hook(lambda *_, size=size: progress.advance(size)))
-    network.load_state_dict(tensors)
-    for hook in hooks:
-        hook.remove()
 
 
 def _format_of(source: Source) -> ModuleType:

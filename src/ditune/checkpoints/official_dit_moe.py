@@ -7,6 +7,7 @@ the authors' README does.
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from ditune.checkpoints import official_dit
 from ditune.checkpoints.official_dit import infer_common, infer_heads, ratio
-from ditune.checkpoints.source import Content, Source
+from ditune.checkpoints.source import Composed, Content, Source
 from ditune.errors import UserError
 from ditune.networks import DiTMoE
 
@@ -56,13 +57,13 @@ def sampling(process: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str,
     return official_dit.sampling(process, config)
 
 
-def to_ours(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our state dict from theirs.
+def to_ours(theirs: dict[str, Tensor]) -> dict[str, Tensor | Composed]:
+    """Our state dict from theirs; experts are stacked where their numbers are read.
 
     Raises:
         UserError: an expert is missing.
     """
-    ours: dict[str, Tensor] = {}
+    ours: dict[str, Tensor | Composed] = {}
     experts: dict[str, dict[int, Tensor]] = {}
     for key, tensor in theirs.items():
         match = EXPERT.fullmatch(key)
@@ -78,13 +79,14 @@ def to_ours(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
     return ours | {key: _stacked(key, own) for key, own in experts.items()}
 
 
-def _stacked(key: str, experts: dict[int, Tensor]) -> Tensor:
+def _stacked(key: str, experts: dict[int, Tensor]) -> Composed:
     missing = sorted(set(range(max(experts) + 1)) - experts.keys())
     if missing:
         layer = next(layer for layer, stacked in STACKED.items() if key.endswith(stacked))
         name = f"{key.rpartition('.')[0]}.{missing[0]}.{layer}.weight"
         raise UserError(f"The DiT-MoE file has no {name}. Fetch it again.")
-    return torch.stack([experts[e] for e in range(len(experts))])
+    in_order = [experts[e] for e in range(len(experts))]
+    return Composed((len(in_order), *in_order[0].shape), partial(torch.stack, in_order))
 
 
 def to_theirs(ours: dict[str, Tensor], fused_attention: bool) -> dict[str, Tensor]:
@@ -105,7 +107,7 @@ def to_theirs(ours: dict[str, Tensor], fused_attention: bool) -> dict[str, Tenso
 
 
 def infer_config(
-    ours: dict[str, Tensor],
+    ours: Mapping[str, Tensor | Composed],
     source: Source,
     known: Mapping[str, Any],
     input_size: int | None = None,

@@ -1,13 +1,16 @@
-"""A file or folder of weights, opened at most once and without executing anything, for the modules of formats."""
+"""A file or folder of weights, opened without executing anything, for the modules of formats.
+
+Tensors are mapped from their files: names, types and shapes are there at once, and numbers are read from disk where
+they are used.
+"""
 
 import argparse
 import json
-import logging
 import pickle
 import struct
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,8 +24,6 @@ from ditune.checkpoints.inert import Archive
 from ditune.checkpoints.state_dicts import StateDict, find
 from ditune.checkpoints.weight_files import Weights, find_weights, read_index
 from ditune.errors import UserError
-
-log = logging.getLogger(__name__)
 
 TORCH_LEGACY = b"\x80\x02\x8a\n"  # torch's files of before version 1.6 begin with a long number
 # what readers raise for damaged and hostile files
@@ -46,6 +47,19 @@ KINDS = {
 
 
 @dataclass(frozen=True)
+class Composed:
+    """A tensor that is put together from several of a file, when it is asked for and not before.
+
+    Args:
+        shape: of the tensor.
+        make: makes it.
+    """
+
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
 class Content:
     """A network as a file holds it.
 
@@ -57,13 +71,14 @@ class Content:
 
     build: Callable[..., nn.Module]
     config: dict[str, Any]
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor | Composed]
 
 
 class Source:
-    """A checkpoint: its path and, read when first asked for, its content.
+    """A checkpoint: its path and, opened when first asked for, its content.
 
-    Its attribute `strangers` has the names of classes in a torch file that were passed over.
+    Its attribute `strangers` has the names of classes in a torch file that were passed over; `parts` has the files and
+    folders inside of it that were opened.
 
     Args:
         path: a file or a folder.
@@ -75,9 +90,28 @@ class Source:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self.strangers: set[str] = set()
+        self.parts: dict[Path, Source] = {}
         self._archive: Archive | None = None
         if not self.path.exists():
             raise UserError(f"There is no network file {path}. Check the path, or restore it from the repository.")
+        facts = self.path.stat()
+        self._state = (facts.st_ino, facts.st_size, facts.st_mtime_ns)
+
+    def part(self, path: Path) -> "Source":
+        """A file or folder inside of this one; each is opened once."""
+        return self.parts.setdefault(path, Source(path))
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether the tensors that were opened are mapped from their files; else they are in memory."""
+        if self.parts:
+            return all(part.is_mapped for part in self.parts.values())
+        return self.kind in ("safetensors", "torch")
+
+    @property
+    def state(self) -> tuple[tuple[int, ...], ...]:
+        """Numbers that change with the files that were opened, as they were then."""
+        return tuple(numbers for part in self.parts.values() for numbers in part.state) or (self._state,)
 
     @cached_property
     def kind(self) -> str:
@@ -127,10 +161,7 @@ class Source:
 
     @cached_property
     def content(self) -> Any:
-        """Tensors of safetensors files, or the object of a torch file without anything that could run.
-
-        Tensors are mapped from the file instead of read, if their container allows it.
-        """
+        """Tensors of safetensors files, or the object of a torch file without anything that could run."""
         try:
             if self.kind == "safetensors":
                 with safe_open(self.path, framework="pt") as file:
@@ -140,7 +171,7 @@ class Source:
         except UNREADABLE as error:
             raise self.damaged(error) from error
         files = self.weights.files if self.weights else ()
-        return {key: value for file in files for key, value in Source(file).entries.items()}
+        return {key: value for file in files for key, value in self.part(file).entries.items()}
 
     def _torch(self) -> Any:
         """The object of a torch file; objects that are neither tensors nor plain values are passed over."""
@@ -170,7 +201,7 @@ class Source:
 
     @cached_property
     def state_dict(self) -> StateDict | None:
-        """The DiT inside the content, with its tensors read; None if there is none."""
+        """The DiT inside the content; None if there is none."""
         found = find(self.content, self.path)
         if found is None or self._archive is None:
             return found
@@ -178,9 +209,6 @@ class Source:
             read = {k: v if isinstance(v, Tensor) else self._archive.tensor(v) for k, v in found.tensors.items()}
         except pickle.UnpicklingError as error:
             raise self.damaged(error) from error
-        if self.strangers:
-            names = ", ".join(sorted(self.strangers)[:5])
-            log.warning("%s also holds objects of %s; they were passed over, nothing was executed", self.path, names)
         return StateDict(found.where, {key: tensor for key, tensor in read.items() if tensor is not None})
 
     @property

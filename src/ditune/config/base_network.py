@@ -9,10 +9,12 @@ from omegaconf import DictConfig
 
 from ditune.autoencoders import Autoencoder
 from ditune.checkpoints import locate, read_network
+from ditune.checkpoints.source import Source
 from ditune.config.instantiate import instantiate, plain
 from ditune.errors import UserError
 from ditune.files.atomic import sha256
 from ditune.networks import DiT
+from ditune.networks.unfilled import unfilled
 from ditune.peft import adapt_labels
 from ditune.processes import GaussianProcess, Process, build_process
 from ditune.rng import seeded
@@ -37,17 +39,20 @@ def build_network(
     """
     channels, side, _ = autoencoder.latent_shape(cfg.data.resolution)
     shape = {"in_channels": channels, "input_size": side, "num_classes": len(class_names)}
-    with seeded(cfg.seed):
-        network = instantiate(cfg.network, "network", **shape, **process.network)
     if cfg.pretrained is None:
-        return network, None
+        with seeded(cfg.seed):
+            return instantiate(cfg.network, "network", **shape, **process.network), None
     path = locate(cfg.pretrained, Path(cfg.paths.cache_dir) / "networks", download=not cfg.dry_run)
+    source = Source(path)
+    opened = {"source": source} if "checkpoint" in cfg.network else {}  # network=as_pretrained takes its sizes from it
+    with unfilled():
+        ours = instantiate(cfg.network, "network", **shape, **process.network, **opened).config
     given = given_process(cfg.get("pretrained_process"), "pretrained_process")
     with seeded(cfg.seed):
-        read = read_network(path, given, network.config, "pretrained_process", **process.network)
+        read = read_network(source, given, ours, "pretrained_process", **process.network)
     loaded, config = read.network, read.network.config
     if cfg.new_resolution:
-        loaded = at_resolution(loaded, network.config["input_size"], network.config["pos_embed_scale"])
+        loaded = at_resolution(loaded, ours["input_size"], ours["pos_embed_scale"])
     if cfg.classes is not None:
         names = read.header and read.header["provenance"]["class_names"]
         with seeded(cfg.seed):
@@ -60,15 +65,17 @@ def build_network(
         process=theirs,
         header=read.header,
         reshaped=cfg.classes is not None or config != loaded.config,
-        differences=differences(loaded.config, network.config),
+        differences=differences(loaded.config, ours),
     )
 
 
 def at_resolution(network: DiT, input_size: int, pos_embed_scale: float) -> DiT:
-    """The same weights for images of another size; the position table is computed anew."""
-    other = type(network)(**(network.config | {"input_size": input_size, "pos_embed_scale": pos_embed_scale}))
-    other.load_state_dict({key: value for key, value in network.state_dict().items() if key != "pos_embed"})
-    other.fresh = network.fresh
+    """The same weights, not copied, for images of another size; the position table is computed anew."""
+    with unfilled():
+        other = type(network)(**(network.config | {"input_size": input_size, "pos_embed_scale": pos_embed_scale}))
+    weights = {key: value for key, value in network.state_dict().items() if key != "pos_embed"}
+    other.load_state_dict(weights, assign=True)
+    other.new_parameter_prefixes = network.new_parameter_prefixes
     return other
 
 

@@ -3,23 +3,29 @@
 import errno
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from functools import lru_cache
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from ditune.errors import UserError
+from ditune.files.locks import locked
 from ditune.progress import meter
 
+log = logging.getLogger(__name__)
+
 LARGE = 100_000_000  # bytes from which reading shows its progress
-BLOCK = 1 << 24
+BLOCK = 1 << 20
 
 NAME_BYTES = 200  # of the target's name in that of its temporary file; file systems allow 255 in all
 # how numpy, torch and safetensors, which raise errors of their own, say that a file could not be written
 FAILED_WRITE = re.compile(r"requested and \d+ written|failed writing|unexpected pos|os error (\d+)")
+
+_hashes: dict[tuple[Path, tuple[int, ...]], str] = {}  # of files in one state, so that a process reads them once
+_kept_in: Path | None = None  # see keep_hashes_in
 
 
 @contextmanager
@@ -101,6 +107,16 @@ def read_json(path: Path | str) -> dict:
     return content
 
 
+def keep_hashes_in(folder: Path | None) -> None:
+    """Keep the hashes of large files, so that of several processes one computes them, and later ones none.
+
+    Args:
+        folder: created when needed; None = every process computes them. If it cannot be written, likewise.
+    """
+    global _kept_in
+    _kept_in = folder
+
+
 def sha256(path: Path | str) -> str:
     """SHA-256 (hex) of a file; of a folder, that of the names and hashes of its files."""
     path = Path(path)
@@ -108,19 +124,48 @@ def sha256(path: Path | str) -> str:
         files = sorted(file for file in path.rglob("*") if file.is_file())
         lines = [f"{file.relative_to(path).as_posix()} {sha256(file)}\n" for file in files]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
+    path = path.resolve()
+    state = _state(path)
+    if (path, state) not in _hashes:
+        is_shared = _kept_in is not None and path.stat().st_size > LARGE
+        _hashes[path, state] = _shared(path, state, _kept_in) if is_shared else _digest(path)
+    return _hashes[path, state]
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    """Numbers of which one changes whenever the file does."""
     facts = path.stat()
-    return _sha256(path.resolve(), facts.st_size, facts.st_mtime_ns)
+    return facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino
 
 
-@lru_cache
-def _sha256(path: Path, size: int, _: int) -> str:
-    """Hash of one state of a file, kept so that a process reads it once."""
+def _shared(path: Path, state: tuple[int, ...], folder: Path) -> str:
+    """The hash of a file in one state, which other processes compute, or have computed, too."""
+    entry = folder / f"{hashlib.sha256(str(path).encode()).hexdigest()[:32]}.json"
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(entry.with_suffix(".lock")))
+        except (OSError, UserError) as error:
+            log.info("the hash of %s is not shared with other processes: %s", path, error)
+            return _digest(path)
+        with suppress(UserError):  # there is none, or it is damaged: a new one is written
+            known = read_json(entry)
+            if known.get("state") == list(state):
+                return known["sha256"]
+        found = _digest(path)
+        if _state(path) == state:  # else it is being written
+            with suppress(OSError):  # a full disk only costs time
+                write_json(entry, {"file": str(path), "state": state, "sha256": found})
+        return found
+
+
+def _digest(path: Path) -> str:
+    size = path.stat().st_size
     with open(path, "rb") as file:
         if size <= LARGE:
             return hashlib.file_digest(file, "sha256").hexdigest()
-        digest = hashlib.sha256()
+        digest, block = hashlib.sha256(), bytearray(BLOCK)
         with meter(f"hashing {path.name}", size, "bytes") as progress:
-            while block := file.read(BLOCK):
-                digest.update(block)
-                progress.advance(len(block))
+            while count := file.readinto(block):
+                digest.update(memoryview(block)[:count])
+                progress.advance(count)
         return digest.hexdigest()
