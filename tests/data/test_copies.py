@@ -15,10 +15,7 @@ from miniatures import put, stanford_cars_whole
 from small_archives import CLASSES, class_names, make_archives, use_hashes
 from small_datasets import png
 
-NUMBER = {
-    "artbench10": 10,
-    "flowers102": 102,
-}  # of classes, whose names are known; the layouts need no more than a few of the other sets
+NUMBER = {"artbench10": 10, "flowers102": 102}  # of classes, whose names are known; of the others a few do
 
 
 @pytest.fixture(scope="module")
