@@ -37,8 +37,8 @@ class StanfordCars(Benchmark):
     by_hand = (
         "Stanford's address has been dead since 2023. Mirrors: "
         "https://www.kaggle.com/datasets/rickyyyyyyy/torchvision-stanford-cars has this layout; car_ims/ with "
-        "cars_annos.mat is read too; of https://www.kaggle.com/datasets/cyizhuo/stanford-cars-by-classes-folder "
-        "use data=folder data.root=<folder>."
+        "cars_annos.mat, and folders of classes (https://www.kaggle.com/datasets/cyizhuo/stanford-cars-by-classes-folder) "
+        "are read too."
     )
     tops = ("stanford_cars",)
     marker = "devkit/cars_meta.mat"
@@ -54,7 +54,9 @@ class StanfordCars(Benchmark):
     def missing(cls, root: Path) -> str:
         """Sentences that say what to put where."""
         images = locate("cars_train", root, root)
-        return super().missing(root) + (f" The images in {images} have no labels without them." if images else "")
+        return super().missing(root) + (
+            f" The images in {images} need car_devkit.tgz and {LABELLED} alone." if images else ""
+        )
 
     @classmethod
     def without(cls, first: str, top: Path) -> str:
