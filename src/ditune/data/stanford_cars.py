@@ -37,8 +37,8 @@ class StanfordCars(Benchmark):
     by_hand = (
         "Stanford's address has been dead since 2023. Mirrors: "
         "https://www.kaggle.com/datasets/rickyyyyyyy/torchvision-stanford-cars has this layout; car_ims/ with "
-        "cars_annos.mat, and folders of classes (https://www.kaggle.com/datasets/cyizhuo/stanford-cars-by-classes-folder) "
-        "are read too."
+        "cars_annos.mat is read too, and so are folders of classes, as in "
+        "https://www.kaggle.com/datasets/cyizhuo/stanford-cars-by-classes-folder."
     )
     tops = ("stanford_cars",)
     marker = "devkit/cars_meta.mat"
