@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from omegaconf import DictConfig, ListConfig, OmegaConf, read_write
 
+from ditune.config.data_keys import check_data
 from ditune.config.kinds import LARGEST_SEED, Key, first_fit, shown
 from ditune.errors import UserError
 
@@ -191,9 +192,12 @@ KEYS = (
     Key("*.in_memory", bool),
     Key("*.sources", str, many=True),
     Key("*.split", str, null=True),
+    Key("*.limit", int, at_least=1, null=True),
+    Key("*.partition", int, at_least=1, at_most=10, null=True),
     Key("*.class_column", str, null=True),
     Key("*.classes", str, null=True),  # a file
     Key("*.classes", str, many=True),  # or the names
+    Key("data.root", str, null=True),  # null where nothing refers to it; see config/data_keys.py
     Key("*.root", str),
     Key("*.prepared", str),
     Key("*.manifest", str, null=True),
@@ -320,6 +324,7 @@ def check(cfg: DictConfig, command: str = "train") -> None:
     with read_write(cfg):
         for name, parent, key in sorted(leaves(cfg), key=lambda leaf: OmegaConf.is_interpolation(leaf[1], leaf[2])):
             _check_leaf(name, parent, key, command)
+    check_data(cfg)
 
 
 def leaves(cfg: DictConfig, path: str = "") -> Iterator[tuple[str, DictConfig, str]]:

@@ -14,6 +14,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from ditune.config.data_keys import unused
+
 
 class Decides(Enum):
     """What a key decides."""
@@ -84,6 +86,13 @@ ROLES: dict[str, Role] = {
 }
 # fmt: on
 REFERRED_TO = ("paths", "rates", "labels_train", "reruns_batch")  # by other keys, which hold the resolved values
+# Below the top level: keys that are newer than finished runs, with the value at which they are left out.
+NEUTRAL_BELOW = {
+    "data.pictures.limit": None,
+    "data.pictures.partition": None,
+    "metrics.reference.limit": None,
+    "metrics.reference.partition": None,
+}
 # Of an evaluation's protocol: keys that are newer than records of values.
 NEUTRAL_IN_PROTOCOLS = {"guidance_rescale": 0.0, "cache": None}
 
@@ -128,10 +137,23 @@ def job_hash(cfg: DictConfig) -> str:
         if role_of(str(key)) is NOTHING and key not in REFERRED_TO:
             cfg.pop(key)  # some of them can be resolved in the run only
     cfg.paths.output_dir = ""  # likewise
+    idle = {f"data.{key}": None for key in unused(cfg.data)} if "data" in cfg else {}
     values = significant(OmegaConf.to_container(cfg, resolve=True), neutral_values())
+    for name, neutral in (NEUTRAL_BELOW | idle).items():
+        _leave_out(values, name, neutral)
     values = {key: value for key, value in values.items() if role_of(key) is not NOTHING}
     if values.get("trainer", {}).get("accumulate_grad_batches") == "auto":
         values["trainer"]["accumulate_grad_batches"] = 1  # the same but for rounding, whatever the device decides
     if "callbacks" in values:
         values["callbacks"] = deciding(values["callbacks"])
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _leave_out(values: dict[str, Any], name: str, neutral: Any) -> None:
+    """Remove the key of this dotted name from nested values, if it has its neutral value."""
+    *groups, key = name.split(".")
+    inner: Any = values
+    for group in groups:
+        inner = inner.get(group) if isinstance(inner, dict) else None
+    if isinstance(inner, dict) and key in inner and inner[key] == neutral:
+        del inner[key]

@@ -82,6 +82,7 @@ def install(archive: Archive, root: Path, download: bool) -> bool:
     log.info("unpacking %s", found)
     with _empty(root / f".unpacking-{archive.file}") as folder:
         unpack(found, folder)
+        _drop_hidden(folder)
         if archive.inner:
             _unpack_inner(folder, archive.inner)
         _move(folder, root / archive.into, root / archive.makes)
@@ -152,6 +153,13 @@ def _need(folder: Path, size: int) -> None:
     free = shutil.disk_usage(folder).free
     if size > free:
         raise UserError(f"{folder} has {free:,} free bytes, and {size:,} are needed. Free some, or use another disk.")
+
+
+def _drop_hidden(folder: Path) -> None:
+    """Remove what only the packing system wanted, such as __MACOSX."""
+    for entry in list(folder.iterdir()):
+        if is_hidden(entry.name):
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
 def _unpack_inner(folder: Path, ending: str) -> None:

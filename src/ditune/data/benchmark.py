@@ -1,26 +1,27 @@
-"""Base class of the public datasets, and readers of their annotation files.
+"""Base class of the public datasets.
 
 A dataset is a file with one class, which turns its official layout into labelled images.
 """
 
-import csv
 import logging
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import ClassVar
 
-import numpy as np
-
+from ditune.data.annotations import AGAIN
 from ditune.data.archives import Archive, install
-from ditune.data.formats import is_image
-from ditune.data.images import BROKEN, ImageDataset
+from ditune.data.copies import Facts, find_copy, read_copy
+from ditune.data.images import ImageDataset
+from ditune.data.places import find_top, listing, locate
 from ditune.data.sources import Folder, Item
 from ditune.errors import UserError
 
 log = logging.getLogger(__name__)
+
+UNITS = {"classes": "classes", "all": "images"}
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,9 @@ class Record:
 
 
 class Benchmark(ImageDataset):
-    """Images of a public dataset in its official layout.
+    """Images of a public dataset in its official layout, also where folders lie deeper, or in a copy (see `copies`).
+
+    An image has the same name wherever it lies, so the order, the splits and the random numbers are the same too.
 
     A subclass implements `read` and sets these facts (for each file to download, see also `Archive`):
 
@@ -51,7 +54,9 @@ class Benchmark(ImageDataset):
     by_hand    what to do if no address works; "" = nothing to add
     tops       names that its top folder may have below `root`, the usual one first; "" = the root itself
     marker     a path below the top folder by which it is recognised
+    deeper     a path that must be there too where its name is another, if other datasets have the marker
     published  published numbers: images of each split or of `all`, and `classes`
+    ends       names of the first and the last class, by which copies are recognised; None = copies are not read
 
     Args:
         root: folder that holds the dataset's top folder, or that folder itself.
@@ -73,7 +78,9 @@ class Benchmark(ImageDataset):
     by_hand: ClassVar[str] = ""
     tops: ClassVar[tuple[str, ...]]
     marker: ClassVar[str]
+    deeper: ClassVar[str] = ""
     published: ClassVar[dict[str, int]]
+    ends: ClassVar[tuple[str, str] | None] = None
 
     def __init__(
         self,
@@ -86,19 +93,77 @@ class Benchmark(ImageDataset):
     ) -> None:
         self.root = Path(root).expanduser()
         self.top = self.find(self.root)
-        if self.top is None:
+        notes: list[str] = []
+        if self.top is not None:
+            class_names, items = self._official(self.top)
+        elif (copy := self.find_copy(self.root)) is not None:
+            self.top = copy
+            class_names, items, notes = read_copy(copy, self.facts())
+        else:
             raise UserError(self.missing(self.root))
-        class_names, records = self.read(self.top)
+        self.fill(items, class_names, resolution, split, in_memory, limit, manifest, notes)
+
+    def _official(self, top: Path) -> tuple[list[str], list[Item]]:
+        class_names, records = self.annotations(top)
         self.check(class_names, records)
-        source = Folder(self.top, names=[])  # the annotations name the files; a walk over them would take minutes
         records = sorted(records, key=lambda record: record.name)
+        # the annotations name the files; a walk over them would take minutes
+        source = Folder(top, names=[], moved=self._moved(top, records))
         items = [Item(source, r.name, class_names[r.label], r.split, {"file_name": r.name}) for r in records]
-        self.fill(items, class_names, resolution, split, in_memory, limit, manifest)
+        self._refuse_without_images(items)
+        return class_names, items
+
+    def annotations(self, top: Path) -> tuple[list[str], list[Record]]:
+        """What `read` reads; a dataset with arguments of its own decides here what they choose."""
+        return self.read(top)
+
+    def _moved(self, top: Path, records: Sequence[Record]) -> dict[str, Path]:
+        """Where the folders of images lie that are not in the top folder."""
+        firsts = {record.name.partition("/")[0] for record in records if "/" in record.name}
+        places = {first: self.place(first, top, self.root) for first in sorted(firsts)}
+        absent = [first for first, place in places.items() if place is None]
+        if absent:
+            raise UserError(self.without(absent[0], top))
+        return {first: place for first, place in places.items() if place is not None and place != top / first}
+
+    def _refuse_without_images(self, items: Sequence[Item]) -> None:
+        """Annotations without their images fail here, not in the first step."""
+        some = [items[i * (len(items) - 1) // 2] for i in range(3)] if items else []
+        if some and all(item.source.size(item.name) < 0 for item in some):
+            raise UserError(
+                f"{self.title} in {self.top} has annotations, but not the images that they name, such as "
+                f"{some[0].name}. It holds {listing(self.root)}. {AGAIN}"
+            )
+
+    @classmethod
+    def place(cls, first: str, top: Path, root: Path) -> Path | None:
+        """Where the folder lies that the names of images begin with; None = nowhere."""
+        return locate(first, top, root)
+
+    @classmethod
+    def without(cls, first: str, top: Path) -> str:
+        """Sentences that say that there are annotations in `top`, but not the folder `first` of their images."""
+        return (
+            f"{cls.title} in {top} has annotations, but there is no {first}/ with their images. It holds "
+            f"{listing(top)}. {AGAIN}"
+        )
 
     @classmethod
     def find(cls, root: Path) -> Path | None:
-        """The top folder of the dataset below `root`; None when it is not there."""
-        return find_top(root, cls.tops, cls.marker)
+        """The top folder of the official layout in `root` or two levels below; None when it is not there."""
+        return find_top(root, cls.tops, cls.marker, cls.deeper)
+
+    @classmethod
+    def facts(cls) -> Facts:
+        """What is known of its classes and splits; subclasses add to it. Only where `ends` is set."""
+        splits = tuple(name for name in cls.published if name not in UNITS)
+        assert cls.ends is not None
+        return Facts(cls.title, cls.published["classes"], splits, cls.ends)
+
+    @classmethod
+    def find_copy(cls, root: Path) -> Path | None:
+        """The folder of Parquet files or classes in `root`; None when there is none."""
+        return find_copy(root, cls.facts()) if cls.ends is not None else None
 
     @classmethod
     @abstractmethod
@@ -145,10 +210,9 @@ class Benchmark(ImageDataset):
         Raises:
             UserError: a file is missing (with what to put where), cannot be fetched, or is damaged.
         """
-        top = cls.find(root)
-        if top is not None and top != root / cls.tops[0]:
-            return  # its top folder itself, or another of its layouts
-        absent = [archive for archive in cls.archives if not (root / archive.makes).exists()]
+        if cls.is_complete(root):
+            return
+        absent = [archive for archive in cls.archives if not cls._is_there(archive, root)]
         if any(archive.find(root) is None and archive.urls for archive in absent) and download:
             log.warning("%s will be fetched. %s See %s.", cls.title, cls.licence, cls.homepage)
         for archive in absent:
@@ -160,9 +224,14 @@ class Benchmark(ImageDataset):
     def is_complete(cls, root: Path) -> bool:
         """Whether everything that the archives make is in `root`; layouts of another name count as complete."""
         found = cls.find(root)
-        if found is None or found != root / cls.tops[0]:
-            return found is not None
-        return all((root / archive.makes).exists() for archive in cls.archives)
+        if found is None:
+            return cls.find_copy(root) is not None
+        return found != root / cls.tops[0] or all(cls._is_there(archive, root) for archive in cls.archives)
+
+    @staticmethod
+    def _is_there(archive: Archive, root: Path) -> bool:
+        """Whether what an archive makes is there; a folder at the top may lie deeper."""
+        return (root / archive.makes).exists() or ("/" not in archive.makes and bool(locate(archive.makes, root, root)))
 
     @classmethod
     def missing(cls, root: Path) -> str:
@@ -170,10 +239,12 @@ class Benchmark(ImageDataset):
         files = [f"{root / a.file}" + (f" (from {a.urls[0]})" if a.urls else "") for a in cls.archives if a.needed]
         top = root / cls.tops[0] / cls.marker
         hand = f" {cls.by_hand}" if cls.by_hand else ""
+        if root.is_file():
+            return f"data.root is the file {root}. Give the folder that holds it, in which archives are unpacked."
         command = f"python src/prepare.py data={cls.config}"
         return (
-            f"{cls.title} is not in {root}: there is no {top}. Put {', '.join(files)} there and run "
-            f"`{command}` with data.root={root}, which unpacks and checks it.{hand}"
+            f"{cls.title} is not in {root}: there is no {top}, but {listing(root)}. Put {', '.join(files)} there "
+            f"and run `{command}` with data.root={root}, which unpacks and checks it.{hand}"
         )
 
     @cached_property
@@ -187,97 +258,3 @@ class Benchmark(ImageDataset):
             for key, count in self.published.items()
             if found.get(key, 0) != count
         ]
-
-
-def find_top(root: Path, tops: Iterable[str], marker: str) -> Path | None:
-    """The first folder that has `marker` in it, among `tops` below `root` and `root` itself; None = there is none."""
-    return next((root / top for top in (*tops, "") if (root / top / marker).exists()), None)
-
-
-def read_lines(path: Path) -> list[str]:
-    """Lines of an annotation file that are not empty, stripped.
-
-    Raises:
-        UserError: the file is missing or is no text.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError as error:
-        raise UserError(f"The annotation file {path} is missing. {AGAIN}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"The annotation file {path} is damaged ({error}). {AGAIN}") from error
-    return [line.strip() for line in lines if line.strip()]
-
-
-def read_table(path: Path, columns: int) -> list[list[str]]:
-    """Rows of an annotation file, split at blanks into `columns` fields; the last field keeps its blanks.
-
-    Raises:
-        UserError: the file is missing or damaged, or a row has fewer fields.
-    """
-    rows = [line.split(maxsplit=columns - 1) for line in read_lines(path)]
-    for number, row in enumerate(rows, start=1):
-        if len(row) != columns:
-            raise UserError(f"Line {number} of {path} has {len(row)} fields, not {columns}. {AGAIN}")
-    return rows
-
-
-def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """Rows of a CSV file as dictionaries; its first line names at least `columns`.
-
-    Raises:
-        UserError: the file is missing or damaged, or a column is missing.
-    """
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, restval="")
-            rows, found = list(reader), reader.fieldnames or []
-    except FileNotFoundError as error:
-        raise UserError(f"The annotation file {path} is missing. {AGAIN}") from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"The annotation file {path} is damaged ({error}). {AGAIN}") from error
-    lacking = [column for column in columns if column not in found]
-    if lacking:
-        raise UserError(f"{path} has no column '{lacking[0]}'. It has these: {', '.join(found)}. {AGAIN}")
-    return rows
-
-
-def read_mat(path: Path, key: str) -> np.ndarray:
-    """The array `key` of a MATLAB file, without dimensions of length 1.
-
-    Raises:
-        UserError: the file is missing or damaged, or has no such array.
-    """
-    from scipy.io import loadmat
-    from scipy.io.matlab import MatReadError
-
-    if not path.is_file():
-        raise UserError(f"The annotation file {path} is missing. {AGAIN}")
-    try:
-        content = loadmat(path, squeeze_me=True)
-    except (*BROKEN, MatReadError) as error:
-        raise UserError(f"The annotation file {path} is damaged ({error}). {AGAIN}") from error
-    if key not in content:
-        raise UserError(f"The annotation file {path} has no array '{key}'. {AGAIN}")
-    return np.atleast_1d(content[key])
-
-
-def number(text: str, path: Path) -> int:
-    """An integer of the annotation file `path`.
-
-    Raises:
-        UserError: the text is no integer.
-    """
-    try:
-        return int(text)
-    except ValueError as error:
-        raise UserError(f"{path} has '{text}' where a number is expected. {AGAIN}") from error
-
-
-def images_below(folder: Path) -> list[str]:
-    """Sorted paths of the image files below a folder, with slashes; the order is the same on every machine."""
-    return [name for name in Folder(folder).names if is_image(name)]
-
-
-UNITS = {"classes": "classes", "all": "images"}
-AGAIN = "Unpack the dataset's archive again, or copy the file from it."

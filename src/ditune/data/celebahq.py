@@ -5,8 +5,9 @@ The split is CelebA's own, by the number of the original file: 1 to 162770 train
 
 from pathlib import Path
 
+from ditune.data.annotations import number, read_table
 from ditune.data.archives import Archive
-from ditune.data.benchmark import Benchmark, Record, number, read_table
+from ditune.data.benchmark import Benchmark, Record
 
 LAST_TRAIN, LAST_VAL = 162770, 182637
 

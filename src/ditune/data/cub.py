@@ -1,9 +1,12 @@
 """Caltech-UCSD Birds-200-2011 (Wah et al. 2011, CNS-TR-2011-001): 200 species of birds."""
 
+from dataclasses import replace
 from pathlib import Path
 
+from ditune.data.annotations import number, read_table
 from ditune.data.archives import Archive
-from ditune.data.benchmark import Benchmark, Record, number, read_table
+from ditune.data.benchmark import Benchmark, Record
+from ditune.data.copies import Facts
 from ditune.errors import UserError
 
 
@@ -24,7 +27,14 @@ class CUB(Benchmark):
     )
     tops = ("CUB_200_2011",)
     marker = "images.txt"
+    deeper = "images/001.Black_footed_Albatross"
     published = {"train": 5994, "test": 5794, "classes": 200}
+    ends = ("Black footed Albatross", "Common Yellowthroat")
+
+    @classmethod
+    def facts(cls) -> Facts:
+        """Folders and labels of copies are called 001.Black_footed_Albatross."""
+        return replace(super().facts(), class_name=_class_name)
 
     @classmethod
     def read(cls, top: Path) -> tuple[list[str], list[Record]]:
@@ -45,4 +55,9 @@ class CUB(Benchmark):
             )
             for i, path in paths.items()
         ]
-        return [name.partition(".")[2].replace("_", " ") for _, name in classes], records
+        return [_class_name(name) for _, name in classes], records
+
+
+def _class_name(name: str) -> str:
+    """Black footed Albatross for 001.Black_footed_Albatross."""
+    return name.rpartition(".")[2].replace("_", " ")

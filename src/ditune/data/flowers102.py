@@ -1,9 +1,12 @@
 """Oxford 102 Flowers (Nilsback & Zisserman 2008). The official split trains on the smallest of its three parts."""
 
+from dataclasses import replace
 from pathlib import Path
 
+from ditune.data.annotations import AGAIN, read_mat
 from ditune.data.archives import Archive
-from ditune.data.benchmark import AGAIN, Benchmark, Record, read_mat
+from ditune.data.benchmark import Benchmark, Record
+from ditune.data.copies import Facts
 from ditune.errors import UserError
 
 ADDRESS = "https://www.robots.ox.ac.uk/~vgg/data/flowers/102"
@@ -42,7 +45,14 @@ class Flowers102(Benchmark):
     )
     tops = ("flowers-102",)
     marker = "jpg"
+    deeper = "jpg/image_00001.jpg"
     published = {"train": 1020, "val": 1020, "test": 6149, "classes": 102}
+    ends = ("pink primrose", "blackberry lily")
+
+    @classmethod
+    def facts(cls) -> Facts:
+        """Folders and labels of copies are names, or numbers as in imagelabels.mat."""
+        return replace(super().facts(), known=_names())
 
     @classmethod
     def read(cls, top: Path) -> tuple[list[str], list[Record]]:
@@ -54,6 +64,11 @@ class Flowers102(Benchmark):
                 if not 1 <= i <= len(labels):
                     raise UserError(f"{top / 'setid.mat'} names image {i}, which has no label. {AGAIN}")
                 records.append(Record(f"jpg/image_{i:05d}.jpg", int(labels[i - 1]), split))
-        from torchvision.datasets import Flowers102 as Torchvision  # the import takes seconds
+        return list(_names()), records
 
-        return list(Torchvision.classes), records  # the authors' files have numbers only
+
+def _names() -> tuple[str, ...]:
+    """Names of the classes; the authors' files have numbers only."""
+    from torchvision.datasets import Flowers102 as Torchvision  # the import takes seconds
+
+    return tuple(Torchvision.classes)

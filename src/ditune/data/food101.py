@@ -3,8 +3,9 @@
 import json
 from pathlib import Path
 
+from ditune.data.annotations import AGAIN, read_lines
 from ditune.data.archives import Archive
-from ditune.data.benchmark import AGAIN, Benchmark, Record, read_lines
+from ditune.data.benchmark import Benchmark, Record
 from ditune.errors import UserError
 
 
@@ -26,6 +27,7 @@ class Food101(Benchmark):
     tops = ("food-101",)
     marker = "meta/train.json"
     published = {"train": 75750, "test": 25250, "classes": 101}
+    ends = ("apple_pie", "waffles")
 
     @classmethod
     def read(cls, top: Path) -> tuple[list[str], list[Record]]:

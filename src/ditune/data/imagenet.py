@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+from ditune.data.annotations import AGAIN, images_below, number, read_lines, read_mat
 from ditune.data.archives import Archive
-from ditune.data.benchmark import AGAIN, Benchmark, Record, images_below, number, read_lines, read_mat
+from ditune.data.benchmark import Benchmark, Record
 from ditune.errors import UserError
 
 DEVKIT = "ILSVRC2012_devkit_t12"
@@ -30,6 +31,7 @@ class ImageNet(Benchmark):
     by_hand = "The files are behind a login at https://image-net.org/download-images."
     tops = ("",)
     marker = "train"
+    deeper = "train/n01440764"
     published = {"train": 1281167, "val": 50000, "classes": 1000}
 
     @classmethod

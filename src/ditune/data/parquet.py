@@ -105,6 +105,11 @@ class Parquet:
             raise UserError(f"There are no images in {self.path} with a label in '{column}'. Set data.class_column.")
         return items, notes
 
+    def class_labels(self) -> list[str] | None:
+        """Names of the classes in the order of the schema that `datasets` writes; None = it names none."""
+        column, _ = self._label_column(None)
+        return _class_labels(self._reader.schema(self.files[0]), column) if column else None
+
     def _find_image_column(self) -> str:
         schema = self._reader.schema(self.files[0])
         found = [field.name for field in schema if _holds_images(field)]

@@ -4,7 +4,7 @@ import os
 import stat
 import zipfile
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Protocol
@@ -15,6 +15,7 @@ from ditune.data.walk import files_below
 from ditune.errors import UserError
 
 PARQUET = ".parquet"
+TAR = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
 ONE_CLASS = "all"  # class of images that lie in no folder, or have no label
 
 
@@ -42,13 +43,14 @@ class Folder:
     Args:
         path: of the folder.
         names: sorted, relative, with slashes; None = look them up.
+        moved: folders that stand for the first part of names, where it does not lie in `path`.
 
     Raises:
         UserError: a folder cannot be read, or a name is no UTF-8.
     """
 
-    def __init__(self, path: Path, names: list[str] | None = None) -> None:
-        self.path = path
+    def __init__(self, path: Path, names: list[str] | None = None, moved: Mapping[str, Path] | None = None) -> None:
+        self.path, self._moved = path, moved or {}
         self.notes: list[str] = []
         if names is None:
             names, links = files_below(path)
@@ -58,18 +60,22 @@ class Folder:
 
     def read(self, name: str) -> bytes:
         """The bytes of a file."""
-        return (self.path / name).read_bytes()
+        return self._place(name).read_bytes()
 
     def size(self, name: str) -> int:
         """Bytes; -1 when there is no such file."""
         try:
-            return (self.path / name).stat().st_size
+            return self._place(name).stat().st_size
         except OSError:
             return -1
 
     def crc(self, name: str) -> int:
         """CRC-32 of the bytes; reads the file."""
         return zlib.crc32(self.read(name))
+
+    def _place(self, name: str) -> Path:
+        first, _, inside = name.partition("/")
+        return self._moved[first] / inside if first in self._moved else self.path / name
 
 
 class Zip:
@@ -160,6 +166,12 @@ def open_source(path: str | Path, classes: Collection[str] = ()) -> Source:
     try:
         return Zip(path, classes)
     except zipfile.BadZipFile as error:
+        if path.name.lower().endswith(TAR):
+            raise UserError(
+                f"{path} is a tar archive, and images are read from folders, zip and Parquet files. Unpack it and give "
+                "the folder; archives of public datasets are unpacked by data=<its name> data.root=<folder of the "
+                "archive>."
+            ) from error
         raise UserError(
             f"{path} is not a whole zip file ({error}). Copy or download it again, or give a folder of images."
         ) from error

@@ -2,14 +2,19 @@
 
 cars_train/ cars_test/ devkit/ cars_test_annos_withlabels.mat     (the challenge's)
 car_ims/ cars_annos.mat                                           (the whole, with a test flag)
+
+The two number their images differently, so cars_annos.mat says nothing about those in cars_train/ and cars_test/.
 """
 
 from pathlib import Path
 
+from ditune.data.annotations import read_mat
 from ditune.data.archives import Archive
-from ditune.data.benchmark import Benchmark, Record, find_top, read_mat
+from ditune.data.benchmark import Benchmark, Record
+from ditune.data.places import find_top, locate
 
 WHOLE = "cars_annos.mat"
+LABELLED = "cars_test_annos_withlabels.mat"
 
 
 class StanfordCars(Benchmark):
@@ -32,17 +37,37 @@ class StanfordCars(Benchmark):
     by_hand = (
         "Stanford's address has been dead since 2023. Mirrors: "
         "https://www.kaggle.com/datasets/rickyyyyyyy/torchvision-stanford-cars has this layout; car_ims/ with "
-        "cars_annos.mat is read too; of https://www.kaggle.com/datasets/cyizhuo/stanford-cars-by-classes-folder "
-        "use data=folder data.root=<folder>."
+        "cars_annos.mat is read too, and so are folders of classes, as in "
+        "https://www.kaggle.com/datasets/cyizhuo/stanford-cars-by-classes-folder."
     )
     tops = ("stanford_cars",)
     marker = "devkit/cars_meta.mat"
     published = {"train": 8144, "test": 8041, "classes": 196}
+    ends = ("AM General Hummer SUV 2000", "smart fortwo Convertible 2012")
 
     @classmethod
     def find(cls, root: Path) -> Path | None:
         """The top folder of either layout; None when the dataset is not there."""
-        return find_top(root, cls.tops, cls.marker) or find_top(root, cls.tops, WHOLE)
+        return super().find(root) or find_top(root, cls.tops, WHOLE)
+
+    @classmethod
+    def missing(cls, root: Path) -> str:
+        """Sentences that say what to put where."""
+        images = locate("cars_train", root, root)
+        return super().missing(root) + (
+            f" The images in {images} need car_devkit.tgz and {LABELLED} alone." if images else ""
+        )
+
+    @classmethod
+    def without(cls, first: str, top: Path) -> str:
+        """Sentences that say that the images are not there; see `Benchmark.without`."""
+        if (top / cls.marker).exists():
+            return super().without(first, top)
+        return (
+            f"{top / WHOLE} labels the images of {first}/, which is not there. It cannot label those of cars_train/ "
+            f"and cars_test/, which are numbered differently. Put devkit/ (from car_devkit.tgz) and {LABELLED} into "
+            f"{top}, or the folder {first}/. {cls.by_hand}"
+        )
 
     @classmethod
     def read(cls, top: Path) -> tuple[list[str], list[Record]]:
@@ -50,10 +75,10 @@ class StanfordCars(Benchmark):
         if not (top / cls.marker).exists():
             return cls._read_whole(top / WHOLE)
         names = [str(name) for name in read_mat(top / "devkit" / "cars_meta.mat", "class_names")]
-        labelled = top / "cars_test_annos_withlabels.mat"
+        places = (top, top / "devkit", top.parent, top.parent / "devkit")  # some unpack each archive into a folder
         annotations = {
             "train": top / "devkit" / "cars_train_annos.mat",
-            "test": labelled if labelled.exists() else top / "devkit" / labelled.name,
+            "test": next((p / LABELLED for p in places if (p / LABELLED).exists()), top / LABELLED),
         }
         return names, [
             Record(f"cars_{split}/{row['fname']}", int(row["class"]) - 1, split)  # classes are 1 .. 196
