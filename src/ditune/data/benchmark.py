@@ -6,19 +6,21 @@ A dataset is a file with one class, which turns its official layout into labelle
 import csv
 import logging
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
 from ditune.data.archives import Archive, install
 from ditune.data.formats import is_image
 from ditune.data.images import BROKEN, ImageDataset
+from ditune.data.published_archives import needs_of
 from ditune.data.sources import Folder, Item
 from ditune.errors import UserError
+from ditune.files.needs import Addresses, Need
 
 log = logging.getLogger(__name__)
 
@@ -135,12 +137,18 @@ class Benchmark(ImageDataset):
                 )
 
     @classmethod
-    def fetch(cls, root: Path, download: bool) -> None:
+    def needs(cls, config: Mapping[str, Any], addresses: Addresses) -> list[Need]:
+        """The archives that are missing; see `ditune.files.needs`."""
+        return needs_of(cls, Path(config["root"]).expanduser(), addresses.get("archives") or ())
+
+    @classmethod
+    def fetch(cls, root: Path, download: bool, mirrors: Sequence[str] = ()) -> None:
         """Bring the dataset to `root`, from archives that lie there or from its address; leave what is there.
 
         Args:
             root: folder for it.
             download: whether archives that are missing may be downloaded.
+            mirrors: addresses of folders that hold the archives, instead of the published ones.
 
         Raises:
             UserError: a file is missing (with what to put where), cannot be fetched, or is damaged.
@@ -148,7 +156,7 @@ class Benchmark(ImageDataset):
         top = cls.find(root)
         if top is not None and top != root / cls.tops[0]:
             return  # its top folder itself, or another of its layouts
-        absent = [archive for archive in cls.archives if not (root / archive.makes).exists()]
+        absent = [archive.at(mirrors) for archive in cls.archives if not (root / archive.makes).exists()]
         if any(archive.find(root) is None and archive.urls for archive in absent) and download:
             log.warning("%s will be fetched. %s See %s.", cls.title, cls.licence, cls.homepage)
         for archive in absent:
