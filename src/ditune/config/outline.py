@@ -18,7 +18,7 @@ from torch import Tensor
 from ditune.autoencoders import KL, Autoencoder
 from ditune.checkpoints import published
 from ditune.config import rules
-from ditune.config.components import freeze_in_bf16, settings_of
+from ditune.config.components import build_generator, freeze_in_bf16, settings_of
 from ditune.config.instantiate import instantiate, plain
 from ditune.config.needs import needs_of, networks_folder
 from ditune.data import Benchmark
@@ -128,6 +128,7 @@ def outline(cfg: DictConfig, processes: Processes) -> Outline | None:
     )
     for part in (rules.OF_THE_LABELS, rules.OF_A_TRAINING, rules.OF_THE_PROCESSES):
         rules.check(components, part)
+    build_generator(cfg, components)  # refuses what its sampler cannot do
 
     def shallow(depth: int) -> DiT:
         return build(instantiate(cfg.peft, "peft", _convert_="all"), torch.device("cpu"), depth=depth)
