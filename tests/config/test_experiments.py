@@ -130,7 +130,7 @@ def test_a_published_network_is_found_by_name_and_remembered(tmp_path):
 
 def test_a_start_without_files_says_what_to_put_where(overrides, tmp_path):
     cub = ["experiment=difffit_cub", *overrides, "addresses.archives=['http://127.0.0.1:9']"]  # nobody answers there
-    with pytest.raises(UserError, match=r"cannot be fetched\. No address answers .* Put .*data/CUB_200_2011\.tgz"):
+    with pytest.raises(UserError, match=r"missing\. No address answers .* Put .*data/CUB_200_2011\.tgz"):
         train(compose(tmp_path / "run", *cub))
     with pytest.raises(UserError, match=r"SUN397 is not in .* Put .*SUN397\.tar\.gz there .*dead since 2025"):
         train(compose(tmp_path / "run", "experiment=difffit_sun397", *overrides))

@@ -28,7 +28,8 @@ def needs(name: str, folder: Path | str, addresses: Addresses) -> list[Need]:
     path, what = path_of(name, folder), f"network {name}"
     if name in PUBLISHED:
         return [published_need(name, what, path, addresses)]
-    return [Need(what, path, path.exists(), remedy=f"Correct pretrained=, or give one of {', '.join(PUBLISHED)}.")]
+    remedy = f"There is no network file {path}. Correct pretrained=, or give one of {', '.join(PUBLISHED)}."
+    return [Need(what, path, path.exists(), remedy=remedy)]
 
 
 def locate(name: str, folder: Path | str, download: bool = True) -> Path:

@@ -101,7 +101,7 @@ class ImageDataset(Dataset):
         sources = config["sources"]
         paths = [Path(source).expanduser() for source in ([sources] if isinstance(sources, str) else sources)]
         remedy = "Correct the path, or set data.root=<folder, zip or Parquet files>."
-        return [Need("images", path, path.exists(), remedy=remedy) for path in paths]
+        return [Need("images", p, p.exists(), remedy=f"There is nothing at {p}. {remedy}") for p in paths]
 
     def fill(
         self,

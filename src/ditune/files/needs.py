@@ -63,7 +63,7 @@ class Need:
         if self.present:
             return f"{self.what}: there, {self.path}"
         if self.lost:
-            return f"{self.what}: missing, and it cannot be fetched. {self.remedy}"
+            return f"{self.what}: missing. {self.remedy}"
         size = "of unknown size" if self.size is None else written(self.size)
         hashes = [name for name, value in (("SHA-256", self.sha256), ("MD5", self.md5)) if value]
         known = f"{hashes[0]} is compared" if hashes else "no hash is published: that of the first use is kept"

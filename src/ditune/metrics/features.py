@@ -138,7 +138,8 @@ class EfficientNetLite0(FrozenExtractor):
     def needs(cls, config: Mapping[str, Any], addresses: Addresses) -> list[Need]:
         """The weights, which are shipped; see `ditune.files.needs`."""
         path = Path(config["weights"])
-        return [Need("the feature extractor EfficientNet-Lite0", path, path.is_file(), remedy=SHIPPED)]
+        remedy = f"There is no {path}. {SHIPPED}"
+        return [Need("the feature extractor EfficientNet-Lite0", path, path.is_file(), remedy=remedy)]
 
     @property
     def identity(self) -> dict[str, str | int]:

@@ -105,9 +105,7 @@ class InceptionMetrics(MetricSuite):
         if config.get("statistics") is None:
             return []
         path = Path(config["statistics"])
-        remedy = (
-            "Give a reference file of ADM's evaluator, or set metrics.judge.statistics=null for the reference's images."
-        )
+        remedy = f"There is no {path}. Give a reference file of ADM's evaluator, or set metrics.judge.statistics=null for the reference's images."
         return [Need("reference statistics", path, path.is_file(), remedy=remedy)]
 
     @property
