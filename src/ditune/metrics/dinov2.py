@@ -36,7 +36,7 @@ class DINOv2(FrozenExtractor):
 
     def __init__(self, weights: str | Path, sha256: str, architecture: str = "vit_large_patch14_dinov2") -> None:
         super().__init__()
-        check_file(Path(weights), sha256, remedy_of("dinov2", weights))
+        check_file(Path(weights), sha256, remedy_of("dinov2"))
         self.sha256, self.architecture = sha256, architecture
         state = read_tensors(Path(weights))
         import timm  # takes seconds, and most commands do without

@@ -172,11 +172,11 @@ def weights_need(name: str, what: str, config: Mapping[str, Any], addresses: Add
     return replace(need, sha256=config["sha256"])
 
 
-def remedy_of(name: str, path: str | Path) -> str:
-    """What to do where the published weights `name` are not at `path`."""
+def remedy_of(name: str) -> str:
+    """What to do where the published weights `name` are missing."""
+    address = PUBLISHED[name].addresses[0]
     return (
-        f"src/train.py and src/prepare.py fetch them with the same metrics=; or put {PUBLISHED[name].addresses[0]} at "
-        f"{path}."
+        f"Download {address} and put it there, or let src/train.py or src/prepare.py with the same metrics= fetch it."
     )
 
 

@@ -42,7 +42,7 @@ class Inception2015(FrozenExtractor):
 
     def __init__(self, weights: str | Path, sha256: str) -> None:
         super().__init__()
-        check_file(Path(weights), sha256, remedy_of("inception", weights))
+        check_file(Path(weights), sha256, remedy_of("inception"))
         self.sha256 = sha256
         # torch-fidelity unpickles what it is given, so it is given a copy of the tensors that are here already
         copy = io.BytesIO()
@@ -105,7 +105,10 @@ class InceptionMetrics(MetricSuite):
         if config.get("statistics") is None:
             return []
         path = Path(config["statistics"])
-        remedy = f"There is no {path}. Give a reference file of ADM's evaluator, or set metrics.judge.statistics=null for the reference's images."
+        remedy = (
+            f"There is no {path}. Give a reference file of ADM's evaluator, or set metrics.judge.statistics=null "
+            "to compare with the reference's images."
+        )
         return [Need("reference statistics", path, path.is_file(), remedy=remedy)]
 
     @property
