@@ -12,6 +12,7 @@ from ditune.errors import UserError
 from helpers import ROOT, SMALL
 
 # overrides of a small training, and a part of the message
+NOBODY = "'http://127.0.0.1:9'"  # an address that does not answer
 MISTAKES = {
     "no pictures": (["data.root=/nowhere"], "There is nothing at /nowhere"),
     "no such split": (["data.pictures.split=val"], "no image in the split 'val'"),
@@ -51,8 +52,14 @@ MISTAKES = {
         ["network.class_dropout_prob=0", "objective.label_drop=0", "sampler.guidance=2"],
         "Set sampler.guidance=1",
     ),
-    "Inception without its weights": (["metrics=fid", "metrics.n=2"], "weights are missing"),
-    "DINOv2 without its weights": (["metrics=dinov2", "metrics.n=2"], "weights are missing"),
+    "Inception without its weights": (
+        ["metrics=fid", "metrics.n=2", f"addresses.inception=[{NOBODY}]"],
+        "inception=[<other address>]",
+    ),
+    "DINOv2 without its weights": (
+        ["metrics=dinov2", "metrics.n=2", f"addresses.dinov2=[{NOBODY}]"],
+        "dinov2=[<other address>]",
+    ),
     "dropout in an adapter": (["peft=lora", "+peft.lora_dropout=0.1", "pretrained=@base"], "lora_dropout"),
     "missing value": (["data.root=???"], "no value for data.root"),
 }

@@ -128,13 +128,10 @@ def test_a_published_network_is_found_by_name_and_remembered(tmp_path):
         locate("dit_xl_2_256", path.parent)
 
 
-def test_a_start_without_files_says_what_to_put_where(overrides, tmp_path, monkeypatch):
-    def offline(url, path, md5=None):
-        raise UserError(f"{url} cannot be fetched. Put it at {path}.")
-
-    monkeypatch.setattr("ditune.data.archives.fetch", offline)
-    with pytest.raises(UserError, match=r"CUB_200_2011\.tgz cannot be fetched. Put it at .*data/CUB_200_2011\.tgz"):
-        train(compose(tmp_path / "run", "experiment=difffit_cub", *overrides))
+def test_a_start_without_files_says_what_to_put_where(overrides, tmp_path):
+    cub = ["experiment=difffit_cub", *overrides, "addresses.archives=['http://127.0.0.1:9']"]  # nobody answers there
+    with pytest.raises(UserError, match=r"missing\. No address answers .* Put .*data/CUB_200_2011\.tgz"):
+        train(compose(tmp_path / "run", *cub))
     with pytest.raises(UserError, match=r"SUN397 is not in .* Put .*SUN397\.tar\.gz there .*dead since 2025"):
         train(compose(tmp_path / "run", "experiment=difffit_sun397", *overrides))
     assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock"}

@@ -31,7 +31,7 @@ def test_every_key_has_one_role():
         for path in (ROOT / "configs" / folder).glob("*.yaml"):
             keys |= set(OmegaConf.load(path)) - {"defaults"}
     groups = {"network", "objective", "peft", "optimizer", "scheduler", "ema", "data", "augment", "autoencoder"}
-    groups |= {"balance", "trainer", "sampler", "metrics", "callbacks", "logger", "paths", "hydra"}
+    groups |= {"balance", "trainer", "sampler", "metrics", "callbacks", "logger", "paths", "addresses", "hydra"}
     assert keys | groups == set(ROLES)
 
 

@@ -15,6 +15,7 @@ from ditune import cli
 from ditune.checkpoints.source import Composed
 from ditune.config.components import build_components
 from ditune.config.grammar import hydra_value
+from ditune.config.trainings import is_of_trainings
 from ditune.training.checkpoint_io import newest_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -75,8 +76,9 @@ def compose_command(command: str, folder: Path) -> DictConfig:
     overrides = [re.sub(r"(=[^\[,]*),.*", r"\1", argument) for argument in arguments if argument != "-m"]
     cli.prepare()
     configs = cli.REPORT_CONFIGS if "report" in script else cli.CONFIGS
+    name = "prepare_training" if "prepare" in script and is_of_trainings(overrides) else Path(script).stem
     with hydra.initialize_config_dir(configs, version_base="1.3"):
-        return hydra.compose(Path(script).stem, overrides)
+        return hydra.compose(name, overrides)
 
 
 def open_gates(network: nn.Module, std: float = 0.1) -> None:

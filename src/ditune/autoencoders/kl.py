@@ -1,7 +1,9 @@
 """The variational autoencoder of latent diffusion (Rombach et al., arXiv 2112.10752), by diffusers' AutoencoderKL."""
 
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,9 +11,13 @@ from torch import Tensor
 from ditune.autoencoders.base import Autoencoder
 from ditune.checkpoints.weight_files import find_weights, listed
 from ditune.errors import UserError
+from ditune.files.atomic import read_json
+from ditune.files.needs import Addresses, Need, published_need
+from ditune.files.published import HUB_CONFIG, HUB_WEIGHTS, PUBLISHED, on_the_hub
 
 STEM = "diffusion_pytorch_model"
-FILES = ("config.json", f"{STEM}.safetensors")
+FILES = (HUB_CONFIG, HUB_WEIGHTS)
+SD_SHAPE = (4, 8)  # channels, pixels per latent along each side, of the autoencoders of Stable Diffusion
 
 
 class KL(Autoencoder):
@@ -50,6 +56,39 @@ class KL(Autoencoder):
         if tiling:
             vae.enable_tiling()
 
+    @classmethod
+    def needs(cls, config: Mapping[str, Any], addresses: Addresses) -> list[Need]:
+        """Weights, and last the config, which stands for the whole; see `ditune.files.needs`."""
+        folder, hub, name = Path(config["folder"]), config.get("hub"), config["name"]
+        what = f"autoencoder {name}"
+        there = (folder / FILES[0]).is_file() and find_weights(folder, STEM) is not None
+        if there or (hub is not None and is_cached(hub)):
+            return [Need(what, folder if there else Path(hub), present=True)]
+        if hub is None:
+            remedy = f"{' and '.join(FILES)} are expected in {folder}. Set autoencoder.folder."
+            return [Need(what, folder, present=False, remedy=remedy)]
+        files = [f"{what}, {file}" for file in reversed(FILES)]
+        if name in PUBLISHED and hub in PUBLISHED[name].addresses[0]:
+            return [
+                published_need(name, text, folder / file, addresses, file)
+                for text, file in zip(files, reversed(FILES), strict=True)
+            ]
+        found = []
+        for text, file in zip(files, reversed(FILES), strict=True):
+            urls = tuple(f"{url}/{file}" for url in on_the_hub(hub))
+            remedy = f"Put {urls[0]} at {folder / file}, or set autoencoder.folder."
+            found.append(Need(text, folder / file, (folder / file).is_file(), urls, remedy=remedy))
+        return found
+
+    @classmethod
+    def shape(cls, config: Mapping[str, Any]) -> tuple[int, int] | None:
+        """Channels and pixels per latent along a side, without the weights; None = they are not known before."""
+        path = Path(config["folder"]) / FILES[0]
+        if path.is_file():
+            content = read_json(path)
+            return content["latent_channels"], 2 ** (len(content["block_out_channels"]) - 1)
+        return SD_SHAPE if config["name"] in PUBLISHED else None
+
     @property
     def name(self) -> str:
         """The given name."""
@@ -76,6 +115,13 @@ class KL(Autoencoder):
         """See `Autoencoder.decode`."""
         with torch.autocast(z.device.type, torch.bfloat16, enabled=self.bf16):
             return self.vae.decode(z).sample.float()
+
+
+def is_cached(hub: str) -> bool:
+    """Whether huggingface_hub has all files of the repository in its cache."""
+    from huggingface_hub import try_to_load_from_cache  # where no folder has the files
+
+    return all(isinstance(try_to_load_from_cache(hub, file), str) for file in FILES)
 
 
 def load(folder: Path, hub: str | None) -> torch.nn.Module:

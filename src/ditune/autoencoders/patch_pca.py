@@ -2,8 +2,9 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from einops import rearrange
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ditune.autoencoders.base import Autoencoder
 from ditune.errors import UserError
+from ditune.files.needs import Addresses, Need
 
 FORMAT = "ditune.patch_pca"
 # Variance, in pixels of [-1, 1], that rounding to uint8 adds; a component below it is not worth amplifying.
@@ -49,6 +51,16 @@ class PatchPCA(Autoencoder):
         self.register_buffer("components", torch.eye(channels, numbers))  # W (C, D)
         if weights is not None:
             self._read(Path(weights))
+
+    @classmethod
+    def needs(cls, config: Mapping[str, Any], addresses: Addresses) -> list[Need]:
+        """The file of the weights, if one is named; see `ditune.files.needs`."""
+        if config.get("weights") is None:
+            return []
+        path = Path(config["weights"])
+        return [
+            Need("autoencoder", path, path.is_file(), remedy=f"Put its weights at {path}, or set autoencoder.weights.")
+        ]
 
     def encode(self, x: Tensor) -> tuple[Tensor, None]:
         """W (b - mean) of every block, see `Autoencoder.encode`."""

@@ -3,14 +3,33 @@
 from pathlib import Path
 
 from ditune.errors import UserError
-from ditune.files.download import fetch, record_first_use
+from ditune.files.download import record_first_use
+from ditune.files.needs import Addresses, Need, bring, published_need
+from ditune.files.published import PUBLISHED as FILES
 
-ADDRESS = "https://dl.fbaipublicfiles.com/DiT/models"
-# name: its file. Licence of the weights: CC-BY-NC 4.0 (facebookresearch/DiT).
-PUBLISHED = {
-    "dit_xl_2_256": f"{ADDRESS}/DiT-XL-2-256x256.pt",
-    "dit_xl_2_512": f"{ADDRESS}/DiT-XL-2-512x512.pt",
-}
+NAMES = ("dit_xl_2_256", "dit_xl_2_512")  # in the same order as their files were published
+PUBLISHED = {name: FILES[name].addresses[0] for name in NAMES}  # name: address of its file
+NETWORKS = dict.fromkeys(NAMES, "dit_xl_2")  # name: its network, as configs/network/ calls it
+
+
+def path_of(name: str, folder: Path | str) -> Path:
+    """Where a network file lies: `name` itself, or a published one in `folder`."""
+    return Path(folder) / PUBLISHED[name].rpartition("/")[2] if name in PUBLISHED else Path(name)
+
+
+def needs(name: str, folder: Path | str, addresses: Addresses) -> list[Need]:
+    """The file of a pretrained network; see `ditune.files.needs`.
+
+    Args:
+        name: a path, or a name in `PUBLISHED`.
+        folder: where published files lie.
+        addresses: of the config.
+    """
+    path, what = path_of(name, folder), f"network {name}"
+    if name in PUBLISHED:
+        return [published_need(name, what, path, addresses)]
+    remedy = f"There is no network file {path}. Correct pretrained=, or give one of {', '.join(PUBLISHED)}."
+    return [Need(what, path, path.exists(), remedy=remedy)]
 
 
 def locate(name: str, folder: Path | str, download: bool = True) -> Path:
@@ -26,11 +45,10 @@ def locate(name: str, folder: Path | str, download: bool = True) -> Path:
     """
     if name not in PUBLISHED:
         return Path(name)
-    url = PUBLISHED[name]
-    path = Path(folder) / url.rpartition("/")[2]
-    if not path.is_file():
+    (need,) = needs(name, folder, {})
+    if not need.present:
         if not download:
-            raise UserError(f"The network {name} is not there. Put {url} at {path}, or start without dry_run.")
-        fetch(url, path)
-    record_first_use(path, url)
-    return path
+            raise UserError(f"The network {name} is not there. {need.remedy}")
+        bring(need)
+    record_first_use(need.path, PUBLISHED[name])
+    return need.path

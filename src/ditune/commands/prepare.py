@@ -8,13 +8,16 @@ from omegaconf import DictConfig, OmegaConf
 
 from ditune.autoencoders import Autoencoder
 from ditune.config.instantiate import instantiate, missing_keys
+from ditune.config.needs import addresses_of, needs_of
 from ditune.data import Benchmark, ImageDataset
 from ditune.data import prepare as data
 from ditune.data.latents import Latents
 from ditune.distributed import best_device
 from ditune.errors import UserError
 from ditune.files.locks import locked
+from ditune.files.needs import fetch_all, refuse, with_reasons
 
+NOT_ALL = "Not everything can be had"
 STAGES = ("fetch", "verify", "encode", "statistics")
 
 
@@ -27,11 +30,9 @@ def prepare(cfg: DictConfig) -> None:
     missing = missing_keys(OmegaConf.to_container(cfg.data), "data")
     if missing:
         raise UserError(f"The config has no value for {missing[0]}. Set it on the command line: {missing[0]}=...")
-    unknown = [stage for stage in cfg.stages if stage not in STAGES]
-    if unknown:
-        raise UserError(f"There is no stage '{unknown[0]}'. There are {', '.join(STAGES)}.")
+    check_stages(cfg)
     if "fetch" in cfg.stages:
-        fetch(cfg, cfg.download)
+        bring_missing(cfg)
     if "verify" in cfg.stages:
         verify_pictures(cfg, cfg.policy, cfg.again)
     if "encode" in cfg.stages:
@@ -40,6 +41,27 @@ def prepare(cfg: DictConfig) -> None:
         encode(cfg, dataset, autoencoder, best_device(), cfg.again)
     if "statistics" in cfg.stages:
         statistics(cfg)
+
+
+def check_stages(cfg: DictConfig) -> None:
+    """Raises UserError if `stages` names one that there is not."""
+    unknown = [stage for stage in cfg.stages if stage not in STAGES]
+    if unknown:
+        raise UserError(f"There is no stage '{unknown[0]}'. There are {', '.join(STAGES)}.")
+
+
+def bring_missing(cfg: DictConfig) -> None:
+    """Fetch the dataset, and of autoencoder and metrics what the stages ask for.
+
+    Raises:
+        UserError: something is missing and cannot be fetched; all of it is listed.
+    """
+    parts = ["data", *(["autoencoder"] * ("encode" in cfg.stages)), *(["metrics"] * ("statistics" in cfg.stages))]
+    if cfg.download:
+        needs = with_reasons(needs_of(cfg, parts))
+        refuse([str(need) for need in needs if need.lost], NOT_ALL)
+        fetch_all(needs)
+    fetch(cfg, cfg.download)
 
 
 def ensure(cfg: DictConfig) -> None:
@@ -62,7 +84,7 @@ def fetch(cfg: DictConfig, download: bool) -> None:
     """Bring the files of a public dataset; see `ditune.data.prepare.fetch`."""
     cls = get_class(cfg.data.pictures._target_)
     if issubclass(cls, Benchmark):  # other kinds of data are there or not
-        data.fetch(cls, Path(cfg.data.root).expanduser(), download)
+        data.fetch(cls, Path(cfg.data.root).expanduser(), download, addresses_of(cfg).get("archives") or ())
 
 
 def verify_pictures(cfg: DictConfig, policy: str, again: bool = False) -> None:

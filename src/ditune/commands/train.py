@@ -12,11 +12,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from ditune.checkpoints import load_network
 from ditune.cli import in_sweep
-from ditune.commands.prepare import ensure, training_source
-from ditune.config import rules
+from ditune.commands.preflight import preflight
+from ditune.commands.prepare import training_source
+from ditune.config import disk, rules
 from ditune.config.components import build_comparison, build_components, build_generator
 from ditune.config.grammar import resolved
-from ditune.config.hardware import settle
 from ditune.config.instantiate import instantiate, refuse_missing
 from ditune.config.keys import check
 from ditune.config.roles import job_hash
@@ -31,7 +31,7 @@ from ditune.evaluation.denoising_loss import denoising_loss
 from ditune.launch.run_folder import owned
 from ditune.memory import memory_for
 from ditune.training.callbacks import Validation, peak_memory_mib
-from ditune.training.checkpoint_io import newest_checkpoint, remove_checkpoints
+from ditune.training.checkpoint_io import remove_checkpoints
 from ditune.training.components import Components
 from ditune.training.loggers.wandb import WandbRun, close_loggers
 from ditune.training.micro_batch import less_memory
@@ -62,12 +62,11 @@ def _train(cfg: DictConfig, folder: Path) -> int:
     if in_sweep() and has_finished(folder, key):
         log.info("%s already holds the result of this config", folder)
         return 0
-    settle(cfg, newest_checkpoint(folder / "checkpoints") if cfg.resume else None)
     instantiate(cfg.logger, "logger")  # what it refuses shows before the data is prepared
     chosen_metric(cfg)  # likewise
     torch.set_flush_denormal(True)  # every result in docs/results was made with it; no speed was gained by it
-    if not cfg.dry_run:
-        ensure(cfg)
+    if not preflight(cfg, folder):
+        return 0
 
     c = build_components(cfg)
     rules.check(c, rules.OF_A_TRAINING)
@@ -86,7 +85,11 @@ def _train(cfg: DictConfig, folder: Path) -> int:
     if first:
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(resolved(cfg), folder / "config.yaml")
-        announce(c, trainer, folder, OmegaConf.to_yaml(cfg, resolve=True) if cfg.verbose else None)
+        spaces = disk.spaces(cfg, c, folder, [])
+        config = OmegaConf.to_yaml(cfg, resolve=True) if cfg.verbose else None
+        announce(c, trainer, folder, config, {"disk": disk.line(spaces)})
+        for text in disk.shortage(spaces):
+            log.warning("%s", text)
     if cfg.dry_run:
         return 0
     comparison = build_comparison(cfg, generator) if first and cfg.metrics.n > 0 else None

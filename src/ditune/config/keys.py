@@ -216,6 +216,8 @@ KEYS = (
     Key("*.folder", str),
     Key("*.hub", str, null=True),
     Key("autoencoder.scale", float, above=0, null=True),
+    # addresses
+    Key("addresses.*", str, many=True, null=True),
     # metrics
     Key("metrics.n", int, at_least=0),
     Key("metrics.loss_split", str, null=True),
@@ -298,6 +300,9 @@ APART = {
         Key("spec", str, null=True),
     ),
 }
+
+
+APART["prepare_training"] = APART["prepare"]
 
 
 def rows_of(name: str, command: str = "train") -> list[Key]:

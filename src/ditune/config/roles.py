@@ -73,6 +73,7 @@ ROLES: dict[str, Role] = {
     "labels_train": NOTHING,           # peft.train_labels
     "reruns_batch": NOTHING,           # batch_size
     "paths": NOTHING,
+    "addresses": NOTHING,
     "logger": NOTHING,
     "launcher": NOTHING,
     "hydra": NOTHING,

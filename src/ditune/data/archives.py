@@ -6,9 +6,9 @@ import stat
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from ditune.data.formats import is_hidden
@@ -42,6 +42,10 @@ class Archive:
     into: str = "."
     inner: str | None = None
     needed: bool = True
+
+    def at(self, mirrors: Sequence[str]) -> "Archive":
+        """The same archive at other addresses of folders; () = where it is."""
+        return replace(self, urls=tuple(f"{url.rstrip('/')}/{self.file}" for url in mirrors)) if mirrors else self
 
     def find(self, root: Path) -> Path | None:
         """Path of the file, if it lies in or below the root; else None."""

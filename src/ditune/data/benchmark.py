@@ -5,19 +5,21 @@ A dataset is a file with one class, which turns its official layout into labelle
 
 import logging
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ditune.data.annotations import AGAIN
 from ditune.data.archives import Archive, install
 from ditune.data.copies import Facts, find_copy, read_copy
 from ditune.data.images import ImageDataset
 from ditune.data.places import find_top, listing, locate
+from ditune.data.published_archives import needs_of
 from ditune.data.sources import Folder, Item
 from ditune.errors import UserError
+from ditune.files.needs import Addresses, Need
 
 log = logging.getLogger(__name__)
 
@@ -200,19 +202,25 @@ class Benchmark(ImageDataset):
                 )
 
     @classmethod
-    def fetch(cls, root: Path, download: bool) -> None:
+    def needs(cls, config: Mapping[str, Any], addresses: Addresses) -> list[Need]:
+        """The archives that are missing; see `ditune.files.needs`."""
+        return needs_of(cls, Path(config["root"]).expanduser(), addresses.get("archives") or ())
+
+    @classmethod
+    def fetch(cls, root: Path, download: bool, mirrors: Sequence[str] = ()) -> None:
         """Bring the dataset to `root`, from archives that lie there or from its address; leave what is there.
 
         Args:
             root: folder for it.
             download: whether archives that are missing may be downloaded.
+            mirrors: addresses of folders that hold the archives, instead of the published ones.
 
         Raises:
             UserError: a file is missing (with what to put where), cannot be fetched, or is damaged.
         """
         if cls.is_complete(root):
             return
-        absent = [archive for archive in cls.archives if not cls._is_there(archive, root)]
+        absent = [archive.at(mirrors) for archive in cls.absent(root)]
         if any(archive.find(root) is None and archive.urls for archive in absent) and download:
             log.warning("%s will be fetched. %s See %s.", cls.title, cls.licence, cls.homepage)
         for archive in absent:
@@ -226,7 +234,12 @@ class Benchmark(ImageDataset):
         found = cls.find(root)
         if found is None:
             return cls.find_copy(root) is not None
-        return found != root / cls.tops[0] or all(cls._is_there(archive, root) for archive in cls.archives)
+        return found != root / cls.tops[0] or not cls.absent(root)
+
+    @classmethod
+    def absent(cls, root: Path) -> list[Archive]:
+        """The archives whose content is not in `root`."""
+        return [archive for archive in cls.archives if not cls._is_there(archive, root)]
 
     @staticmethod
     def _is_there(archive: Archive, root: Path) -> bool:

@@ -11,10 +11,11 @@ import struct
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from ditune.data.sources import Item, open_source
 from ditune.data.splits import is_in, normal_split, settle
 from ditune.data.transforms import center_crop, to_rgb
 from ditune.errors import UserError
+from ditune.files.needs import Addresses, Need
 from ditune.progress import meter
 
 log = logging.getLogger(__name__)
@@ -92,6 +94,14 @@ class ImageDataset(Dataset):
         split = _test_or_val(split, found)
         self.fill(found, class_names_of(listed, found), resolution, split, in_memory, limit, manifest, notes)
         self.not_images = dict(sum(map(Counter, kinds), Counter()))
+
+    @classmethod
+    def needs(cls, config: Mapping[str, Any], addresses: Addresses) -> list[Need]:
+        """The sources; see `ditune.files.needs`."""
+        sources = config["sources"]
+        paths = [Path(source).expanduser() for source in ([sources] if isinstance(sources, str) else sources)]
+        remedy = "Correct the path, or set data.root=<folder, zip or Parquet files>."
+        return [Need("images", p, p.exists(), remedy=f"There is nothing at {p}. {remedy}") for p in paths]
 
     def fill(
         self,

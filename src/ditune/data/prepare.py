@@ -7,7 +7,7 @@ make lies in one folder, `prepared`: manifest.csv, report.json and latents/. Com
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
@@ -37,13 +37,14 @@ BATCH = 32  # images that the autoencoder sees at once
 ENCODING = "Free memory of the device, or set autoencoder.tiling=true."
 
 
-def fetch(cls: type[Benchmark], root: Path, download: bool) -> None:
+def fetch(cls: type[Benchmark], root: Path, download: bool, mirrors: Sequence[str] = ()) -> None:
     """Bring the files of a public dataset to `root`, unless they are there.
 
     Args:
         cls: class of the dataset.
         root: folder for its files.
         download: whether archives that are missing may be downloaded.
+        mirrors: addresses of folders that hold the archives, instead of the published ones.
 
     Raises:
         UserError: a file is missing (with what to put where), cannot be fetched, is damaged, or cannot be written.
@@ -51,7 +52,7 @@ def fetch(cls: type[Benchmark], root: Path, download: bool) -> None:
     if cls.is_complete(root):
         return
     with writing(root, "data.root"), locked(root / ".prepare.lock"):
-        cls.fetch(root, download)
+        cls.fetch(root, download, mirrors)
 
 
 def manifest_path(prepared: Path) -> Path:

@@ -47,7 +47,8 @@ def verify(dataset: ImageDataset, path: Path, policy: str, again: bool = False) 
         _check_all(items, checked, dataset.resolution)
     rows = read_manifest(checked)
     problems = {f"{row['source']}:{row['file_name']}": row["problem"] for row in rows if row["problem"]}
-    write_json(report, _report(dataset, rows, problems))
+    content = _report(dataset, rows, problems)
+    write_json(report, content)
     for sentence in [*getattr(dataset, "incomplete", []), *dataset.notes]:
         log.warning("%s", sentence)
     if problems and policy == "raise":
@@ -58,6 +59,8 @@ def verify(dataset: ImageDataset, path: Path, policy: str, again: bool = False) 
         )
     if problems:
         log.warning("%d broken images are left out; see %s", len(problems), report)
+    counts = ", ".join(f"{count:,} in {split}" for split, count in content["pictures"].items())
+    log.info("all images can be read: %s; %d classes; more in %s", counts, content["classes"], report)
     if not path.is_file() or path.read_bytes() != checked.read_bytes():
         with atomic(path) as temporary:
             shutil.copyfile(checked, temporary)

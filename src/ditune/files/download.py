@@ -3,60 +3,145 @@
 import hashlib
 import json
 import logging
+import shutil
 import time
+from collections.abc import Sequence
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
 from ditune.errors import UserError
-from ditune.files.atomic import sha256, write_json
+from ditune.files import atomic
+from ditune.files.atomic import write_json
 from ditune.progress import meter
 
 log = logging.getLogger(__name__)
 
 ATTEMPTS, PAUSE, TIMEOUT = 5, 2.0, 30.0  # pauses grow: 2, 4, 6, ... seconds
 BLOCK = 1 << 20
+PROBE = 10.0  # seconds to wait for an answer before anything is fetched
+GONE = (401, 403, 404, 410)  # HTTP's answers that trying again does not change
+HUB = "hf://"
+AGENT = {"User-Agent": "ditune"}
 
 
-def fetch(url: str, path: Path, md5: str | None = None) -> None:
+def fetch(url: str, path: Path, md5: str | None = None, sha256: str | None = None) -> None:
     """Download a file; resume from `<path>.part`, if an earlier try has left it.
 
     Args:
-        url: address.
+        url: address: https://, http://, file://, or hf://<owner>/<repository>[@<revision>]/<path there>.
         path: of the file.
         md5: that it must have (hex); None = not checked.
+        sha256: likewise.
 
     Raises:
-        UserError: it cannot be reached, or its MD5 is another; the message says what to put where by hand.
+        UserError: it cannot be reached, or its hash is another; the message says what to put where by hand.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
+    if url.startswith(HUB):
+        _from_the_hub(url, path, part)
+    else:
+        _from_the_web(url, path, part)
+    try:
+        if md5 is not None:
+            check_md5(part, md5)
+        if sha256 is not None:
+            check_sha256(part, sha256)
+    except UserError:
+        part.unlink()  # going on from wrong bytes can never end well
+        raise
+    part.rename(path)
+
+
+def fetch_any(addresses: Sequence[str], path: Path, md5: str | None = None, sha256: str | None = None) -> str:
+    """Download a file from the first address that gives it; arguments as in `fetch`.
+
+    Returns:
+        The address.
+
+    Raises:
+        UserError: no address gives the file; the message is that of the last one.
+    """
+    for address in addresses[:-1]:
+        try:
+            fetch(address, path, md5, sha256)
+            return address
+        except UserError as error:
+            log.warning("%s Trying the next address.", error)
+    fetch(addresses[-1], path, md5, sha256)
+    return addresses[-1]
+
+
+def reachable(url: str) -> str | None:
+    """Why an address does not answer, in a few words; None = it does. Nothing is fetched."""
+    if url.startswith(HUB):
+        return _hub_answers(url)
+    try:
+        with urlopen(Request(url, headers=AGENT, method="HEAD"), timeout=PROBE):
+            return None
+    except HTTPError as error:
+        return f"HTTP {error.code}" if error.code in GONE else None  # others may refuse the question only
+    except (URLError, HTTPException, OSError, ValueError) as error:
+        return str(getattr(error, "reason", error))
+
+
+def _from_the_web(url: str, path: Path, part: Path) -> None:
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            _download(url, part)
-            break
+            return _download(url, part)
         except (URLError, HTTPException, TimeoutError, ConnectionError) as error:
-            final = isinstance(error, HTTPError) and error.code in (401, 403, 404, 410)
-            if attempt == ATTEMPTS or final:
-                raise UserError(
-                    f"{url} cannot be fetched ({error}). Get the file elsewhere and put it at {path}; or run this "
-                    "again with a network, it goes on where it stopped."
-                ) from error
+            final = isinstance(error, HTTPError) and error.code in GONE
+            if attempt == ATTEMPTS or final or url.startswith("file:"):
+                raise _unfetched(url, path, error) from error
             log.warning("%s broke off (%s); trying again", url, error)
             time.sleep(PAUSE * attempt)
-    if md5 is not None:
-        try:
-            check_md5(part, md5)
-        except UserError:
-            part.unlink()  # going on from wrong bytes can never end well
-            raise
-    part.rename(path)
+    return None
+
+
+def _unfetched(url: str, path: Path, reason: object) -> UserError:
+    return UserError(
+        f"{url} cannot be fetched ({reason}). Get the file elsewhere and put it at {path}; or run this "
+        "again with a network, it goes on where it stopped."
+    )
+
+
+def _from_the_hub(url: str, path: Path, part: Path) -> None:
+    """By huggingface_hub, which knows the hub's mirrors, tokens and cache."""
+    from huggingface_hub import hf_hub_download
+
+    folder = path.with_name(f".{path.name}.hub")  # beside the file, so that a rename is enough; kept to go on from
+    try:
+        found = Path(hf_hub_download(**_on_the_hub(url), local_dir=folder))
+    except Exception as error:  # its errors are of many kinds
+        raise _unfetched(url, path, " ".join(str(error).split())[:300]) from error
+    found.replace(part)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _hub_answers(url: str) -> str | None:
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    try:
+        get_hf_file_metadata(hf_hub_url(**_on_the_hub(url)), timeout=PROBE)
+    except Exception as error:  # noqa: BLE001 - its errors are of many kinds, and what they say is passed on
+        return " ".join(str(error).split())[:200]
+    return None
+
+
+def _on_the_hub(url: str) -> dict[str, str | None]:
+    """Repository, revision and file of an address hf://<owner>/<repository>[@<revision>]/<file>."""
+    parts = url.removeprefix(HUB).split("/", 2)
+    if len(parts) < 3:
+        raise UserError(f"{url} names no file. Write hf://<owner>/<repository>/<file>.")
+    name, _, revision = parts[1].partition("@")
+    return {"repo_id": f"{parts[0]}/{name}", "revision": revision or None, "filename": parts[2]}
 
 
 def _download(url: str, part: Path) -> None:
     have = part.stat().st_size if part.exists() else 0
-    request = Request(url, headers={"User-Agent": "ditune", **({"Range": f"bytes={have}-"} if have else {})})
+    request = Request(url, headers={**AGENT, **({"Range": f"bytes={have}-"} if have else {})})
     try:
         response = urlopen(request, timeout=TIMEOUT)
     except HTTPError as error:
@@ -92,6 +177,20 @@ def check_md5(path: Path, expected: str) -> None:
         )
 
 
+def check_sha256(path: Path, expected: str) -> None:
+    """Check the SHA-256 of a file.
+
+    Raises:
+        UserError: it is not the expected one (hex).
+    """
+    found = atomic.sha256(path)
+    if found != expected:
+        raise UserError(
+            f"{path} has the SHA-256 {found}, published is {expected}: it is truncated, damaged or another file. "
+            "Delete it and fetch it again."
+        )
+
+
 def record_first_use(path: Path, url: str | None = None) -> dict[str, str | int]:
     """Record size and hash of a file in `<path>.json` at its first use, and compare them later.
 
@@ -108,7 +207,7 @@ def record_first_use(path: Path, url: str | None = None) -> dict[str, str | int]
         UserError: the file has changed since its first use.
     """
     note = path.with_name(path.name + ".json")
-    found = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    found = {"bytes": path.stat().st_size, "sha256": atomic.sha256(path)}
     if note.is_file():
         recorded = json.loads(note.read_text(encoding="utf-8"))
         if any(recorded.get(key) != value for key, value in found.items()):

@@ -1,14 +1,16 @@
 """DINOv2, whose distances follow people's judgement better than Inception's (Stein et al. 2023, arXiv 2306.04675)."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ditune.metrics.features import FrozenExtractor, check_file, read_tensors
+from ditune.files.needs import Addresses, Need
+from ditune.metrics.features import FrozenExtractor, check_file, read_tensors, remedy_of, weights_need
 
-URL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth"
 RESOLUTION, PATCH = 224, 14
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 
@@ -30,10 +32,11 @@ class DINOv2(FrozenExtractor):
     """
 
     name = "dinov2"
+    width = 1024  # of ViT-L/14
 
     def __init__(self, weights: str | Path, sha256: str, architecture: str = "vit_large_patch14_dinov2") -> None:
         super().__init__()
-        check_file(Path(weights), sha256, f"Download {URL} and put it there.")
+        check_file(Path(weights), sha256, remedy_of("dinov2"))
         self.sha256, self.architecture = sha256, architecture
         state = read_tensors(Path(weights))
         import timm  # takes seconds, and most commands do without
@@ -46,6 +49,11 @@ class DINOv2(FrozenExtractor):
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1))
         self.eval()
+
+    @classmethod
+    def needs(cls, config: Mapping[str, Any], addresses: Addresses) -> list[Need]:
+        """The weights; see `ditune.files.needs`."""
+        return [weights_need("dinov2", "the feature extractor DINOv2", config, addresses)]
 
     @property
     def identity(self) -> dict[str, str | int]:

@@ -2,10 +2,11 @@
 
 import pickle
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 
 from ditune.errors import UserError
 from ditune.files import atomic
+from ditune.files.needs import Addresses, Need, published_need
+from ditune.files.published import PUBLISHED
 from ditune.memory import memory_for
 from ditune.progress import meter
 
@@ -71,6 +74,7 @@ class FrozenExtractor(nn.Module, ABC):
 
     name: str
     columns: ClassVar[dict[str, slice]] = {"features": slice(None)}
+    width: ClassVar[int | None] = None  # numbers of one image, for the plan's disk space; None = not told
 
     def train(self, mode: bool = True) -> Self:
         """Stay in evaluation mode: a parent's train() must not switch the statistics of a batch norm."""
@@ -117,12 +121,11 @@ class EfficientNetLite0(FrozenExtractor):
     """
 
     name = "efflite0"
-    channels = 1280
+    channels = width = 1280
 
     def __init__(self, weights: str | Path, sha256: str, resolution: int = 128) -> None:
         super().__init__()
-        remedy = "Copy it again from assets/extractors/ of the DiTune repository (see assets/README.md)."
-        check_file(Path(weights), sha256, remedy)
+        check_file(Path(weights), sha256, SHIPPED)
         self.sha256 = sha256
         self.resolution = resolution
         import timm  # takes seconds, and most commands do without
@@ -133,6 +136,13 @@ class EfficientNetLite0(FrozenExtractor):
         # channels_last: 1.4 to 1.7 times faster on a CPU, the convolutions are depthwise
         self.network.requires_grad_(False).to(memory_format=torch.channels_last)
         self.eval()
+
+    @classmethod
+    def needs(cls, config: Mapping[str, Any], addresses: Addresses) -> list[Need]:
+        """The weights, which are shipped; see `ditune.files.needs`."""
+        path = Path(config["weights"])
+        remedy = f"There is no {path}. {SHIPPED}"
+        return [Need("the feature extractor EfficientNet-Lite0", path, path.is_file(), remedy=remedy)]
 
     @property
     def identity(self) -> dict[str, str | int]:
@@ -147,6 +157,30 @@ class EfficientNetLite0(FrozenExtractor):
         x = ((x - 0.5) / 0.5).contiguous(memory_format=torch.channels_last)
         x = self.network.forward_features(x)  # (N, 1280, resolution / 32, resolution / 32)
         return self.network.forward_head(x, pre_logits=True)  # (N, 1280)
+
+
+SHIPPED = "Copy it again from assets/extractors/ of the DiTune repository (see assets/README.md)."
+
+
+def weights_need(name: str, what: str, config: Mapping[str, Any], addresses: Addresses) -> Need:
+    """The need of an extractor's weights.
+
+    Args:
+        name: in `PUBLISHED` and in the config's `addresses`.
+        what: it is, for messages.
+        config: of the extractor, with `weights` and `sha256`.
+        addresses: of the config.
+    """
+    need = published_need(name, what, Path(config["weights"]), addresses)
+    return replace(need, sha256=config["sha256"])
+
+
+def remedy_of(name: str) -> str:
+    """What to do where the published weights `name` are missing."""
+    address = PUBLISHED[name].addresses[0]
+    return (
+        f"Download {address} and put it there, or let src/train.py or src/prepare.py with the same metrics= fetch it."
+    )
 
 
 def check_file(path: Path, sha256: str, remedy: str) -> None:

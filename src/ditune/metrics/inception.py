@@ -2,7 +2,9 @@
 
 import io
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,11 +12,11 @@ from torch import Tensor, nn
 
 from ditune.errors import UserError
 from ditune.files.atomic import sha256 as hash_of
+from ditune.files.needs import Addresses, Need
 from ditune.metrics.distances import frechet_distance, frechet_from_statistics, statistics
-from ditune.metrics.features import FrozenExtractor, check_file, read_tensors
+from ditune.metrics.features import FrozenExtractor, check_file, read_tensors, remedy_of, weights_need
 from ditune.metrics.suite import MetricSuite
 
-URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 SPATIAL_CHANNELS = 7  # of sFID: 7 x 17 x 17 = 2023 numbers, about as many as pool3 has
 
 
@@ -35,11 +37,12 @@ class Inception2015(FrozenExtractor):
     """
 
     name = "inception"
+    width = 5079
     columns = {"features": slice(0, 2048), "spatial": slice(2048, 4071), "logits": slice(4071, 5079)}  # noqa: RUF012
 
     def __init__(self, weights: str | Path, sha256: str) -> None:
         super().__init__()
-        check_file(Path(weights), sha256, f"Download {URL} and put it there.")
+        check_file(Path(weights), sha256, remedy_of("inception"))
         self.sha256 = sha256
         # torch-fidelity unpickles what it is given, so it is given a copy of the tensors that are here already
         copy = io.BytesIO()
@@ -54,6 +57,11 @@ class Inception2015(FrozenExtractor):
 
     def _keep(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         self._spatial = output[:, :SPATIAL_CHANNELS].flatten(1).clone()  # (N, 7 x 17 x 17)
+
+    @classmethod
+    def needs(cls, config: Mapping[str, Any], addresses: Addresses) -> list[Need]:
+        """The weights; see `ditune.files.needs`."""
+        return [weights_need("inception", "the feature extractor Inception of 2015", config, addresses)]
 
     @property
     def identity(self) -> dict[str, str | int]:
@@ -90,6 +98,18 @@ class InceptionMetrics(MetricSuite):
         super().__init__(extractor, cache, batch_size)
         self.statistics = None if statistics is None else read_statistics(Path(statistics))
         self._sha256 = None if statistics is None else hash_of(Path(statistics))
+
+    @classmethod
+    def needs(cls, config: Mapping[str, Any], addresses: Addresses) -> list[Need]:
+        """The reference statistics, if a file is named; see `ditune.files.needs`."""
+        if config.get("statistics") is None:
+            return []
+        path = Path(config["statistics"])
+        remedy = (
+            f"There is no {path}. Give a reference file of ADM's evaluator, or set metrics.judge.statistics=null "
+            "to compare with the reference's images."
+        )
+        return [Need("reference statistics", path, path.is_file(), remedy=remedy)]
 
     @property
     def identity(self) -> dict[str, str | int]:

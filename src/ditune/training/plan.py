@@ -2,6 +2,7 @@
 
 import logging
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -59,13 +60,38 @@ def expected_memory(
     micro_batch: int,
     bf16: bool,
     fused: bool = False,
+    per_sample: float | None = None,
 ) -> dict[str, float]:
     """MiB of parameters, of gradients with optimizer state and EMA, and of what one micro-batch saves for its backward.
 
-    The last is measured on two samples, by counting the tensors that autograd keeps. `fused`: the run's device has a
-    fused kernel for attention (GPUs have), which keeps no attention weights.
+    Args:
+        network, objective, latent_shape, bf16, fused: as in `saved_activations`.
+        micro_batch: samples of one process in one micro-step.
+        per_sample: what `saved_activations` has given for an equal network; None = it is asked.
     """
-    parameters = list(network.parameters())
+    if per_sample is None:
+        per_sample = saved_activations(network, objective, latent_shape, bf16, fused)
+    weights = sum(p.numel() * p.element_size() for p in network.parameters())
+    training = sum(4 * 4 * p.numel() for p in network.parameters() if p.requires_grad)  # gradient, two moments, EMA
+    return {
+        "parameters": weights / 2**20,
+        "gradients, optimizer, EMA": training / 2**20,
+        "saved activations": per_sample * micro_batch / 2**20,
+    }
+
+
+def saved_activations(
+    network: nn.Module, objective: Objective, latent_shape: tuple[int, ...], bf16: bool, fused: bool = False
+) -> float:
+    """Bytes that one sample saves for its backward, counted as the tensors that autograd keeps of two samples.
+
+    Args:
+        network: with the method applied to it.
+        objective: of the training.
+        latent_shape: (C, h, w).
+        bf16: whether it runs under bf16 autocast.
+        fused: whether the run's device has a fused kernel for attention (GPUs have), which keeps no attention weights.
+    """
 
     def saved() -> float:
         return saved_bytes(network, objective, latent_shape, bf16, fused)
@@ -75,24 +101,20 @@ def expected_memory(
         network.gradient_checkpointing = False
         activations += (saved() - activations) / len(network.blocks)
         network.gradient_checkpointing = True
-    weights = sum(p.numel() * p.element_size() for p in parameters)
-    training = sum(4 * 4 * p.numel() for p in parameters if p.requires_grad)  # gradient, two moments, EMA in fp32
-    return {
-        "parameters": weights / 2**20,
-        "gradients, optimizer, EMA": training / 2**20,
-        "saved activations": activations * micro_batch / 2**20,
-    }
+    return activations
 
 
 def saved_bytes(
     network: nn.Module, objective: Objective, latent_shape: tuple[int, ...], bf16: bool, fused: bool
 ) -> float:
-    """Bytes that autograd keeps for one image, see `expected_memory`."""
+    """Bytes that autograd keeps for one image in one pass, see `saved_activations`."""
     owned = {p.untyped_storage().data_ptr() for p in network.parameters()}
     tokens, heads = network.pos_embed.shape[1], network.config["num_heads"]
     saved: dict[int, int] = {}
 
     def count(tensor: Tensor) -> Tensor:
+        if tensor.layout is not torch.strided:
+            return tensor  # sparse ones have no storage of their own, and are small
         storage = tensor.untyped_storage()
         weights_of_attention = tensor.shape[-2:] == (tokens, tokens) and tensor.numel() == 2 * heads * tokens**2
         if storage.data_ptr() not in owned and not (fused and weights_of_attention):
@@ -109,14 +131,23 @@ def saved_bytes(
     return sum(saved.values()) / 2
 
 
-def announce(c: Components, trainer: pl.Trainer, folder: Path, config: str | None) -> None:
+def announce(
+    c: Components,
+    trainer: pl.Trainer | None,
+    folder: Path,
+    config: str | None,
+    more: Mapping[str, str] | None = None,
+    per_sample: float | None = None,
+) -> None:
     """Show what is going to happen, on one screen.
 
     Args:
         c: what the run is made of.
-        trainer: that will train it.
+        trainer: that will train it; None = it cannot be made here.
         folder: of the run.
         config: the full config as text, to be shown too; None = not.
+        more: further lines, as of `facts`.
+        per_sample: see `expected_memory`.
     """
     for note in c.images.notes:
         log.warning("%s", note)
@@ -128,20 +159,20 @@ def announce(c: Components, trainer: pl.Trainer, folder: Path, config: str | Non
     show.print(f"{c.method.title} trains {trained:,} of {total:,} parameters ({trained / total:.2%})")
     for kind, count in trained_kinds(c.network).items():
         show.print(f"  {kind:<22}{count:>13,}")
-    for key, value in facts(c, trainer, folder).items():
+    for key, value in (facts(c, trainer, folder, per_sample) | dict(more or {})).items():
         show.print(f"{key:<12}{value}")
 
 
-def facts(c: Components, trainer: pl.Trainer, folder: Path) -> dict[str, str]:
-    """What a run is made of, a line each."""
+def facts(c: Components, trainer: pl.Trainer | None, folder: Path, per_sample: float | None = None) -> dict[str, str]:
+    """What a run is made of, a line each; arguments as in `announce`."""
     settings, spread = c.settings, c.processes
     micro = micro_batch_size(settings.batch_size, spread.accumulate, spread.world_size)
     shape = c.autoencoder.latent_shape(settings.resolution)
-    fused = trainer.strategy.root_device.type != "cpu"
-    memory = expected_memory(c.network, c.objective, shape, micro, settings.bf16, fused)
+    fused = trainer is not None and trainer.strategy.root_device.type != "cpu"
+    memory = expected_memory(c.network, c.objective, shape, micro, settings.bf16, fused, per_sample)
     passes = settings.max_steps * settings.batch_size / len(c.images)
     return {
-        "base": "none, from scratch" if c.base is None else f"{c.base.path} ({c.base.sha256[:12]})",
+        "base": base_line(c),
         "data": f"{settings.data_name}, {len(c.images):,} images, {c.images.describe_classes()}",
         "latents": f"{' x '.join(map(str, shape))}, autoencoder {c.autoencoder.name}",
         "steps": f"{settings.max_steps:,} of {settings.batch_size} images ({passes:.1f} passes over the data)",
@@ -153,8 +184,17 @@ def facts(c: Components, trainer: pl.Trainer, folder: Path) -> dict[str, str]:
     }
 
 
-def device(precision: str, trainer: pl.Trainer) -> str:
+def base_line(c: Components) -> str:
+    """The network that the training begins with."""
+    if c.base is None:
+        return "none, from scratch"
+    return f"{c.base.path} ({c.base.sha256[:12] or 'not read yet'})"
+
+
+def device(precision: str, trainer: pl.Trainer | None) -> str:
     """Which device and precision were chosen, and how to choose others."""
+    if trainer is None:
+        return precision
     kind = trainer.strategy.root_device.type
     name = torch.cuda.get_device_name() if kind == "cuda" else f"{torch.get_num_threads()} threads"
     others = "trainer=cpu" if kind == "cuda" else "trainer=gpu"
