@@ -116,7 +116,12 @@ class SharedFiles:
         return [i for i in range(rank(), self.count, world_size()) if not self.path(i).exists()]
 
     def make(self, i: int, work: Callable[[], np.ndarray]) -> None:
-        """Make array i, completely or not at all."""
+        """Make array i, completely or not at all.
+
+        Raises:
+            UserError: another rank has ended before it made all of its own.
+        """
+        self._go_on(range(self.count))
         with atomic(self.path(i)) as temporary, temporary.open("wb") as file:
             np.save(file, work())
 
@@ -139,15 +144,19 @@ class SharedFiles:
         with meter("waiting for the other processes", len(wanted), "files") as progress:
             while missing := self._not_there(wanted):
                 progress.update(len(wanted) - len(missing))
-                ended = set() if self.ranks is None else set(self.ranks.ended(i % world_size() for i in missing))
-                # a rank that has ended since it was looked for may have made its last file in between
-                if ended & {i % world_size() for i in self._not_there(missing)}:
-                    raise UserError(
-                        f"Process {min(ended)} of {world_size()} has ended before its share of the evaluation was "
-                        "done; its own output says why. Start again (a training with resume=auto): what was generated "
-                        "is kept."
-                    )
+                self._go_on(missing)
                 time.sleep(POLL)
+
+    def _go_on(self, arrays: Iterable[int]) -> None:
+        """Refuse to, where a rank has ended that should make one of the arrays."""
+        ended = [] if self.ranks is None else self.ranks.ended(i % world_size() for i in arrays)
+        # it is looked for the files after their ranks: one that has ended may have made its last file just before
+        owed = {i % world_size() for i in self._not_there(i for i in arrays if i % world_size() in ended)}
+        if owed:
+            raise UserError(
+                f"Process {min(owed)} of {world_size()} has ended before its share of the evaluation was done; its own "
+                "output says why. Start again (a training with resume=auto): what was generated is kept."
+            )
 
     def _not_there(self, arrays: Iterable[int]) -> list[int]:
         return [i for i in arrays if not self.path(i).exists()]
