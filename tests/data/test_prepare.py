@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from PIL import Image
 
 from ditune.autoencoders import PatchPCA
-from ditune.commands.prepare import prepare, training_source
+from ditune.commands.prepare import held_out_images, held_out_source, prepare, training_source
 from ditune.commands.train import train
 from ditune.config.instantiate import instantiate
 from ditune.data import CUB, from_uint8
@@ -24,6 +24,7 @@ from ditune.data import prepare as preparing
 from ditune.data.latents import Latents, Writer
 from ditune.data.stream import ImageStream
 from ditune.errors import UserError
+from ditune.evaluation.held_out import CachedHeldOut, EncodedHeldOut
 from ditune.files.locks import attempt, share
 from helpers import ROOT, SMALL, compose
 from miniatures import cub, picture, put
@@ -330,3 +331,17 @@ def test_what_is_no_image_and_what_nothing_trains_is_said(tmp_path, caplog):
     assert report["classes_without_training_images"] == ["owl"]
     assert any("2 files are no images: .svg 1, .txt 1" in note for note in report["notes"])
     assert all(note in caplog.text for note in report["notes"])
+
+
+def test_held_out_images_are_encoded_once_for_all_runs(root, monkeypatch):
+    """The cache holds what encoding gives, to the bit, and the next run does not encode."""
+    cfg = with_latents(prepare_config(root))
+    prepare(cfg)
+    images, autoencoder = held_out_images(cfg), instantiate(cfg.autoencoder, "autoencoder")
+    direct = EncodedHeldOut(images, autoencoder).batch(range(len(images)), torch.device("cpu"))
+    monkeypatch.setattr(preparing, "_encoded", lambda *_: pytest.fail("it encodes again"))
+    source = held_out_source(cfg, images, autoencoder)
+    assert isinstance(source, CachedHeldOut)
+    cached = source.batch(range(len(images)), torch.device("cpu"))
+    for one, two in zip(direct, cached, strict=True):
+        assert torch.equal(one, two)

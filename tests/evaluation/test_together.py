@@ -13,6 +13,7 @@ import torch
 
 from ditune.commands.evaluate import evaluate
 from ditune.commands.prepare import held_out_images
+from ditune.commands.train import train
 from ditune.config.components import build_components
 from ditune.errors import UserError
 from ditune.evaluation.denoising_loss import HeldOutLoss, images_at_once
@@ -113,6 +114,14 @@ def test_longer_sequences_are_passed_in_smaller_batches():
     with torch.device("meta"):
         networks = {side: build_network("dit_xl_2", input_size=side, num_classes=3, in_channels=4) for side in (32, 64)}
     assert {side: images_at_once(network) for side, network in networks.items()} == {32: 128, 64: 32}
+
+
+def test_a_run_without_metrics_names_the_command_for_later(small, tmp_path, caplog):
+    caplog.set_level("INFO")
+    assert train(small("peft=full", "max_steps=1")) == 0
+    assert f"python src/evaluate.py run={tmp_path}/run metrics_of=this metrics=fid processes=" in caplog.text
+    assert "denoising" in read_json(tmp_path / "run" / "result.json")
+    assert not (tmp_path / "run" / "evaluation").exists()
 
 
 def shards(folder: Path) -> int:

@@ -128,7 +128,7 @@ def cached_latents(dataset: ImageDataset, autoencoder: "Autoencoder", prepared: 
 def cached_means(dataset: ImageDataset, autoencoder: "Autoencoder", prepared: Path, device: torch.device) -> Means:
     """The latents of a split that is not trained on, encoded first if they are not there; see `cached_latents`."""
     folder, header = cache_of(dataset, autoencoder, prepared, held_out=True)
-    if not _is_cache(folder, header):
+    if not (folder / HEADER).is_file():
         encode(dataset, autoencoder, prepared, device, held_out=True)
     return Means(folder, header)
 

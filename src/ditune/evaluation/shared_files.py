@@ -150,7 +150,7 @@ class SharedFiles:
     def _go_on(self, arrays: Iterable[int]) -> None:
         """Refuse to, where a rank has ended that should make one of the arrays."""
         ended = [] if self.ranks is None else self.ranks.ended(i % world_size() for i in arrays)
-        # it is looked for the files after their ranks: one that has ended may have made its last file just before
+        # the files are looked at after the ranks: one that has ended may have made its last file just before
         owed = {i % world_size() for i in self._not_there(i for i in arrays if i % world_size() in ended)}
         if owed:
             raise UserError(
