@@ -21,7 +21,7 @@ from ditune.commands.train import train
 from ditune.config.instantiate import instantiate
 from ditune.data import CUB, from_uint8
 from ditune.data import prepare as preparing
-from ditune.data.latents import Latents, Writer
+from ditune.data.latents import FORMAT, Latents, Writer
 from ditune.data.stream import ImageStream
 from ditune.errors import UserError
 from ditune.evaluation.held_out import CachedHeldOut, EncodedHeldOut
@@ -314,9 +314,10 @@ def test_two_that_start_at_once_make_one_cache(root):
 
 
 def test_rows_of_other_shapes_are_not_written(tmp_path):
-    writer = Writer(tmp_path, {"shape": [4, 2, 1, 3, 2, 2]})
-    with pytest.raises(ValueError, match="do not fit"):
-        writer.write(0, torch.zeros(1, 2, 1, 3, 2, 3, dtype=torch.float16))
+    writer = Writer(tmp_path, {"format": FORMAT, "shape": [4, 2, 1, 3, 2, 2]})
+    for rows in (torch.zeros(1, 2, 1, 3, 2, 3, dtype=torch.float16), torch.zeros(1, 2, 1, 3, 2, 2)):
+        with pytest.raises(ValueError, match="do not fit"):
+            writer.write(0, rows)
     writer.close()
 
 
