@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL
 from omegaconf import DictConfig
 
 from ditune.autoencoders import KL
+from ditune.autoencoders.kl import DECODED, at_once
 from ditune.commands.prepare import ensure, training_source
 from ditune.config.base_network import check_latents
 from ditune.config.components import build_components
@@ -55,6 +56,31 @@ def test_mirrored_pictures_have_latents_of_their_own(folder, pictures):
     with torch.no_grad():
         mirrored = codec.encode(pictures.flip(-1))[0]
         assert not torch.allclose(mirrored.flip(-1), codec.encode(pictures)[0], atol=1e-3)
+
+
+def test_a_large_batch_is_computed_a_few_images_at_a_time(folder, monkeypatch):
+    codec = KL("small", folder).eval()
+    z = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    x = torch.rand(5, 3, 64, 64, generator=torch.Generator().manual_seed(4)) * 2 - 1
+    with torch.no_grad():
+        one_by_one = torch.cat([codec.decode(part) for part in z.split(2)])
+        means, logvars = (torch.cat(parts) for parts in zip(*(codec.encode(part) for part in x.split(2)), strict=True))
+        seen: list[int] = []
+        for part in (codec.vae.decoder, codec.vae.encoder):
+            part.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+        monkeypatch.setattr("ditune.autoencoders.kl.DECODED", 2 * 64 * 64)
+        monkeypatch.setattr("ditune.autoencoders.kl.ENCODED", 2 * 64 * 64)
+        assert torch.equal(codec.decode(z), one_by_one)
+        mean, logvar = codec.encode(x)
+    assert seen == [2, 2, 1, 2, 2, 1]
+    assert torch.equal(mean, means)
+    assert torch.equal(logvar, logvars)
+
+
+def test_chunks_keep_the_values_of_the_shipped_autoencoder():
+    """Batches up to 256 images of 64 px are not split; 16 of 256 px fit, and one of 1024 px is still computed."""
+    sides = {64: 256, 256: 16, 512: 4, 1024: 1, 4096: 1}
+    assert {side: at_once(torch.empty(1, 4, side // 8, side // 8), 8, DECODED) for side in sides} == sides
 
 
 def test_tiles_and_bf16(folder, pictures):

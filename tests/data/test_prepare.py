@@ -16,14 +16,15 @@ from omegaconf import DictConfig
 from PIL import Image
 
 from ditune.autoencoders import PatchPCA
-from ditune.commands.prepare import prepare, training_source
+from ditune.commands.prepare import held_out_images, held_out_source, prepare, training_source
 from ditune.commands.train import train
 from ditune.config.instantiate import instantiate
 from ditune.data import CUB, from_uint8
 from ditune.data import prepare as preparing
-from ditune.data.latents import Latents, Writer
+from ditune.data.latents import FORMAT, Latents, Writer
 from ditune.data.stream import ImageStream
 from ditune.errors import UserError
+from ditune.evaluation.held_out import CachedHeldOut, EncodedHeldOut
 from ditune.files.locks import attempt, share
 from helpers import ROOT, SMALL, compose
 from miniatures import cub, picture, put
@@ -236,7 +237,7 @@ def test_an_encoding_that_was_stopped_goes_on(root, monkeypatch):
         prepare(prepare_config(root))
     assert not (root / LATENTS).exists()
     prepare(prepare_config(root))
-    assert calls == [0, 4, 4, 8]  # the first piece was not done again
+    assert calls == [0, 4, 4, 8, 0]  # the first piece was not done again; the last is of the held-out images
     monkeypatch.setattr(preparing, "_encoded", encoded)
     whole = (root / LATENTS / "latents.npy").read_bytes()
     prepare(prepare_config(root, "stages=[encode]", "again=true"))
@@ -308,14 +309,15 @@ def test_two_that_start_at_once_make_one_cache(root):
     prepare(prepare_config(root, "stages=[encode]", "again=true"))
     assert (root / LATENTS / "latents.npy").read_bytes() == first
     left = [p.name for p in (root / "prepared" / "latents").iterdir() if not p.name.endswith(".lock")]
-    assert left == ["train_16_patchpca_16"]
+    assert sorted(left) == ["test_16_patchpca_16_means", "train_16_patchpca_16"]
     assert list((root / "cache" / "features").glob("efflite0-*"))  # the statistics
 
 
 def test_rows_of_other_shapes_are_not_written(tmp_path):
-    writer = Writer(tmp_path, {"shape": [4, 2, 1, 3, 2, 2]})
-    with pytest.raises(ValueError, match="do not fit"):
-        writer.write(0, torch.zeros(1, 2, 1, 3, 2, 3, dtype=torch.float16))
+    writer = Writer(tmp_path, {"format": FORMAT, "shape": [4, 2, 1, 3, 2, 2]})
+    for rows in (torch.zeros(1, 2, 1, 3, 2, 3, dtype=torch.float16), torch.zeros(1, 2, 1, 3, 2, 2)):
+        with pytest.raises(ValueError, match="do not fit"):
+            writer.write(0, rows)
     writer.close()
 
 
@@ -330,3 +332,17 @@ def test_what_is_no_image_and_what_nothing_trains_is_said(tmp_path, caplog):
     assert report["classes_without_training_images"] == ["owl"]
     assert any("2 files are no images: .svg 1, .txt 1" in note for note in report["notes"])
     assert all(note in caplog.text for note in report["notes"])
+
+
+def test_held_out_images_are_encoded_once_for_all_runs(root, monkeypatch):
+    """The cache holds what encoding gives, to the bit, and the next run does not encode."""
+    cfg = with_latents(prepare_config(root))
+    prepare(cfg)
+    images, autoencoder = held_out_images(cfg), instantiate(cfg.autoencoder, "autoencoder")
+    direct = EncodedHeldOut(images, autoencoder).batch(range(len(images)), torch.device("cpu"))
+    monkeypatch.setattr(preparing, "_encoded", lambda *_: pytest.fail("it encodes again"))
+    source = held_out_source(cfg, images, autoencoder)
+    assert isinstance(source, CachedHeldOut)
+    cached = source.batch(range(len(images)), torch.device("cpu"))
+    for one, two in zip(direct, cached, strict=True):
+        assert torch.equal(one, two)

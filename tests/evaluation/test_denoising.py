@@ -6,6 +6,7 @@ from ditune.config.components import build_components
 from ditune.config.instantiate import instantiate
 from ditune.data import from_uint8
 from ditune.evaluation.denoising_loss import REPEATS, denoising_loss
+from ditune.evaluation.held_out import EncodedHeldOut
 from ditune.rng import Draws
 from helpers import SMALL, compose, open_gates
 
@@ -13,11 +14,11 @@ from helpers import SMALL, compose, open_gates
 def test_loss_tells_networks_apart_and_repeats(tmp_path, pictures):
     cfg = compose(tmp_path, *SMALL, f"data.root={pictures}", "peft=full")
     parts = build_components(cfg)
-    unseen = instantiate(cfg.data.pictures, "data", split="test")
+    unseen = EncodedHeldOut(instantiate(cfg.data.pictures, "data", split="test"), parts.autoencoder)
     assert len(unseen) == 2
 
     def loss(seed: int = 0) -> float:
-        return denoising_loss(parts.network, parts.objective, parts.autoencoder, unseen, seed, bf16=False)
+        return denoising_loss(parts.network, parts.objective, unseen, seed, bf16=False)
 
     torch.nn.init.normal_(parts.network.final_layer.linear.weight, std=0.1)  # else the output is zero for any noise
     first = loss()
@@ -37,8 +38,11 @@ def test_every_image_is_encoded_once_and_the_value_stays(tmp_path, pictures, mon
     monkeypatch.setattr("ditune.evaluation.denoising_loss.BATCH", 4)  # 4, 4 and 2 images
     encoded, encode = [], type(parts.autoencoder).encode
     monkeypatch.setattr(type(parts.autoencoder), "encode", lambda self, x: encoded.append(len(x)) or encode(self, x))
-    found = denoising_loss(parts.network, parts.objective, parts.autoencoder, images, 0, bf16=False)
+    source = EncodedHeldOut(images, parts.autoencoder)
+    found = denoising_loss(parts.network, parts.objective, source, 0, bf16=False)
     assert encoded == [4, 4, 2]
+    assert denoising_loss(parts.network, parts.objective, source, 0, bf16=False) == found
+    assert encoded == [4, 4, 2]  # the next network finds them encoded
     losses = []  # as it was: every repeat encodes anew, the losses in this order
     with torch.inference_mode():
         for repeat in range(REPEATS):

@@ -60,17 +60,18 @@ def test_blocks_are_drawn_once_and_read_in_any_order(tmp_path):
 
 def test_ranks_share_the_blocks(tmp_path, monkeypatch):
     calls: list[int] = []
-    monkeypatch.setattr(
-        "ditune.evaluation.image_shards.time.sleep", lambda _: pytest.fail("nothing is left to wait for")
-    )
+    monkeypatch.setattr("ditune.evaluation.shared_files.time.sleep", lambda _: pytest.fail("it waits"))
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    with pytest.raises(pytest.fail.Exception):  # it waits for the other one
-        blocks(tmp_path).fill(drawing(calls))
+    blocks(tmp_path).fill(drawing(calls))
     assert calls == [3, 4, 5]
+    blocks(tmp_path).wait([5, 3])  # its own
+    with pytest.raises(pytest.fail.Exception):
+        blocks(tmp_path).wait()  # for the other one
     monkeypatch.setenv("RANK", "0")
     blocks(tmp_path).fill(drawing(calls))
     assert sorted(calls) == list(range(7))
+    blocks(tmp_path).wait()
 
 
 def test_npz_is_what_adm_reads(tmp_path):

@@ -14,6 +14,7 @@ from ditune.config.components import build_components, freeze_in_bf16
 from ditune.config.instantiate import instantiate
 from ditune.errors import UserError
 from ditune.evaluation.denoising_loss import denoising_loss
+from ditune.evaluation.held_out import EncodedHeldOut
 from ditune.objectives.base import State
 from ditune.peft import Adapters
 from ditune.rng import StepRandom
@@ -171,7 +172,8 @@ def test_a_run_in_bf16_is_loaded_as_it_ended(small, base, tmp_path, name):
     assert result["adapter_bytes"] == (tmp_path / "run" / "adapter" / "adapter_model.safetensors").stat().st_size
     assert result["seconds_per_step"] == pytest.approx(cfg.batch_size / result["images_per_second"])
     parts, unseen = build_components(cfg), instantiate(cfg.data.pictures, "data", split="test")
-    loss = denoising_loss(run.network, parts.objective, parts.autoencoder, unseen, cfg.metrics.seed, bf16=True)
+    source = EncodedHeldOut(unseen, parts.autoencoder)
+    loss = denoising_loss(run.network, parts.objective, source, cfg.metrics.seed, bf16=True)
     # where a weight is changed and not only added to, what was rounded in training is not rounded here
     assert loss == pytest.approx(result["denoising"]["after"], rel=0 if name in ("lora", "vpt_deep") else 1e-3)
     if name != "pissa":

@@ -18,6 +18,9 @@ from ditune.files.published import HUB_CONFIG, HUB_WEIGHTS, PUBLISHED, on_the_hu
 STEM = "diffusion_pytorch_model"
 FILES = (HUB_CONFIG, HUB_WEIGHTS)
 SD_SHAPE = (4, 8)  # channels, pixels per latent along each side, of the autoencoders of Stable Diffusion
+# Pixels at once, whatever the size of the batch; the largest tensors are 1 GB then. A convolution's kernel is chosen by
+# the number of images: these are as many as keep the values of 64 px in batches up to 256, and on CPUs those of 256 px.
+DECODED, ENCODED = 2**20, 2**21  # 16 and 32 images of 256 px, 4 and 8 of 512 px
 
 
 class KL(Autoencoder):
@@ -29,7 +32,8 @@ class KL(Autoencoder):
             (fp16) or sharded weights with an index are also read; all are computed in fp32.
         hub: repository on huggingface.co, if the folder does not exist; None = only the folder.
         scale: factor on the latents, 0.18215 for Stable Diffusion; None = the scaling_factor of config.json.
-        tiling: compute in overlapping tiles: less memory from 512 px on, and slightly different numbers.
+        tiling: compute each image in overlapping tiles: less memory, and slightly different numbers. Images are
+            computed a few at a time anyway, so one of 512 px needs none.
         bf16: decode in bf16. Encoding stays in fp32: it runs once, and its error would remain in every epoch.
 
     Raises:
@@ -108,13 +112,19 @@ class KL(Autoencoder):
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance in fp32, see `Autoencoder.encode`."""
         with torch.autocast(x.device.type, enabled=False):
-            posterior = self.vae.encode(x.float()).latent_dist
-        return posterior.mean, posterior.logvar
+            parts = [self.vae.encode(part).latent_dist for part in x.float().split(at_once(x, 1, ENCODED))]
+        return torch.cat([part.mean for part in parts]), torch.cat([part.logvar for part in parts])
 
     def decode(self, z: Tensor) -> Tensor:
         """See `Autoencoder.decode`."""
         with torch.autocast(z.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.vae.decode(z).sample.float()
+            parts = z.split(at_once(z, self.downsample, DECODED))
+            return torch.cat([self.vae.decode(part).sample.float() for part in parts])
+
+
+def at_once(x: Tensor, downsample: int, pixels: int) -> int:
+    """How many of the images or latents (N, C, h, w) make up so many pixels; at least one."""
+    return max(1, pixels // (x.shape[-2] * x.shape[-1] * downsample**2))
 
 
 def is_cached(hub: str) -> bool:

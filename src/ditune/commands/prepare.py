@@ -1,5 +1,7 @@
 """`python src/prepare.py`: which stages of `ditune.data.prepare` run, with the objects of a config."""
 
+import logging
+import os
 from pathlib import Path
 
 import torch
@@ -14,8 +16,11 @@ from ditune.data import prepare as data
 from ditune.data.latents import Latents
 from ditune.distributed import best_device
 from ditune.errors import UserError
+from ditune.evaluation.held_out import CachedHeldOut, EncodedHeldOut, HeldOut
 from ditune.files.locks import locked
 from ditune.files.needs import fetch_all, refuse, with_reasons
+
+log = logging.getLogger(__name__)
 
 NOT_ALL = "Not everything can be had"
 STAGES = ("fetch", "verify", "encode", "statistics")
@@ -39,6 +44,7 @@ def prepare(cfg: DictConfig) -> None:
         autoencoder = instantiate(cfg.autoencoder, "autoencoder")
         dataset = instantiate(cfg.data.pictures, "data")
         encode(cfg, dataset, autoencoder, best_device(), cfg.again)
+        encode_held_out(cfg, autoencoder, cfg.again)
     if "statistics" in cfg.stages:
         statistics(cfg)
 
@@ -78,6 +84,33 @@ def training_source(cfg: DictConfig, images: ImageDataset, autoencoder: Autoenco
     if not cfg.data.latents:
         return images
     return data.cached_latents(images, autoencoder, _prepared(cfg), best_device())
+
+
+def held_out_images(cfg: DictConfig) -> ImageDataset | None:
+    """Images that are not trained on, for the loss on them; None if the data has no such split."""
+    try:
+        return instantiate(cfg.data.pictures, "data", split=cfg.metrics.loss_split)
+    except UserError as error:
+        log.info("no loss on held-out images: %s", error)
+        return None
+
+
+def held_out_source(cfg: DictConfig, images: ImageDataset, autoencoder: Autoencoder) -> HeldOut:
+    """What the loss on held-out images reads; with data.latents their cache, made first if missing."""
+    if not cfg.data.latents:
+        return EncodedHeldOut(images, autoencoder)
+    folder, _ = data.cache_of(images, autoencoder, _prepared(cfg), held_out=True)
+    if not folder.is_dir() and not os.access(_prepared(cfg), os.W_OK):
+        log.info("%s cannot be written; held-out images are encoded when their loss is measured", _prepared(cfg))
+        return EncodedHeldOut(images, autoencoder)
+    return CachedHeldOut(data.cached_means(images, autoencoder, _prepared(cfg), best_device()), autoencoder)
+
+
+def encode_held_out(cfg: DictConfig, autoencoder: Autoencoder, again: bool = False) -> None:
+    """The cache of the held-out images' latents, if the data has such a split."""
+    images = held_out_images(cfg)
+    if images is not None:
+        data.encode(images, autoencoder, _prepared(cfg), best_device(), again, held_out=True)
 
 
 def fetch(cfg: DictConfig, download: bool) -> None:

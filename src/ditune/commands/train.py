@@ -1,33 +1,39 @@
 """One training, from its config to its run folder."""
 
 import logging
+import shlex
+import shutil
+import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from ditune.checkpoints import load_network
 from ditune.cli import in_sweep
 from ditune.commands.preflight import preflight
-from ditune.commands.prepare import training_source
+from ditune.commands.prepare import held_out_images, held_out_source, training_source
 from ditune.config import disk, rules
 from ditune.config.components import build_comparison, build_components, build_generator
-from ditune.config.grammar import resolved
+from ditune.config.grammar import hydra_value, resolved
 from ditune.config.instantiate import instantiate, refuse_missing
 from ditune.config.keys import check
 from ditune.config.roles import job_hash
 from ditune.config.training import build_module, build_outlook, build_trainer, open_loggers, processes_of, resume_key
 from ditune.config.validation import build_validation, chosen_metric
-from ditune.data import ImageDataset
 from ditune.data.stream import ImageStream
-from ditune.distributed import leave_at_exit
-from ditune.errors import UserError
+from ditune.distributed import leave_at_exit, take_first_ranks_weights
 from ditune.evaluation.comparison import Comparison
-from ditune.evaluation.denoising_loss import denoising_loss
+from ditune.evaluation.denoising_loss import HeldOutLoss
+from ditune.evaluation.held_out import HeldOut
+from ditune.evaluation.shared_files import meet
 from ditune.launch.run_folder import owned
 from ditune.memory import memory_for
 from ditune.training.callbacks import Validation, peak_memory_mib
@@ -42,6 +48,8 @@ from ditune.training.resume import find_checkpoint
 from ditune.training.source import StreamData
 
 log = logging.getLogger(__name__)
+
+STORE = "evaluation"  # in the run folder: generated images until their metrics are in result.json
 
 
 def train(cfg: DictConfig) -> int:
@@ -93,11 +101,14 @@ def _train(cfg: DictConfig, folder: Path) -> int:
     if cfg.dry_run:
         return 0
     comparison = build_comparison(cfg, generator) if first and cfg.metrics.n > 0 else None
-    outlook.evaluation_images = cfg.metrics.n * comparison.unknown(c.base_to_compare) if comparison else 0
-    validation = build_validation(cfg, trainer, generator, held_out, comparison, resumed.step)
+    if comparison is not None:
+        outlook.evaluation_images = cfg.metrics.n * comparison.unknown(c.base_to_compare) // trainer.world_size
+    outlook.held_out_calls //= trainer.world_size
+    source = training_source(cfg, c.images, c.autoencoder)
+    unseen = None if held_out is None else held_out_source(cfg, held_out, c.autoencoder)
+    validation = build_validation(cfg, trainer, c, generator, unseen, comparison, resumed.step)
     if validation is not None:  # right behind the clock: it may make this step the last one
         trainer.callbacks.insert(trainer.callbacks.index(clock) + 1, validation)
-    source = training_source(cfg, c.images, c.autoencoder)
     stream = ImageStream(source, cfg.seed, cfg.data.flip, instantiate(cfg.augment, "augment"))
     data = StreamData(stream, cfg.batch_size, cfg.data.num_workers)
 
@@ -114,9 +125,8 @@ def _train(cfg: DictConfig, folder: Path) -> int:
             record.values["routing"] = module.routing
         if record.status == "trained":
             record.values["evaluated"] = take_weights(module, trainer, validation)
-        if record.status == "trained" and first:
-            with stop.at_once():
-                finish(c, module, trainer, comparison, held_out, record, folder)
+            with stop.at_once(), stopping_the_others(trainer):
+                finish(cfg, c, module, trainer, comparison, unseen, record, folder)
     if first and record.status == "finished" and not cfg.callbacks.checkpoint.keep_finished:
         remove_checkpoints(folder / "checkpoints")  # result.json says already that nobody has to go on from them
     return record.exit_code
@@ -137,38 +147,65 @@ def take_weights(module: GenerativeModule, trainer: pl.Trainer, validation: Vali
     return {"checkpoint": "last", "step": trainer.global_step} | ended
 
 
-def held_out_images(cfg: DictConfig) -> ImageDataset | None:
-    """Images that are not trained on, for the loss on them; None if the data has no such split."""
+@contextmanager
+def stopping_the_others(trainer: pl.Trainer) -> Iterator[None]:
+    """A scheduler may signal only the process that it has started: the ranks that this one has started stop too."""
     try:
-        return instantiate(cfg.data.pictures, "data", split=cfg.metrics.loss_split)
-    except UserError as error:
-        log.info("no loss on held-out images: %s", error)
-        return None
+        yield
+    except KeyboardInterrupt:
+        launcher = trainer.strategy.launcher
+        if launcher is not None:
+            launcher.kill(signal.SIGTERM)
+        raise
 
 
 def finish(
+    cfg: DictConfig,
     c: Components,
     module: GenerativeModule,
     trainer: pl.Trainer,
     comparison: Comparison | None,
-    held_out: ImageDataset | None,
+    held_out: HeldOut | None,
     record: RunRecord,
     folder: Path,
 ) -> None:
-    """Save what was trained, then evaluate it and the base by the same protocol."""
-    values = record.values
-    c.network.to(trainer.strategy.root_device)  # Lightning has put it back on the CPU
+    """Save what was trained, then evaluate it and the base by the same protocol; all ranks share the work.
+
+    Args:
+        comparison: of the first rank; the others build theirs now, since its extractor may be large.
+    """
+    values, first, device = record.values, trainer.is_global_zero, trainer.strategy.root_device
+    c.network.to(device)  # Lightning has put it back on the CPU
     with module.ema.applied():
         start = time.perf_counter()
-        save_trained(c, folder, values["evaluated"]["step"])
-        if c.base is not None:
-            values["adapter_bytes"] = (folder / "adapter" / "adapter_model.safetensors").stat().st_size
+        if first:
+            save_trained(c, folder, values["evaluated"]["step"])
+        take_first_ranks_weights(c.network)
         values["denoising"] = {} if held_out is None else denoising(c, held_out)
-        compared = comparison is not None
-        values["metrics"] = comparison(c.network, c.base_to_compare, folder / "samples") if compared else {}
+        together = trainer.world_size == 1 or (cfg.metrics.n > 0 and meet(folder, device))
+        values["metrics"] = {}
+        if cfg.metrics.n > 0 and (first or together):
+            comparison = comparison or build_comparison(cfg, build_generator(cfg, c))
+            compared = comparison.kept_in(folder / STORE if together else None)
+            values["metrics"] = compared(c.network, c.base_to_compare, folder / "samples")
         values["seconds"]["evaluation"] = time.perf_counter() - start
+    if first:
+        report(cfg, c, trainer, record, folder)
+
+
+def report(cfg: DictConfig, c: Components, trainer: pl.Trainer, record: RunRecord, folder: Path) -> None:
+    """The outcome for people, loggers and the next start."""
+    values = record.values
+    if c.base is not None:
+        values["adapter_bytes"] = (folder / "adapter" / "adapter_model.safetensors").stat().st_size
     values["status"] = "finished"
+    record.write()
+    if (folder / STORE).is_dir():
+        shutil.rmtree(folder / STORE)  # the values are safe now
     summarise(values, folder)
+    if not cfg.metrics.n:
+        processes = max(trainer.world_size, torch.cuda.device_count())
+        log.info("metrics.n=0: nothing was generated and compared. Later: %s", later(folder, processes))
     after = values["metrics"].get("after", {})
     for logger in trainer.loggers:
         if after:
@@ -177,11 +214,18 @@ def finish(
             logger.finish_training(folder)
 
 
-def denoising(c: Components, images: ImageDataset) -> dict[str, float]:
+def later(folder: Path, processes: int) -> str:
+    """The command that evaluates a run which was trained with metrics.n=0."""
+    metrics = HydraConfig.get().runtime.choices.get("metrics") if HydraConfig.initialized() else None
+    run = shlex.quote(f"run={hydra_value(folder)}")
+    return f"python src/evaluate.py {run} metrics_of=this metrics={metrics or 'fid'} processes={processes}"
+
+
+def denoising(c: Components, held_out: HeldOut) -> dict[str, float]:
     """Loss on held-out images after the training, and of the base before it."""
-    networks = {"after": c.network.eval()}
+    loss = HeldOutLoss(c.objective, held_out, c.settings.metrics_seed, c.settings.bf16)
+    values = {"after": loss(c.network.eval())}
     if c.base_to_compare is not None:
         before = load_network(c.base_to_compare, c.network.config, **c.objective.process.network)
-        networks["before"] = before.to(next(c.network.parameters()).device).eval()
-    arguments = (c.objective, c.autoencoder, images, c.settings.metrics_seed, c.settings.bf16)
-    return {name: denoising_loss(network, *arguments) for name, network in networks.items()}
+        values["before"] = loss(before.to(next(c.network.parameters()).device).eval())
+    return values

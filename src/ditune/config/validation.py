@@ -7,9 +7,10 @@ import pytorch_lightning as pl
 from omegaconf import DictConfig
 
 from ditune.config.instantiate import instantiate
-from ditune.data import ImageDataset
 from ditune.errors import UserError
 from ditune.evaluation.comparison import Comparison
+from ditune.evaluation.denoising_loss import HeldOutLoss
+from ditune.evaluation.held_out import HeldOut
 from ditune.generation.generator import ImageGenerator, label_plan
 from ditune.metrics import check_counts
 from ditune.metrics.names import is_compared
@@ -18,12 +19,12 @@ from ditune.training.best_weights import BestWeights
 from ditune.training.callbacks.validation import (
     LOSS,
     PREFIX,
-    EvenlySpread,
-    HeldOutLoss,
+    MeasuredLoss,
     SmallEvaluation,
     Validation,
     evenly_spread,
 )
+from ditune.training.components import Components
 
 REFERENCE = 10_000  # images that a small evaluation compares with, at most: its time grows with their square
 
@@ -61,8 +62,9 @@ def chosen_metric(cfg: DictConfig) -> str | None:
 def build_validation(
     cfg: DictConfig,
     trainer: pl.Trainer,
+    c: Components,
     generator: ImageGenerator,
-    held_out: ImageDataset | None,
+    held_out: HeldOut | None,
     comparison: Comparison | None,
     first_step: int,
 ) -> Validation | None:
@@ -73,6 +75,7 @@ def build_validation(
     Args:
         cfg: of the training.
         trainer: of the training.
+        c: its objects.
         generator: of the run's images.
         held_out: the images of metrics.loss_split; None = there are none.
         comparison: the final evaluation, whose extractor is shared; None = there is none, or in another process.
@@ -83,7 +86,7 @@ def build_validation(
     """
     measures = []
     if cfg.callbacks.held_out.every_n_steps is not None:
-        measures.append(held_out_loss(cfg, generator, held_out))
+        measures.append(held_out_loss(cfg, c, held_out))
     if cfg.callbacks.metrics.every_n_steps is not None:
         measures.append(small_evaluation(cfg, trainer, generator, comparison))
     if not measures:
@@ -94,7 +97,7 @@ def build_validation(
     return Validation(measures, best, cfg.callbacks.early_stopping.patience)
 
 
-def held_out_loss(cfg: DictConfig, generator: ImageGenerator, images: ImageDataset | None) -> HeldOutLoss:
+def held_out_loss(cfg: DictConfig, c: Components, images: HeldOut | None) -> MeasuredLoss:
     """The loss on held-out images.
 
     Raises:
@@ -107,7 +110,8 @@ def held_out_loss(cfg: DictConfig, generator: ImageGenerator, images: ImageDatas
             f"{cfg.metrics.loss_split}. Set metrics.loss_split to one that it has, or "
             "callbacks.held_out.every_n_steps=null."
         )
-    return HeldOutLoss(held.every_n_steps, EvenlySpread(images, held.n), cfg.metrics.seed, generator.bf16)
+    loss = HeldOutLoss(c.objective, images, c.settings.metrics_seed, c.settings.bf16, limit=held.n)
+    return MeasuredLoss(held.every_n_steps, loss)
 
 
 def small_evaluation(

@@ -1,6 +1,7 @@
 """The latents of a split, encoded once: a folder with a memory-mapped array, labels, and a header of their origin.
 
-latents.npy  float16 (N, 2, M, C, h, w): image, plain or mirrored, mean and log-variance (M = 1: mean only)
+latents.npy  of images to train on, float16 (N, 2, M, C, h, w): image, plain or mirrored, mean and log-variance (M = 1:
+             mean only); of held-out images float32 (N, C, h, w): the means, as they are when nothing is cached
 labels.npy   int64 (N,)
 header.json  the images (hash of manifest), transform and autoencoder that it was made from
 """
@@ -19,7 +20,8 @@ from ditune.data.images import ImageDataset
 from ditune.errors import UserError
 from ditune.files.atomic import read_json, sha256
 
-FORMAT = "ditune-latents-1"
+FORMAT, MEANS = "ditune-latents-1", "ditune-means-1"
+TYPES = {FORMAT: np.dtype("<f2"), MEANS: np.dtype("<f4")}
 HEADER, ARRAY, LABELS = "header.json", "latents.npy", "labels.npy"
 REMEDY = "Run `python src/prepare.py` with the same data=, autoencoder= and data.resolution= to make it anew."
 
@@ -47,8 +49,14 @@ def expected_header(
     }
 
 
-class Latents:
-    """Batches from a cache; the stream of a training reads it as it reads an `ImageDataset`.
+def means_header(header: dict[str, Any]) -> dict[str, Any]:
+    """The header of the means of held-out images; `header` is that of their cache as images to train on."""
+    count, _, _, *shape = header["shape"]
+    return header | {"format": MEANS, "shape": [count, *shape]}
+
+
+class Cache:
+    """A cache that is read row by row.
 
     Args:
         folder: the cache.
@@ -69,6 +77,20 @@ class Latents:
     def __len__(self) -> int:
         return self.shape[0]
 
+    @property
+    def array(self) -> np.memmap:
+        """All rows, mapped from the file; every process maps it for itself."""
+        if self._array is None:
+            self._array = np.lib.format.open_memmap(self.folder / ARRAY, mode="r")
+        return self._array
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_array": None}
+
+
+class Latents(Cache):
+    """Batches of images to train on; the stream of a training reads it as it reads an `ImageDataset`."""
+
     def take(self, indices: Sequence[int], mirrored: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Latents of images or of their mirror images.
 
@@ -79,13 +101,16 @@ class Latents:
         Returns:
             Mean and log-variance, float16 (B, M, C, h, w), and labels (B,) int64.
         """
-        if self._array is None:  # every process maps the file for itself
-            self._array = np.lib.format.open_memmap(self.folder / ARRAY, mode="r")
         side = np.zeros(len(indices), np.int64) if mirrored is None else mirrored.numpy().astype(np.int64)
-        return torch.from_numpy(self._array[np.asarray(indices), side]), self.labels[torch.as_tensor(indices)]
+        return torch.from_numpy(self.array[np.asarray(indices), side]), self.labels[torch.as_tensor(indices)]
 
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_array": None}
+
+class Means(Cache):
+    """Batches of held-out images."""
+
+    def take(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Means of the posteriors, float32 (B, C, h, w), and labels (B,) int64, at B positions in the split."""
+        return torch.from_numpy(self.array[np.asarray(indices)]), self.labels[torch.as_tensor(indices)]
 
 
 def check(folder: Path, header: dict[str, Any]) -> dict[str, Any]:
@@ -118,14 +143,15 @@ class Writer:
 
     Args:
         folder: created if missing.
-        header: of the cache; its "shape" is (N, 2, M, C, h, w).
+        header: of the cache; its "shape" is that of the array.
     """
 
     def __init__(self, folder: Path, header: dict[str, Any]) -> None:
         self.folder, self.shape = folder, tuple(header["shape"])
         folder.mkdir(parents=True, exist_ok=True)
-        self.row = int(np.prod(self.shape[1:])) * 2  # bytes
-        head = {"descr": np.lib.format.dtype_to_descr(np.dtype("<f2")), "fortran_order": False, "shape": self.shape}
+        self.type = TYPES[header["format"]]
+        self.row = int(np.prod(self.shape[1:])) * self.type.itemsize  # bytes
+        head = {"descr": np.lib.format.dtype_to_descr(self.type), "fortran_order": False, "shape": self.shape}
         self._file = os.open(folder / ARRAY, os.O_RDWR | os.O_CREAT, 0o644)
         with os.fdopen(os.dup(self._file), "r+b") as file:
             np.lib.format.write_array_header_1_0(file, head)  # the same bytes from every process
@@ -138,14 +164,15 @@ class Writer:
 
         Args:
             first: position of the first row.
-            rows: float16 (n, 2, M, C, h, w).
+            rows: (n, ...) of the cache's shape and type.
 
         Raises:
             ValueError: the rows have another shape or type than the cache.
         """
-        if rows.dtype != torch.float16 or tuple(rows.shape[1:]) != self.shape[1:]:
-            raise ValueError(f"rows of {rows.dtype} {tuple(rows.shape)} do not fit into {self.shape}")
-        content, offset = memoryview(rows.contiguous().numpy()).cast("B"), self.start + first * self.row
+        values = rows.contiguous().numpy()
+        if values.dtype != self.type or values.shape[1:] != self.shape[1:]:
+            raise ValueError(f"rows of {values.dtype} {values.shape} do not fit into {self.shape} of {self.type}")
+        content, offset = memoryview(values).cast("B"), self.start + first * self.row
         while content:
             # plain writes report a full disk; through a memory map it would kill the process
             done = os.pwrite(self._file, content, offset)

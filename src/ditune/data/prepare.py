@@ -5,10 +5,8 @@ make lies in one folder, `prepared`: manifest.csv, report.json and latents/. Com
 """
 
 import logging
-import os
 import shutil
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -17,9 +15,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ditune.ahead import ahead
 from ditune.data.benchmark import Benchmark
 from ditune.data.images import ImageDataset
-from ditune.data.latents import HEADER, Latents, Writer, check, expected_header
+from ditune.data.latents import HEADER, TYPES, Latents, Means, Writer, check, expected_header, means_header
 from ditune.data.transforms import from_uint8
 from ditune.data.verify import is_valid, verify
 from ditune.errors import UserError
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PIECE = 256  # images that one process encodes at a time
-BATCH = 32  # images that the autoencoder sees at once
+BATCH, HELD_OUT_BATCH = 32, 128  # images that the autoencoder is given at once; other sizes differ by rounding
 ENCODING = "Free memory of the device, or set autoencoder.tiling=true."
 
 
@@ -80,13 +79,16 @@ def verify_images(dataset: ImageDataset, prepared: Path, policy: str, again: boo
         verify(dataset, path, policy, again)
 
 
-def cache_of(dataset: ImageDataset, autoencoder: "Autoencoder", prepared: Path) -> tuple[Path, dict]:
+def cache_of(
+    dataset: ImageDataset, autoencoder: "Autoencoder", prepared: Path, held_out: bool = False
+) -> tuple[Path, dict]:
     """Folder of the latents of one split, and the header that the cache in it must have.
 
     Args:
         dataset: one split at one resolution.
         autoencoder: that encodes it.
         prepared: folder with the manifest.
+        held_out: only the means of the images as they are, in full precision, instead of what a training needs.
 
     Returns:
         (folder of the cache, expected header).
@@ -103,6 +105,8 @@ def cache_of(dataset: ImageDataset, autoencoder: "Autoencoder", prepared: Path) 
     name = f"{dataset.split or 'all'}_{dataset.resolution}_{autoencoder.name}"
     shape = autoencoder.latent_shape(dataset.resolution)
     header = expected_header(dataset, manifest, autoencoder.latent_fingerprint, shape, autoencoder.moments)
+    if held_out:
+        return prepared / "latents" / f"{name}_means", means_header(header)
     return prepared / "latents" / name, header
 
 
@@ -124,10 +128,23 @@ def cached_latents(dataset: ImageDataset, autoencoder: "Autoencoder", prepared: 
     return Latents(folder, header)
 
 
+def cached_means(dataset: ImageDataset, autoencoder: "Autoencoder", prepared: Path, device: torch.device) -> Means:
+    """The latents of a split that is not trained on, encoded first if they are not there; see `cached_latents`."""
+    folder, header = cache_of(dataset, autoencoder, prepared, held_out=True)
+    if not (folder / HEADER).is_file():
+        encode(dataset, autoencoder, prepared, device, held_out=True)
+    return Means(folder, header)
+
+
 def encode(
-    dataset: ImageDataset, autoencoder: "Autoencoder", prepared: Path, device: torch.device, again: bool = False
+    dataset: ImageDataset,
+    autoencoder: "Autoencoder",
+    prepared: Path,
+    device: torch.device,
+    again: bool = False,
+    held_out: bool = False,
 ) -> None:
-    """Write the latent cache of one split, of images and mirrored images; replace a stale one.
+    """Write the latent cache of one split; replace a stale one.
 
     Processes that start at once share the work. A cache gets its name when it is whole.
 
@@ -137,11 +154,12 @@ def encode(
         prepared: folder with the manifest; gets the cache.
         device: where the autoencoder computes.
         again: encode even if a valid cache is there.
+        held_out: see `cache_of`; else images and mirrored images.
 
     Raises:
         UserError: there is no manifest, no room or no permission, or the latents are not finite.
     """
-    folder, header = cache_of(dataset, autoencoder, prepared)
+    folder, header = cache_of(dataset, autoencoder, prepared, held_out)
     if again:
         shutil.rmtree(folder, ignore_errors=True)
     if _is_cache(folder, header):
@@ -150,19 +168,22 @@ def encode(
     key = f"{header['manifest'][:8]}-{header['autoencoder'][:8]}"
     work_folder = folder.with_name(f".{folder.name}.{key}")
     autoencoder = autoencoder.to(device).eval()
+    if dataset.in_memory:
+        dataset.load()  # once, before threads ask for it
     with writing(folder.parent, "data.prepared"):
         _check_space(folder.parent, work_folder, header)
         writer = Writer(work_folder, header)
 
         def work(i: int) -> None:
             rows, encoded = range(i * PIECE, min((i + 1) * PIECE, len(dataset))), []
-            for batch in _encoded(dataset, rows, autoencoder, device):
+            for batch in _encoded(dataset, rows, autoencoder, device, held_out):
                 encoded.append(batch)
                 progress.advance(len(batch))
             writer.write(rows[0], torch.cat(encoded))
 
         pieces = -(-len(dataset) // PIECE)
-        with meter("encoding latents", len(dataset)) as progress:
+        what = "encoding latents of held-out images" if held_out else "encoding latents"
+        with meter(what, len(dataset)) as progress:
             share(work_folder / "pieces", pieces, work, lambda: _is_cache(folder, header))
         writer.close()
         with locked(folder.with_name(".latents.lock")):
@@ -184,7 +205,7 @@ def _is_cache(folder: Path, header: dict) -> bool:
 
 def _check_space(folder: Path, work_folder: Path, header: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    needed = 2 * int(torch.tensor(header["shape"]).prod())
+    needed = TYPES[header["format"]].itemsize * int(torch.tensor(header["shape"]).prod())
     if (work_folder / "latents.npy").exists():
         needed -= (work_folder / "latents.npy").stat().st_blocks * 512
     free = shutil.disk_usage(folder).free
@@ -196,27 +217,34 @@ def _check_space(folder: Path, work_folder: Path, header: dict) -> None:
 
 
 @torch.inference_mode()
-def _encoded(dataset: ImageDataset, rows: range, autoencoder: "Autoencoder", device: torch.device) -> Iterator[Tensor]:
-    """Moments of images and their mirror images, float16 (n, 2, M, C, h, w), a batch at a time.
+def _encoded(
+    dataset: ImageDataset, rows: range, autoencoder: "Autoencoder", device: torch.device, held_out: bool
+) -> Iterator[Tensor]:
+    """What the cache holds of the images, a batch at a time.
 
     Computed in fp32 at any precision of the training: the rounding would stay in every epoch.
     """
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        decoded = pool.map(lambda i: dataset[i][0], rows)  # goes on while the autoencoder computes
-        while batch := list(islice(decoded, BATCH)):
-            x = from_uint8(torch.stack(batch).to(device))  # (n, 3, R, R)
-            sides = []
-            with memory_for(f"encoding {len(x)} images at once", ENCODING):
-                for side in (x, x.flip(-1)):
-                    found = [part for part in autoencoder.encode(side) if part is not None]
-                    sides.append(torch.stack(found, dim=1))  # (n, M, C, h, w)
-            moments = torch.stack(sides, dim=1).half()  # (n, 2, M, C, h, w)
-            if not torch.isfinite(moments).all():
-                raise UserError(
-                    f"The autoencoder gives numbers that are not finite for one of the images from "
-                    f"{dataset.names[rows[0]]} to {dataset.names[rows[-1]]}. Check its weights."
-                )
-            yield moments.cpu()
+    size = HELD_OUT_BATCH if held_out else BATCH
+    decoded = ahead(lambda i: dataset[i][0], rows, 2 * size)  # goes on while the autoencoder computes
+    while batch := list(islice(decoded, size)):
+        x = from_uint8(torch.stack(batch).to(device))  # (n, 3, R, R)
+        with memory_for(f"encoding {len(x)} images at once", ENCODING):
+            found = autoencoder.encode(x)[0] if held_out else _both_sides(autoencoder, x)
+        if not torch.isfinite(found).all():
+            raise UserError(
+                f"The autoencoder gives numbers that are not finite for one of the images from "
+                f"{dataset.names[rows[0]]} to {dataset.names[rows[-1]]}. Check its weights."
+            )
+        yield found.cpu()
+
+
+def _both_sides(autoencoder: "Autoencoder", x: Tensor) -> Tensor:
+    """Moments of images (n, 3, R, R) and their mirror images, float16 (n, 2, M, C, h, w)."""
+    sides = []
+    for side in (x, x.flip(-1)):
+        found = [part for part in autoencoder.encode(side) if part is not None]
+        sides.append(torch.stack(found, dim=1))  # (n, M, C, h, w)
+    return torch.stack(sides, dim=1).half()
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """A trained network against its base, by one protocol."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,11 @@ class Comparison:
     evaluation: Evaluation
     own: Evaluation | None
     record: Record
+
+    def kept_in(self, store: Path | None) -> "Comparison":
+        """The same, whose images are kept in a folder, so that several processes share the work; see `Evaluation`."""
+        own = None if self.own is None else replace(self.own, store=store)
+        return replace(self, evaluation=replace(self.evaluation, store=store), own=own)
 
     def unknown(self, base: Path | None) -> int:
         """How many networks' images have to be generated: the trained one's, and the base's that no record holds."""

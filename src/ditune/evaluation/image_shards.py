@@ -3,9 +3,8 @@
 import hashlib
 import json
 import shutil
-import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ditune.distributed import rank, world_size
+from ditune.distributed import rank
 from ditune.errors import UserError
 from ditune.evaluation.image_arrays import ArrayImages
+from ditune.evaluation.shared_files import Ranks, SharedFiles
 from ditune.files.atomic import atomic, read_json, write_json
+from ditune.metrics import MetricSuite
+from ditune.metrics.features import BATCHES, Part
 from ditune.progress import meter
 
 __all__ = ["ArrayImages", "ImageShards", "weights_hash"]
-
-WAIT = 0.5  # seconds between two looks for the shards of the other processes
 
 
 def weights_hash(network: nn.Module) -> str:
@@ -41,13 +41,17 @@ class ImageShards:
         header: what the images are of; a folder with another header is refused.
         labels: classes (n,) int64.
         size: images of a shard.
+        ranks: that share the work; None = there is only this process.
 
     Raises:
         UserError: the folder holds other images.
     """
 
-    def __init__(self, folder: Path, header: dict[str, Any], labels: Tensor, size: int) -> None:
+    def __init__(
+        self, folder: Path, header: dict[str, Any], labels: Tensor, size: int, ranks: Ranks | None = None
+    ) -> None:
         self.folder, self.labels, self.size = folder, labels, size
+        self.files = SharedFiles(folder, -(-len(labels) // size), ranks)
         self.fingerprint = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
         path = folder / "header.json"
         if path.is_file() and read_json(path) != json.loads(json.dumps(header)):
@@ -67,32 +71,47 @@ class ImageShards:
         for i in indices:
             shard = i // self.size
             if shard not in shards:
-                shards[shard] = np.load(self._path(shard), allow_pickle=False)
+                shards[shard] = self.files.read(shard)
             images.append(torch.from_numpy(shards[shard][i % self.size]))
         return torch.stack(images), self.labels[indices]
 
     def fill(self, generate: Callable[[list[int]], Tensor]) -> None:
-        """Generate this process's share of the missing images, then wait for the other processes.
+        """Generate this process's share of the images that are missing; `wait` waits for the other shares.
 
         Args:
             generate: numbers of images -> uint8 (B, 3, R, R).
         """
-        count = -(-len(self) // self.size)
-        mine = [shard for shard in range(count) if shard % world_size() == rank() and not self._path(shard).exists()]
-        rows = {shard: list(range(shard * self.size, min((shard + 1) * self.size, len(self)))) for shard in mine}
+        rows = {shard: self._rows(shard) for shard in self.files.missing()}
         with meter("generating images", sum(map(len, rows.values()))) as progress:
             for shard, indices in rows.items():
-                with atomic(self._path(shard)) as temporary, temporary.open("wb") as file:
-                    np.save(file, generate(indices).numpy())
+                self.files.make(shard, lambda indices=indices: generate(indices).numpy())
                 progress.advance(len(indices))
-        self._wait(count)
 
-    def _wait(self, count: int) -> None:
-        """Wait for the shards of all processes."""
-        with meter("waiting for the other processes", count, "shards") as progress:
-            while (there := sum(self._path(shard).exists() for shard in range(count))) < count:
-                progress.update(there)
-                time.sleep(WAIT)
+    def wait(self, indices: Iterable[int] | None = None) -> None:
+        """Wait until images are there.
+
+        Args:
+            indices: their numbers; None = all.
+
+        Raises:
+            UserError: a process has ended that should generate some of them.
+        """
+        self.files.wait(None if indices is None else sorted({i // self.size for i in indices}))
+
+    def features(self, suite: MetricSuite) -> SharedFiles:
+        """Compute this process's share of the extractor's outputs, once the images for it are there.
+
+        Each file has whole batches of the suite, so that every image is in the same batch however many processes there
+        are.
+        """
+        size = BATCHES * suite.batch_size
+        shared = SharedFiles(self.folder / "features", -(-len(self) // size), self.files.ranks)
+        parts = {i: range(i * size, min((i + 1) * size, len(self))) for i in shared.missing()}
+        with meter("extracting features", sum(map(len, parts.values()))) as progress:
+            for i, rows in parts.items():
+                self.wait(rows)
+                shared.make(i, lambda rows=rows: suite.features(Part(self, rows), progress.advance).numpy())
+        return shared
 
     def save_npz(self, path: Path) -> None:
         """The file that ADM's evaluator reads: arr_0 uint8 (n, R, R, 3), arr_1 labels; written shard by shard."""
@@ -102,9 +121,11 @@ class ImageShards:
             with archive.open("arr_0.npy", "w", force_zip64=True) as file:
                 header = {"descr": "|u1", "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_1_0(file, header)
-                for start in range(0, len(self), self.size):
-                    rows = list(range(start, min(start + self.size, len(self))))
-                    file.write(self.__getitems__(rows)[0].permute(0, 2, 3, 1).contiguous().numpy().tobytes())
+                with meter(f"writing {path.name}", len(self)) as progress:
+                    for shard in range(self.files.count):
+                        images = self.__getitems__(self._rows(shard))[0]
+                        file.write(images.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
+                        progress.advance(len(images))
             with archive.open("arr_1.npy", "w") as file:
                 np.save(file, self.labels.numpy())
 
@@ -112,5 +133,5 @@ class ImageShards:
         """Remove the folder."""
         shutil.rmtree(self.folder)
 
-    def _path(self, shard: int) -> Path:
-        return self.folder / f"{shard:06d}.npy"
+    def _rows(self, shard: int) -> list[int]:
+        return list(range(shard * self.size, min((shard + 1) * self.size, len(self))))

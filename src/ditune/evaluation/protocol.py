@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ditune.config.roles import NEUTRAL_IN_PROTOCOLS, significant
 from ditune.data import ImageDataset
 from ditune.distributed import rank
 from ditune.evaluation.image_shards import ImageShards, weights_hash
+from ditune.evaluation.shared_files import ranks_of
 from ditune.files.atomic import read_json, sha256, write_json
 from ditune.generation.generator import ImageGenerator, label_plan
 from ditune.generation.grids import grid, neighbours_sheet
@@ -36,8 +38,8 @@ class Evaluation:
         generator: sampler, steps and guidance, the same before and after a training.
         n: number of images.
         seed: of noise and classes.
-        store: folder that keeps generated images until they are evaluated, so that a stopped evaluation goes on and
-            several processes share the generation; None = memory.
+        store: folder that keeps generated images and their features until they are evaluated, so that a stopped
+            evaluation goes on and several processes share the work; None = memory.
 
     Raises:
         UserError: there are too few images, or too few of the reference, for the metrics.
@@ -88,36 +90,76 @@ class Evaluation:
 
     def generate(self, network: nn.Module) -> Tensor | ImageShards:
         """The protocol's images, (n, 3, R, R) uint8, in memory or as shards in the store."""
-        network.eval()
-        self.suite.extractor.to(next(network.parameters()).device)
-        labels = self.labels()
         if self.store is not None:
-            shards = self.shards(network)
-            shards.fill(lambda rows: self.generator.generate(network, labels[rows], self.seed, rows, fixed_batch=True))
+            shards = self._share(network)
+            shards.wait()
             return shards
+        network.eval()
         with meter("generating images", self.n) as progress:
-            return self.generator.generate(network, labels, self.seed, on_batch=progress.update, fixed_batch=True)
+            done, labels = progress.update, self.labels()
+            return self.generator.generate(network, labels, self.seed, on_batch=done, fixed_batch=True)
+
+    def _share(self, network: nn.Module) -> ImageShards:
+        """This process's share of the images goes into the store."""
+        network.eval()
+        shards, labels = self.shards(network), self.labels()
+        shards.fill(lambda rows: self.generator.generate(network, labels[rows], self.seed, rows, fixed_batch=True))
+        return shards
 
     def shards(self, network: nn.Module) -> ImageShards:
         """Where the store keeps this network's images."""
         header = {"protocol": self.protocol, "network": weights_hash(network)}
         folder = self.store / f"{self.key}_{header['network'][:16]}"
-        return ImageShards(folder, header, self.labels(), self.generator.batch_size)
+        return ImageShards(folder, header, self.labels(), self.generator.batch_size, ranks_of(self.store.parent))
 
-    def __call__(self, network: nn.Module, folder: Path | None = None) -> dict[str, float | int]:
+    def __call__(
+        self, network: nn.Module, folder: Path | None = None, keep_images: bool = True
+    ) -> dict[str, float | int]:
         """Metrics of the network; with `folder`, a grid and the nearest training images go there as PNG.
 
-        Of several processes, only the first one computes metrics; the others get nothing.
+        With a store, all processes generate images and extract features, theirs and the reference's. Only the first
+        one computes metrics; the others get nothing, and leave when their share is done.
+
+        Args:
+            network: the same on all processes, to the bit.
+            folder: see above.
+            keep_images: whether the store still has the images afterwards.
+
+        Raises:
+            UserError: another process has ended before its share was done.
         """
-        images = self.generate(network)
-        return evaluate_images(self.suite, self.reference, images, folder) if rank() == 0 else {}
+        self.suite.extractor.to(next(network.parameters()).device)
+        if self.store is None:
+            images = self.generate(network)
+            return evaluate_images(self.suite, self.reference, images, folder) if rank() == 0 else {}
+        shards = self._share(network)
+        shared, reference = shards.features(self.suite), self.suite.reference(self.reference)
+        if rank() != 0:
+            return {}
+        shared.wait()
+        features = torch.cat([torch.from_numpy(shared.read(i)) for i in range(shared.count)])
+        values = compare(self.suite, self.reference, shards, features, reference, folder)
+        if not keep_images:
+            shards.delete()
+        return values
 
 
 def evaluate_images(
     suite: MetricSuite, reference: ImageDataset, images: Tensor | ImageSet, folder: Path | None
 ) -> dict[str, float | int]:
     """Metrics of images (N, 3, R, R) uint8; with `folder`, grid.png and nearest.png go there."""
-    features, reference_features = suite.features(images), suite.reference(reference)
+    return compare(suite, reference, images, suite.features(images), suite.reference(reference), folder)
+
+
+def compare(
+    suite: MetricSuite,
+    reference: ImageDataset,
+    images: Tensor | ImageSet,
+    features: Tensor,
+    reference_features: Tensor,
+    folder: Path | None,
+) -> dict[str, float | int]:
+    """Metrics by the extractor's outputs (N, D) and (M, D); with `folder`, grid.png and nearest.png go there."""
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         first = list(range(min(SHOWN, len(images))))

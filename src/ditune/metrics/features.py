@@ -2,8 +2,8 @@
 
 import pickle
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ditune.ahead import ahead
 from ditune.errors import UserError
 from ditune.files import atomic
 from ditune.files.needs import Addresses, Need, published_need
@@ -21,6 +22,8 @@ from ditune.memory import memory_for
 from ditune.progress import meter
 
 FEWER = "Set +metrics.judge.batch_size=16, or lower."  # 64 where it is not set
+AHEAD = 8  # batches that are decoded while the extractor computes
+BATCHES = 4  # of the extractor: one process computes so many of a set that several share
 
 
 class ImageSet(Protocol):
@@ -36,6 +39,26 @@ class ImageSet(Protocol):
 
 
 PictureSet = ImageSet  # its earlier name
+
+
+class Part:
+    """Some rows of an image set, read as a set of their own."""
+
+    def __init__(self, images: ImageSet, rows: range) -> None:
+        decode_once(images)
+        self.images, self.rows = images, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        return self.images.__getitems__([self.rows[i] for i in indices])
+
+
+def decode_once(images: Tensor | ImageSet) -> None:
+    """Decode a set that is kept in memory, before several threads ask for it at once."""
+    if getattr(images, "in_memory", False):
+        images.load()
 
 
 class Extractor(Protocol):
@@ -216,7 +239,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 @torch.inference_mode()
-def extract(extractor: nn.Module, images: Tensor | ImageSet, batch_size: int = 64) -> Tensor:
+def extract(
+    extractor: nn.Module,
+    images: Tensor | ImageSet,
+    batch_size: int = 64,
+    advance: Callable[[int], None] | None = None,
+) -> Tensor:
     """Compute features batch by batch, on the extractor's device.
 
     Every batch has `batch_size` rows; the last one is padded. Convolution kernels are chosen by batch size, so without
@@ -226,6 +254,8 @@ def extract(extractor: nn.Module, images: Tensor | ImageSet, batch_size: int = 6
         extractor: see `Extractor`.
         images: uint8 (N, 3, H, W), or a dataset, which is read in its own order.
         batch_size: rows of a batch.
+        advance: told how many images each batch has, by a caller who shows the progress of more than these; None =
+            shown here.
 
     Returns:
         Features (N, D), float32 on the CPU.
@@ -239,12 +269,16 @@ def extract(extractor: nn.Module, images: Tensor | ImageSet, batch_size: int = 6
     weight = next(extractor.parameters(), None)
     device = torch.device("cpu") if weight is None else weight.device
     features = []
-    with meter("extracting features", count) as progress:
-        for start in range(0, count, batch_size):
-            indices = list(range(start, min(start + batch_size, count)))
-            batch = images[indices] if isinstance(images, Tensor) else images.__getitems__(indices)[0]
+
+    def read(rows: range) -> Tensor:
+        return images[list(rows)] if isinstance(images, Tensor) else images.__getitems__(list(rows))[0]
+
+    decode_once(images)
+    batches = (range(start, min(start + batch_size, count)) for start in range(0, count, batch_size))
+    with nullcontext() if advance else meter("extracting features", count) as progress:
+        for batch in ahead(read, batches, AHEAD):
             padding = batch[-1:].expand(batch_size - len(batch), *batch.shape[1:])
             with memory_for(f"the features of {batch_size} images at once", FEWER):
                 features.append(extractor(torch.cat([batch, padding]).to(device))[: len(batch)].cpu())
-            progress.advance(len(indices))
+            (advance or progress.advance)(len(batch))
     return torch.cat(features)  # (N, D)

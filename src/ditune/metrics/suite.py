@@ -3,16 +3,22 @@
 import hashlib
 import json
 import logging
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from ditune.distributed import world_size
 from ditune.errors import UserError
 from ditune.files.atomic import atomic
+from ditune.files.locks import locked, share
 from ditune.metrics.distances import frechet_distance, kid_with_deviation, self_test
-from ditune.metrics.features import Extractor, ImageSet, extract
+from ditune.metrics.features import BATCHES, Extractor, ImageSet, Part, extract
 from ditune.metrics.manifold import density_coverage, precision_recall
 from ditune.metrics.nearest import nearest
 from ditune.progress import meter
@@ -119,9 +125,9 @@ class MetricSuite:
             "nearest_min": distance.min().item(),
         }
 
-    def features(self, images: Tensor | ImageSet) -> Tensor:
-        """Outputs (N, D) of the extractor for uint8 images (N, 3, H, W) or a dataset, computed anew."""
-        return extract(self.extractor, images, self.batch_size)
+    def features(self, images: Tensor | ImageSet, advance: Callable[[int], None] | None = None) -> Tensor:
+        """Outputs (N, D) of the extractor for uint8 images (N, 3, H, W) or a dataset, computed anew; see `extract`."""
+        return extract(self.extractor, images, self.batch_size, advance)
 
     def neighbours(self, images: Tensor, reference: ImageSet, k: int = 4) -> tuple[Tensor, Tensor]:
         """Cosine distances and indices (N, k) of the k nearest reference images of uint8 images (N, 3, H, W)."""
@@ -152,9 +158,33 @@ class MetricSuite:
         if path.exists():
             return read_features(path, header)
         log.info("Features of %d reference images are computed once, into %s.", len(images), path)
+        if world_size() > 1:
+            self._share(images, path, header)
+            return read_features(path, header)
         features = self.features(images)
         write_features(path, features, header)
         return features
+
+    def _share(self, images: ImageSet, path: Path, header: dict[str, str | int]) -> None:
+        """Write the features of a dataset together with the other processes, in whole batches as one process does."""
+        folder, size = path.with_name(f".{path.stem}"), BATCHES * self.batch_size
+        count = -(-len(images) // size)
+
+        def file(i: int) -> Path:
+            return folder / f"{i:06d}.npy"
+
+        def work(i: int) -> None:
+            part = Part(images, range(i * size, min((i + 1) * size, len(images))))
+            with atomic(file(i)) as temporary, temporary.open("wb") as stream:
+                np.save(stream, self.features(part, progress.advance).numpy())
+
+        with meter("extracting features of the reference", len(images)) as progress:
+            share(folder, count, work, path.exists)
+        with locked(self.cache / ".lock"):
+            if not path.exists():
+                parts = [torch.from_numpy(np.load(file(i), allow_pickle=False)) for i in range(count)]
+                write_features(path, torch.cat(parts), header)
+            shutil.rmtree(folder, ignore_errors=True)  # a late process may have made it again
 
 
 def content_hash(features: Tensor) -> str:

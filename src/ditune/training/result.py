@@ -49,7 +49,7 @@ class RunRecord:
 
     def __enter__(self) -> "RunRecord":
         self._start = time.perf_counter()
-        self._write()
+        self.write()
         return self
 
     @property
@@ -93,7 +93,7 @@ class RunRecord:
                 self.values["seconds"] = {"fit": self.fit_seconds}
             text = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
             self.values |= {"status": "failed", "error": text}
-        self._write()
+        self.write()
         self.at_end(self.values, 1 if self.status == "failed" else self.exit_code)
         return handled
 
@@ -106,7 +106,8 @@ class RunRecord:
         stopped = self.status == "stopped" and self.writes and self.stop.stopped_by is not None
         return 128 + self.stop.stopped_by if stopped else 0
 
-    def _write(self) -> None:
+    def write(self) -> None:
+        """Bring result.json up to date, if this process speaks for all."""
         if self.writes:
             write_json(self.path, self.values)
 

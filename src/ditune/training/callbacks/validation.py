@@ -9,8 +9,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
-from ditune.data import ImageDataset
-from ditune.evaluation.denoising_loss import denoising_loss
+from ditune.evaluation.denoising_loss import HeldOutLoss
 from ditune.generation.generator import ImageGenerator
 from ditune.metrics import MetricSuite
 from ditune.metrics.names import family
@@ -34,24 +33,6 @@ class Measure(Protocol):
     def __call__(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, float]: ...
 
 
-class EvenlySpread:
-    """A few images of a dataset, evenly spread: a dataset is sorted by class, and its first images are of one class.
-
-    Args:
-        images: the dataset.
-        n: number of images, at most.
-    """
-
-    def __init__(self, images: ImageDataset, n: int):
-        self.images, self.rows = images, evenly_spread(len(images), n)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        return self.images.__getitems__([self.rows[i] for i in indices])
-
-
 def evenly_spread(count: int, n: int) -> list[int]:
     """`n` of the numbers 0..count-1, or all if there are no more."""
     n = min(n, count)
@@ -59,26 +40,19 @@ def evenly_spread(count: int, n: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class HeldOutLoss:
-    """The loss on held-out images, each time at the same timesteps with the same noise; see `denoising_loss`.
-
-    All processes compute it, so that it may share the images among them.
+class MeasuredLoss:
+    """The loss on held-out images, each time at the same timesteps with the same noise; all processes share it.
 
     Args:
         every_n_steps: steps between two measurements.
-        images: not trained on.
-        seed: of timesteps, noise and label drop.
-        bf16: the network runs under bf16 autocast.
+        loss: of any network.
     """
 
     every_n_steps: int
-    images: EvenlySpread
-    seed: int
-    bf16: bool
+    loss: HeldOutLoss
 
     def __call__(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, float]:
-        arguments = (module.objective, module.autoencoder, self.images, self.seed, self.bf16)
-        return {LOSS: denoising_loss(module.network, *arguments)}
+        return {LOSS: self.loss(module.network)}
 
 
 @dataclass(frozen=True)
@@ -185,7 +159,7 @@ class Validation(Callback):
         """
         if self.patience is None or self.best is None:
             return
-        source = next(m for m in self.measures if isinstance(m, HeldOutLoss) == (self.best.metric == LOSS))
+        source = next(m for m in self.measures if isinstance(m, MeasuredLoss) == (self.best.metric == LOSS))
         waited = (trainer.global_step - self.best.step) // source.every_n_steps
         if waited < self.patience or trainer.global_step == trainer.max_steps:
             return
