@@ -57,7 +57,7 @@ def series(monkeypatch):
 
     def of(values: list[float]) -> list[float]:
         left = iter(values)
-        monkeypatch.setattr(validation, "denoising_loss", lambda *_: next(left))
+        monkeypatch.setattr(validation.MeasuredLoss, "__call__", lambda *_: {"loss": next(left)})
         return values
 
     return of
