@@ -9,6 +9,7 @@ the pages of the file itself, which belong to the system.
 
 import logging
 import math
+import mmap
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -25,6 +26,7 @@ from ditune.progress import meter
 log = logging.getLogger(__name__)
 
 WINDOWS = 20  # parts of a large file; it takes a tenth of a second to open one of DiT-XL/2
+PAGES = 1 << 20  # bytes from which a tensor has pages of its own
 SKIPPED = 5  # names of objects that are listed
 
 
@@ -97,4 +99,17 @@ def _copy(name: str, value: Tensor | Composed, source: Source) -> Tensor:
     tensor = value.make() if isinstance(value, Composed) else value
     if not tensor.is_floating_point():
         raise UserError(f"{source.path} holds whole numbers as {name}. Give the file before its quantisation.")
-    return torch.empty(tensor.shape, dtype=torch.float32).copy_(tensor)
+    return _memory(tensor.shape).copy_(tensor)
+
+
+def _memory(shape: torch.Size) -> Tensor:
+    """An fp32 tensor of this shape, whose memory goes back to the system with it.
+
+    The C library keeps memory that it has handed out in pieces of up to 32 MB, and frozen weights go soon: they are
+    converted to bf16, or moved to a GPU.
+    """
+    size = 4 * math.prod(shape)
+    if size < PAGES:
+        return torch.empty(shape)
+    own = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(own, dtype=torch.float32).view(shape)
