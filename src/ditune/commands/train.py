@@ -17,7 +17,7 @@ from ditune.config.grammar import resolved
 from ditune.config.hardware import settle
 from ditune.config.instantiate import instantiate, refuse_missing
 from ditune.config.keys import check
-from ditune.config.roles import job_hash
+from ditune.config.roles import job_hash, job_identity
 from ditune.config.training import build_module, build_outlook, build_trainer, open_loggers, processes_of, resume_key
 from ditune.data import ImageDataset
 from ditune.data.stream import ImageStream
@@ -53,8 +53,8 @@ def train(cfg: DictConfig) -> int:
 
 
 def _train(cfg: DictConfig, folder: Path) -> int:
-    key = job_hash(cfg)  # of what was asked for, before the machine decides
-    if in_sweep() and has_finished(folder, key):
+    hashes = job_hash(cfg), job_identity(cfg)  # of what was asked for, before the machine decides
+    if in_sweep() and has_finished(folder, *hashes):
         log.info("%s already holds the result of this config", folder)
         return 0
     settle(cfg, newest_checkpoint(folder / "checkpoints") if cfg.resume else None)
@@ -91,7 +91,7 @@ def _train(cfg: DictConfig, folder: Path) -> int:
     def close(failed: bool) -> None:
         close_loggers(trainer, failed)
 
-    with RunRecord(folder, describe(c, key), resumed.seconds, stop, first, close) as record:
+    with RunRecord(folder, describe(c, *hashes), resumed.seconds, stop, first, close) as record:
         open_loggers(cfg, trainer, folder, resumed.step, c)
         if cfg.compile:
             module.network.compile_blocks()

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -13,6 +14,8 @@ from pathlib import Path
 
 from ditune.errors import UserError
 from ditune.progress import meter
+
+log = logging.getLogger(__name__)
 
 LARGE = 100_000_000  # bytes from which reading shows its progress
 BLOCK = 1 << 24
@@ -99,6 +102,24 @@ def read_json(path: Path | str) -> dict:
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object. Copy it again, or delete it to make a new one.")
     return content
+
+
+def read_or_set_aside(path: Path | str) -> dict:
+    """Content of a JSON file that can be written again; {} if there is none.
+
+    A damaged one is renamed to <name>.damaged, and a warning says so.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return {}
+    try:
+        return read_json(path)
+    except UserError as error:
+        aside = path.with_name(f"{path.name}.damaged")
+        with suppress(FileNotFoundError):  # another rank was faster
+            os.replace(path, aside)
+        log.warning("%s It is kept as %s.", str(error).partition(" Copy it")[0], aside.name)
+        return {}
 
 
 def sha256(path: Path | str) -> str:

@@ -59,7 +59,7 @@ class ProcessTreeLauncher(Launcher):
 
     def _job(self, overrides: list[str], gpus: int) -> "Job":
         from ditune.config.keys import check
-        from ditune.config.roles import job_hash
+        from ditune.config.roles import job_hash, job_identity
         from ditune.errors import UserError
         from ditune.launch.jobs import Job, needs
 
@@ -67,7 +67,7 @@ class ProcessTreeLauncher(Launcher):
         try:
             cfg = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
             check(cfg)
-            job.key = job_hash(cfg)
+            job.key, job.identity = job_hash(cfg), job_identity(cfg)
             job.dry_run = cfg.dry_run
             trainer = cfg.trainer
             job.processes, job.on_gpu = needs(
@@ -78,14 +78,14 @@ class ProcessTreeLauncher(Launcher):
         return job
 
     def _returned(self, job: "Job", failed: int, count: int) -> JobReturn:
-        from ditune.files.atomic import read_json
-
         returned = JobReturn()
         returned.overrides = job.overrides
         if job.succeeded:
             returned.status = JobStatus.COMPLETED
             if job.status == "planned":
                 return returned
+            from ditune.files.atomic import read_json
+
             result = OmegaConf.create(read_json(job.folder / "result.json"))
             returned.return_value = OmegaConf.select(result, self.objective) if self.objective else None
         else:
