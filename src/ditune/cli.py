@@ -2,9 +2,11 @@
 
 import logging
 import os
+import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 
@@ -17,7 +19,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ditune.config.keys import check
 from ditune.config.overrides import current, explain
+from ditune.config.swept import held_back, is_sweep
 from ditune.errors import PLACES, UserError, fail, refusal
+from ditune.progress import is_first_rank
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = str(ROOT / "configs")
@@ -68,12 +72,45 @@ def entry_point(name: str, folder: str = CONFIGS) -> Callable[[Callable[[DictCon
 
         def start() -> None:
             prepare()
-            sys.argv[1:] = map(current, sys.argv[1:])
-            with_sentences(main, folder, name)
+            sys.argv[1:] = [current(argument, name) for argument in sys.argv[1:]]
+            sys.argv[1:] += quiet(sys.argv[1:])
+            with stoppable(is_sweep(sys.argv[1:])):
+                with_sentences(main, folder, name)
 
         return start
 
     return command
+
+
+def quiet(arguments: Sequence[str]) -> list[str]:
+    """Further arguments of a rank that torchrun or Slurm has started: the first one alone writes .hydra and the log."""
+    if is_first_rank() or any(argument.startswith("hydra.job.name=") for argument in arguments):
+        return []  # Lightning and the launcher of sweeps have given them to their ranks
+    number = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or os.environ.get("LOCAL_RANK")
+    return ["hydra.output_subdir=null", f"hydra.job.name=rank_{number}"]
+
+
+@contextmanager
+def stoppable(sweep: bool) -> Iterator[None]:
+    """Ctrl-C ends the command inside with a sentence and 130; SIGTERM a sweep likewise, with 143.
+
+    Args:
+        sweep: whether it is one; a sweep whose jobs have begun ends by itself.
+    """
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt(number)
+
+    previous = signal.signal(signal.SIGTERM, interrupt) if sweep else None
+    try:
+        yield
+    except KeyboardInterrupt as stopped:
+        text = "Stopped while the jobs of the sweep were composed; none has begun." if sweep else "Stopped."
+        sys.stderr.write(f"\n{text}\n")
+        sys.exit(128 + (stopped.args or (signal.SIGINT,))[0])
+    finally:
+        if previous is not None:
+            signal.signal(signal.SIGTERM, previous)
 
 
 FULL_ERROR = "HYDRA_FULL_ERROR"  # at 1 Hydra raises what is wrong with a config, instead of printing it over ten lines
@@ -83,7 +120,7 @@ _raising = False  # while it is our setting of that variable, not the user's
 def with_sentences(main: Callable[[], None], folder: str, name: str) -> None:
     """Run Hydra's `main`; what keeps it from composing a config becomes a sentence of ours."""
     global _raising
-    if os.environ.get(FULL_ERROR) == "1":
+    if os.environ.get(FULL_ERROR) == "1" and not _raising:
         return main()
     os.environ[FULL_ERROR], _raising = "1", True
     try:
@@ -93,6 +130,9 @@ def with_sentences(main: Callable[[], None], folder: str, name: str) -> None:
             raise  # the config was composed, and this is none of its mistakes
         if isinstance(error, OmegaConfBaseException):
             fail(config_error(error))
+        if (arguments := held_back(error, sys.argv[1:])) is not None:
+            sys.argv[1:] = arguments
+            return with_sentences(main, folder, name)
         overrides = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
         fail(explain(error, folder, name, overrides))
     finally:

@@ -37,6 +37,7 @@ class ProcessTreeLauncher(Launcher):
         from ditune.errors import UserError
         from ditune.launch.jobs import of_the_job, place
         from ditune.launch.sweep import Sweep, show_summary, visible_gpus
+        from ditune.progress import meter
 
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         folder = Path(self.config.hydra.sweep.dir).resolve()
@@ -45,7 +46,10 @@ class ProcessTreeLauncher(Launcher):
         jobs: list[Job] = []
         sweep = Sweep(folder, Path(sys.argv[0]).resolve(), gpus, self.gpus_per_job, self.slots)
         try:
-            jobs += (self._job([*overrides, *common], len(gpus)) for overrides in job_overrides)
+            with meter("composing the jobs", len(job_overrides), "jobs") as progress:
+                for overrides in job_overrides:
+                    jobs.append(self._job([*overrides, *common], len(gpus)))
+                    progress.advance()
             composed()
             place(jobs, folder)
             sweep.run(jobs)
