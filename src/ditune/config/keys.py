@@ -247,6 +247,7 @@ APART = {
         Key("classes", str, many=True, null=True),
     ),
     "evaluate": (
+        Key("runs", str, null=True),
         Key("images", str, null=True),
         Key("npz", str, null=True),
         Key("metrics_of", str),

@@ -71,7 +71,7 @@ class Sweep:
             UserError: another sweep runs in the folder.
             Stopped: by Ctrl-C or SIGTERM; the jobs have saved checkpoints, and the same command resumes them.
         """
-        with alone(self.folder / LOCK, *SWEEP), _terminable():
+        with alone(self.folder / LOCK, *SWEEP), terminable():
             try:
                 while any(job.status == "waiting" for job in jobs) or self.running:
                     self._start(jobs)
@@ -192,8 +192,8 @@ class Stopped(KeyboardInterrupt):
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM ends the sweep as Ctrl-C does."""
+def terminable() -> Iterator[None]:
+    """Ctrl-C and SIGTERM raise Stopped inside."""
 
     def interrupt(number: int, frame: object) -> None:
         raise Stopped(number)
