@@ -1,4 +1,4 @@
-"""Judge: `python src/evaluate.py run=<folder>` judges a run again, sweep=<folder> those of a sweep; and see its config."""
+"""Judge: `python src/evaluate.py run=<folder>` judges a run again, sweep=<folder> those of a sweep; see its config."""
 
 from omegaconf import DictConfig
 

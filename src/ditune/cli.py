@@ -65,6 +65,7 @@ def entry_point(name: str, folder: str = CONFIGS) -> Callable[[Callable[[DictCon
         @wraps(work)  # Hydra names the job by the file of `work`
         def task(cfg: DictConfig) -> None:
             composed()
+            number_as_torchrun()
             reported(lambda: check(cfg, name), traceback=False)
             reported(lambda: work(cfg), cfg.traceback)
 
@@ -88,6 +89,14 @@ def quiet(arguments: Sequence[str]) -> list[str]:
         return []  # Lightning and the launcher of sweeps have given them to their ranks
     number = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or os.environ.get("LOCAL_RANK")
     return ["hydra.output_subdir=null", f"hydra.job.name=rank_{number}"]
+
+
+def number_as_torchrun() -> None:
+    """Of several tasks that srun has started, each gets its numbers by torchrun's names, which all parts read."""
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if "RANK" not in os.environ and int(tasks) > 1:
+        numbers = {"RANK": os.environ["SLURM_PROCID"], "LOCAL_RANK": os.environ.get("SLURM_LOCALID", "0")}
+        os.environ.update(numbers, WORLD_SIZE=tasks)
 
 
 @contextmanager
@@ -149,7 +158,8 @@ def composed() -> None:
 
 def config_error(error: OmegaConfBaseException) -> str:
     """What OmegaConf found wrong, as a sentence."""
-    return f"The config is wrong: {str(error).splitlines()[0]}."
+    text = str(error).splitlines()[0].removeprefix("ValueError raised while resolving interpolation: ")
+    return f"The config is wrong: {text}."
 
 
 def message(error: Exception, places: str = PLACES) -> str | None:
