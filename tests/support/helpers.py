@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ditune import cli
 from ditune.config.components import build_components
 from ditune.config.grammar import hydra_value
+from ditune.config.overrides import current
 from ditune.training.checkpoint_io import newest_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -66,6 +67,7 @@ def compose_command(command: str, folder: Path) -> DictConfig:
     _, script, *arguments = shlex.split(re.sub(r"<[^<>]+>", str(folder), command))
     assert (ROOT / script).is_file(), script
     overrides = [re.sub(r"(=[^\[,]*),.*", r"\1", argument) for argument in arguments if argument != "-m"]
+    overrides = [current(override, Path(script).stem) for override in overrides]
     cli.prepare()
     configs = cli.REPORT_CONFIGS if "report" in script else cli.CONFIGS
     with hydra.initialize_config_dir(configs, version_base="1.3"):

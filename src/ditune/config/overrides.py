@@ -96,14 +96,14 @@ def _did_you_mean(near: Sequence[str]) -> str:
 
 
 def nearest(key: str, known: Sequence[str]) -> list[str]:
-    """The keys that were most likely meant: of the same parent, of the same last part, or else of similar letters."""
+    """The keys that were most likely meant: of the same last part, of the same parent, or else of similar letters."""
     known = [name for name in known if name.startswith("hydra.") == key.startswith("hydra.")]
     parent, _, last = key.rpartition(".")
     siblings = [name for name in known if name.rpartition(".")[0] == parent]
-    if parent and (near := get_close_matches(key, siblings, n=1, cutoff=1 - 0.4 * len(last) / len(key))):
-        return near
     if same := [name for name in known if name.rpartition(".")[2] == last]:
         return same[:3]
+    if parent and (near := get_close_matches(key, siblings, n=1, cutoff=1 - 0.4 * len(last) / len(key))):
+        return near
     if parent in known:
         return [] if siblings else [parent]
     if near := get_close_matches(key, known, n=1):

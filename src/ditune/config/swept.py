@@ -63,7 +63,7 @@ def swept_groups(overrides: Sequence[Override], folder: str) -> dict[str, list[s
 
 def of_the_sweep(arguments: Sequence[str], params: Sequence[str]) -> list[Override]:
     """The overrides of all jobs: those of the sweeper's config, and after them those of the command line."""
-    texts = [*params, *(argument for argument in arguments if not argument.startswith("-"))]
+    texts = [*params, *(text for text in arguments if text[0] != "-" and ("=" in text or text[0] == "~"))]
     return list({override.get_key_element(): override for override in parsed(texts)}.values())
 
 

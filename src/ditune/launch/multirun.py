@@ -9,6 +9,7 @@ from pathlib import Path
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -73,7 +74,10 @@ def share_a_folder(config: DictConfig, overrides: dict[str, Override]) -> bool:
         return False
     names: dict[str, set[str]] = {}
     for option in options_of(overrides[group]):
-        data = _composed(config, [f"{group}={option}"]).data
+        try:
+            data = _composed(config, [f"{group}={option}"]).data
+        except HydraException:
+            return False  # a wrong option: composing the jobs says so in a sentence
         if "root" in data and "pictures" in data:
             data.root = values[0].strip("'\"")
             names.setdefault(str(data.prepared), set()).add(data.name)
