@@ -2,9 +2,11 @@
 
 import logging
 import os
+import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 
@@ -17,9 +19,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ditune.config.keys import check
 from ditune.config.overrides import current, explain
+from ditune.config.swept import held_back, is_sweep
 from ditune.errors import PLACES, UserError, fail, refusal
 from ditune.files.atomic import keep_hashes_in
 from ditune.memory import is_out_of_memory, shortage
+from ditune.progress import is_first_rank
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = str(ROOT / "configs")
@@ -63,6 +67,7 @@ def entry_point(name: str, folder: str = CONFIGS) -> Callable[[Callable[[DictCon
         @wraps(work)  # Hydra names the job by the file of `work`
         def task(cfg: DictConfig) -> None:
             composed()
+            number_as_torchrun()
             reported(lambda: check(cfg, name), traceback=False)
             keep_hashes_in(Path(cfg.paths.cache_dir) / "hashes" if "paths" in cfg else None)
             reported(lambda: work(cfg), cfg.traceback)
@@ -71,12 +76,53 @@ def entry_point(name: str, folder: str = CONFIGS) -> Callable[[Callable[[DictCon
 
         def start() -> None:
             prepare()
-            sys.argv[1:] = map(current, sys.argv[1:])
-            with_sentences(main, folder, name)
+            sys.argv[1:] = [current(argument, name) for argument in sys.argv[1:]]
+            sys.argv[1:] += quiet(sys.argv[1:])
+            with stoppable(is_sweep(sys.argv[1:])):
+                with_sentences(main, folder, name)
 
         return start
 
     return command
+
+
+def quiet(arguments: Sequence[str]) -> list[str]:
+    """Further arguments of a rank that torchrun or Slurm has started: the first one alone writes .hydra and the log."""
+    if is_first_rank() or any(argument.startswith("hydra.job.name=") for argument in arguments):
+        return []  # Lightning and the launcher of sweeps have given them to their ranks
+    number = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or os.environ.get("LOCAL_RANK")
+    return ["hydra.output_subdir=null", f"hydra.job.name=rank_{number}"]
+
+
+def number_as_torchrun() -> None:
+    """Of several tasks that srun has started, each gets its numbers by torchrun's names, which all parts read."""
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if "RANK" not in os.environ and int(tasks) > 1:
+        numbers = {"RANK": os.environ["SLURM_PROCID"], "LOCAL_RANK": os.environ.get("SLURM_LOCALID", "0")}
+        os.environ.update(numbers, WORLD_SIZE=tasks)
+
+
+@contextmanager
+def stoppable(sweep: bool) -> Iterator[None]:
+    """Ctrl-C ends the command inside with a sentence and 130; SIGTERM a sweep likewise, with 143.
+
+    Args:
+        sweep: whether it is one; a sweep whose jobs have begun ends by itself.
+    """
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt(number)
+
+    previous = signal.signal(signal.SIGTERM, interrupt) if sweep else None
+    try:
+        yield
+    except KeyboardInterrupt as stopped:
+        text = "Stopped while the jobs of the sweep were composed; none has begun." if sweep else "Stopped."
+        sys.stderr.write(f"\n{text}\n")
+        sys.exit(128 + (stopped.args or (signal.SIGINT,))[0])
+    finally:
+        if previous is not None:
+            signal.signal(signal.SIGTERM, previous)
 
 
 FULL_ERROR = "HYDRA_FULL_ERROR"  # at 1 Hydra raises what is wrong with a config, instead of printing it over ten lines
@@ -86,7 +132,7 @@ _raising = False  # while it is our setting of that variable, not the user's
 def with_sentences(main: Callable[[], None], folder: str, name: str) -> None:
     """Run Hydra's `main`; what keeps it from composing a config becomes a sentence of ours."""
     global _raising
-    if os.environ.get(FULL_ERROR) == "1":
+    if os.environ.get(FULL_ERROR) == "1" and not _raising:
         return main()
     os.environ[FULL_ERROR], _raising = "1", True
     try:
@@ -96,6 +142,9 @@ def with_sentences(main: Callable[[], None], folder: str, name: str) -> None:
             raise  # the config was composed, and this is none of its mistakes
         if isinstance(error, OmegaConfBaseException):
             fail(config_error(error))
+        if (arguments := held_back(error, sys.argv[1:])) is not None:
+            sys.argv[1:] = arguments
+            return with_sentences(main, folder, name)
         overrides = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
         fail(explain(error, folder, name, overrides))
     finally:
@@ -112,7 +161,8 @@ def composed() -> None:
 
 def config_error(error: OmegaConfBaseException) -> str:
     """What OmegaConf found wrong, as a sentence."""
-    return f"The config is wrong: {str(error).splitlines()[0]}."
+    text = str(error).splitlines()[0].removeprefix("ValueError raised while resolving interpolation: ")
+    return f"The config is wrong: {text}."
 
 
 def message(error: Exception, places: str = PLACES) -> str | None:

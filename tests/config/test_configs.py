@@ -205,7 +205,7 @@ ALLOWED = {
         "metrics",
         "objectives",
     },
-    "launch": {*GROUND, "config.grammar", "config.keys", "config.roles"},
+    "launch": {*GROUND, "config.grammar", "config.keys", "config.roles", "config.swept"},
     "report": {*GROUND, "config.roles", "generation.grids", "metrics.names"},
     "training": {
         *GROUND,

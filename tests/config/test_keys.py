@@ -238,7 +238,7 @@ def test_what_refers_to_a_whole_float_is_whole_too(tmp_path):
 
 
 def test_keys_that_a_user_adds_are_left_to_what_is_built_of_them(tmp_path):
-    check(compose(tmp_path, "+peft.unknown=high", "+trainer.num_nodes=2", "+mine.of.mine=[1,a]"))
+    check(compose(tmp_path, "+peft.unknown=high", "+trainer.num_sanity_val_steps=2", "+mine.of.mine=[1,a]"))
 
 
 def test_values_are_refused_from_python_too(small, tmp_path):

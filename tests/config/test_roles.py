@@ -1,8 +1,11 @@
 """Which keys decide what, and that a new key with a neutral value invalidates nothing."""
 
+from functools import cache
+
 import pytest
 from omegaconf import OmegaConf
 
+from ditune import data
 from ditune.config import roles
 from ditune.config.components import build_components
 from ditune.config.roles import ROLES, Decides, Role, job_hash, significant
@@ -53,6 +56,67 @@ def test_what_decides_nothing_changes_no_hash(tmp_path):
         assert hash_of(tmp_path, f"~experiment peft=full {override}") == known, override
     for override in ("seed=1", "max_steps=7", "metrics.n=3", "sampler.steps=2", "trainer.precision=32-true"):
         assert hash_of(tmp_path, f"~experiment peft=full {override}") != known, override
+
+
+# Of experiment=dit_moe_b_imagenet256: balance=batch would make the first three count.
+KEEPS = (
+    *("trainer.devices=4", "trainer.num_nodes=2", "trainer.accumulate_grad_batches=2"),
+    *("trainer=ddp", "trainer=cpu", "trainer.log_every_n_steps=7", "compile=true", "gradient_checkpointing=true"),
+    *("data.num_workers=9", "data.root=/elsewhere", "data.prepared=/there", "data.pictures.in_memory=true"),
+    *("paths.root_dir=/moved", "paths.data_dir=/disk", "paths.cache_dir=/scratch", "logger=wandb", "tags=[a]"),
+    *("callbacks.samples.every_n_steps=9", "callbacks.checkpoint.every_n_steps=9", "callbacks.checkpoint.keep=1"),
+    *("callbacks.routing.every_n_steps=9", "sampler.batch_size=7", "sweep_name=a", "resume=auto"),
+)
+CHANGES = (
+    *("seed=1", "batch_size=8", "max_steps=7", "trainer.precision=32-true", "trainer.gradient_clip_val=2"),
+    *("data.resolution=128", "data.flip=false", "data.pictures.split=null", "data.latents=false", "data=food101"),
+    *("metrics.n=3", "sampler.steps=2", "callbacks.samples.n=3", "optimizer.lr=1", "ema.decay=0.5", "peft.lr=1"),
+    *("pretrained=/a/network.safetensors", "name=other"),
+)
+
+
+def identity_of(tmp_path, *overrides):
+    """Groups are composed; keys are set in what was composed, which is much faster."""
+    groups = [text for text in overrides if text[0] == "~" or (ROOT / "configs" / text.partition("=")[0]).is_dir()]
+    cfg = composed(tmp_path, *groups).copy()
+    OmegaConf.set_struct(cfg, False)
+    for text in overrides:
+        if text not in groups:
+            cfg.merge_with_dotlist([text])
+    return roles.job_identity(cfg)
+
+
+@cache
+def composed(tmp_path, *groups):
+    return compose(tmp_path, *groups)
+
+
+def test_what_changes_no_result_starts_no_job_again(tmp_path):
+    known = identity_of(tmp_path, "experiment=difffit_cub")
+    for override in KEEPS:
+        assert identity_of(tmp_path, "experiment=difffit_cub", override) == known, override
+    for override in CHANGES:
+        assert identity_of(tmp_path, "experiment=difffit_cub", override) != known, override
+    patterns = [pattern for pattern in (*roles.SAME_RESULT, *roles.OF_PUBLISHED) if "*" not in pattern]
+    assert {pattern.partition(".")[0] for pattern in patterns} <= set(ROLES)
+
+
+def test_a_loss_of_micro_batches_knows_their_size(tmp_path):
+    """balance=batch is of the micro-batch; balance=global is not. A folder of one's own is known by its place."""
+    for scope, same in (("batch", False), ("global", True)):
+        chosen = ("~experiment", "model=dit_moe", "network=tiny_moe", f"balance={scope}")
+        known = identity_of(tmp_path, *chosen)
+        for override in KEEPS[:3]:
+            assert (identity_of(tmp_path, *chosen, override) == known) is same, (scope, override)
+    folders = {identity_of(tmp_path, "~experiment", "data=folder", f"data.root=/x/{name}") for name in "ab"}
+    assert len(folders) == 2
+
+
+def test_published_datasets_are_those_of_the_package():
+    classes = [value for value in vars(data).values() if isinstance(value, type) and issubclass(value, data.Benchmark)]
+    assert sorted(roles.PUBLISHED) == sorted(
+        f"ditune.data.{cls.__name__}" for cls in classes if cls is not data.Benchmark
+    )
 
 
 def test_a_run_goes_on_under_the_same_key(tmp_path, pictures, monkeypatch):

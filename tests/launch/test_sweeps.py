@@ -13,19 +13,23 @@ import hydra
 import pytest
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from ditune import cli
+from ditune.commands.evaluate_sweep import evaluate_sweep
 from ditune.config.roles import job_hash
+from ditune.config.swept import held_back, joined, lacking
 from ditune.errors import UserError
 from ditune.files.locks import alone
 from ditune.launch.jobs import Job, needs, of_the_job, place
 from ditune.launch.sweep import Stopped, Sweep, show_summary
 from ditune.launch.trees import Tree
-from helpers import ROOT, SMALL, compose
+from helpers import ROOT, SMALL, compose, task
+from miniatures import MINIATURES
 
 
 def processes(text: str) -> list[int]:
@@ -181,6 +185,71 @@ def test_places_are_kept(tmp_path):
     assert [job.status for job in jobs] == ["waiting", "waiting", "skipped", "waiting", "refused"]
 
 
+def test_places_are_found_by_what_changes_the_result(tmp_path):
+    """Runs 0 and 1 are of one identity and two configs, 2 is of an earlier version; 3 is damaged, 4 has no result."""
+    runs = [("x", "A", "finished"), ("y", "A", "finished"), ("old", None, "finished")]
+    for k, (key, identity, status) in enumerate(runs):
+        (tmp_path / str(k)).mkdir()
+        result = {"config_hash": key, "status": status} | ({"job_identity": identity} if identity else {})
+        (tmp_path / str(k) / "result.json").write_text(json.dumps(result))
+    for k in "34":
+        (tmp_path / k / "checkpoints").mkdir(parents=True)
+    (tmp_path / "3" / "result.json").write_text('{"status": "fin')
+    noted = [{"folder": k, "config_hash": key, "status": "killed"} for k, key in (("3", "hurt"), ("4", "gone"))]
+    (tmp_path / "summary.json").write_text(json.dumps({"jobs": noted}))
+    pairs = [("y", "A"), ("new", "A"), ("old", "B"), ("gone", "C"), ("hurt", "D"), ("more", "A"), ("none", "E")]
+    jobs = [Job([], key, identity=identity) for key, identity in pairs]
+    place(jobs, tmp_path)
+    assert [job.folder.name for job in jobs] == ["1", "0", "2", "4", "3", "5", "6"]
+    assert [job.status for job in jobs] == ["skipped"] * 3 + ["waiting"] * 4
+    assert (tmp_path / "3" / "result.json.damaged").is_file()
+    assert not (tmp_path / "3" / "result.json").exists()
+
+
+TABLE = [
+    "difffit_food101",
+    "difffit_sun397",
+    "difffit_df20m_mini",
+    "difffit_caltech101",
+    "difffit_cub",
+    "difffit_artbench10",
+]
+
+
+def test_experiments_name_a_sweep(tmp_path):
+    group = compose(tmp_path, "logger=wandb", "sweep_name=a+b").logger.group
+    assert group == "a+b"
+    assert compose(tmp_path, "logger=wandb").logger.group == "emoji"  # of a single run, as ever
+    assert joined(["difffit_flowers102", "difffit_cub", "difffit_cub"]) == "difffit_cub+difffit_flowers102"
+    many = joined(TABLE)
+    assert many.startswith("difffit_artbench10+5_others-")
+    assert joined(TABLE[::-1]) == many != joined([*TABLE[1:], "difffit_flowers102"])
+
+
+def test_the_sweeps_config_leaves_to_its_jobs_what_it_lacks():
+    error = HydraException("Could not override 'data.root'.\nTo append to your config use +data.root=/a")
+    given = ["-m", "experiment=difffit_cub,difffit_flowers102", "data.root=/a", "seed=0"]
+    changed = held_back(error, given)
+    assert changed == [*given[:2], "data.root=choice(/a)", "seed=0"]
+    assert held_back(error, changed) is None  # then the jobs have refused it
+    assert held_back(error, given[1:]) is None  # no sweep
+    assert held_back(HydraException("Could not find 'data/cup'"), given) is None
+
+
+@pytest.mark.parametrize(
+    ("swept", "sentence"),
+    [
+        (["experiment=difffit_cub,difffit_emoji", "data.root=/a"], "experiment=difffit_emoji has no key 'data.root'"),
+        (["experiment=difffit_cub", "peft=difffit,lora", "peft.r=4"], "peft=difffit has no key 'peft.r'"),
+        (["experiment=difffit_cub,difffit_sun397", "peft.q=4"], None),
+    ],
+)
+def test_options_that_lack_a_key_are_named(swept, sentence):
+    cli.prepare()
+    said = lacking(swept[-1].partition("=")[0], cli.CONFIGS, "train", swept)
+    assert said is None if sentence is None else said.startswith(sentence)
+
+
 def test_hydras_own_overrides_of_a_sweep_stay_there():
     given = [
         "hydra/launcher=basic",
@@ -330,6 +399,62 @@ def test_one_of_four_jobs_fails_on_rank_1_and_one_is_killed(tmp_path, pictures):
 
 
 @pytest.mark.slow
+def test_a_sweep_over_experiments_below_one_folder_and_its_metrics_later(tmp_path):
+    """Two public datasets share data.root; then other devices start nothing again, and metrics come by evaluate.py."""
+    for name in ("cub", "flowers102"):
+        MINIATURES[name](tmp_path / "data")
+    settings = [
+        *("network=tiny", "pretrained=null", "peft=full", "classes=null", "batch_size=4", "max_steps=2"),
+        *(
+            "network.learn_sigma=true",
+            "autoencoder=none",
+            "data.latents=false",
+            "data.resolution=16",
+            "data.num_workers=0",
+        ),
+        *("trainer=cpu", "trainer.precision=32-true", "sampler.steps=2", "sampler.batch_size=2"),
+        *("callbacks.samples.n=2", "metrics=efflite0", "metrics.n=0"),
+        *(f"data.root={tmp_path}/data", f"paths.log_dir={tmp_path}/logs", f"paths.cache_dir={tmp_path}/cache"),
+    ]
+    sweep = tmp_path / "logs" / "train" / "multiruns" / "difffit_cub+difffit_flowers102"
+
+    def start(*command: str) -> str:
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=400
+        )
+        start.code = done.returncode
+        return done.stdout + done.stderr
+
+    train = ["src/train.py", "-m", "experiment=difffit_flowers102,difffit_cub", *settings]
+    shown = start(*train)
+    assert start.code == 0, shown
+    for number, name in (("0", "flowers102"), ("1", "cub")):
+        cfg = OmegaConf.load(sweep / number / "config.yaml")
+        assert (cfg.name, cfg.sweep_name) == (f"difffit_{name}", sweep.name)
+        assert cfg.data.prepared == f"{tmp_path}/data/prepared/{name}"
+    again = start(*train, "trainer.devices=2", "data.num_workers=1", "callbacks.checkpoint.every_n_steps=7")
+    assert start.code == 0, again
+    assert again.count("skipped") == 2
+
+    evaluate = ["src/evaluate.py", f"sweep='{sweep}'"]
+    shown = start(*evaluate, "metrics.n=4")
+    assert start.code == 1  # flowers102 has too few images here
+    assert "1 of 2 runs have the metrics" in shown
+    assert json.loads((sweep / "1" / "result.json").read_text())["metrics"]["protocol"]["n"] == 4
+
+
+def test_runs_without_a_number_of_images_are_refused_at_once(tmp_path):
+    with pytest.raises(UserError, match="There are no runs in"):
+        evaluate_sweep(task("evaluate", f"runs={tmp_path}"))
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "result.json").write_text('{"status": "finished", "metrics": {}}')
+    (tmp_path / "0" / "config.yaml").write_text("metrics: {n: 0}")
+    with pytest.raises(UserError, match=r"1 runs were trained with metrics\.n=0.* Set metrics\.n=10000"):
+        evaluate_sweep(task("evaluate", f"runs={tmp_path}"))
+
+
+@pytest.mark.slow
 def test_a_sweep_that_is_stopped_shows_its_table(tmp_path, pictures):
     settings = [*SMALL, f"data.root={pictures}", "peft=full", "seed=0,1", "max_steps=100000", "launcher.slots=1"]
     command = [sys.executable, "src/train.py", "-m", *settings, f"sweep_dir={tmp_path}"]
@@ -343,6 +468,16 @@ def test_a_sweep_that_is_stopped_shows_its_table(tmp_path, pictures):
     for text in ("0 of 2 jobs have a result", "stopped", "waiting"):
         assert text in shown
     assert json.loads((tmp_path / "0" / "result.json").read_text())["status"] == "stopped"
+
+
+def test_a_sweep_is_stopped_while_its_jobs_are_composed(capsys):
+    with pytest.raises(SystemExit) as ended, cli.stoppable(sweep=True):
+        signal.raise_signal(signal.SIGTERM)
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert "none has begun" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended, cli.stoppable(sweep=False):
+        raise KeyboardInterrupt
+    assert ended.value.code == 128 + signal.SIGINT
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from ditune import cli
 from ditune.checkpoints.source import Composed
 from ditune.config.components import build_components
 from ditune.config.grammar import hydra_value
+from ditune.config.overrides import current
 from ditune.config.trainings import is_of_trainings
 from ditune.training.checkpoint_io import newest_checkpoint
 
@@ -74,6 +75,7 @@ def compose_command(command: str, folder: Path) -> DictConfig:
     _, script, *arguments = shlex.split(re.sub(r"<[^<>]+>", str(folder), command))
     assert (ROOT / script).is_file(), script
     overrides = [re.sub(r"(=[^\[,]*),.*", r"\1", argument) for argument in arguments if argument != "-m"]
+    overrides = [current(override, Path(script).stem) for override in overrides]
     cli.prepare()
     configs = cli.REPORT_CONFIGS if "report" in script else cli.CONFIGS
     name = "prepare_training" if "prepare" in script and is_of_trainings(overrides) else Path(script).stem

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
 from ditune.checkpoints import locate
+from ditune.commands.evaluate_sweep import number_given
 from ditune.config.components import build_comparison, build_evaluation
 from ditune.config.hardware import bare_precision, settle_numbers
 from ditune.config.instantiate import instantiate
@@ -67,15 +68,17 @@ def of_run(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
     if cfg.metrics_of == "this":
         judge = OmegaConf.to_container(cfg.metrics.judge, resolve=True)
         own = {"judge": judge, "n": cfg.metrics.n, "seed": cfg.metrics.seed, "record": None}
-        settings.metrics = OmegaConf.merge(settings.metrics, own)
+        settings.metrics = OmegaConf.to_container(settings.metrics) | own  # another judge has other keys
     elif cfg.metrics_of != "run":
         raise UserError(
             f"metrics_of is {cfg.metrics_of}. Set metrics_of=run for the run's metrics, or =this for metrics=."
         )
+    elif not settings.metrics.n and number_given():
+        settings.metrics.n = cfg.metrics.n
     if not settings.metrics.n:
         raise UserError(
-            f"The run {run.folder} was made with metrics.n=0. "
-            "Set metrics_of=this, and metrics= and metrics.n= of this command are taken."
+            f"The run {run.folder} was made with metrics.n=0. Set metrics.n= to evaluate it by its own metrics, "
+            "or metrics_of=this, and metrics= and metrics.n= of this command are taken."
         )
     device = best_device()
     settle_numbers(settings.trainer.precision, device.type)  # the protocol is the run's, emulated or not

@@ -25,7 +25,7 @@ from ditune.config.components import build_comparison, build_components, build_g
 from ditune.config.grammar import hydra_value, resolved
 from ditune.config.instantiate import instantiate, refuse_missing
 from ditune.config.keys import check
-from ditune.config.roles import job_hash
+from ditune.config.roles import job_hash, job_identity
 from ditune.config.training import build_module, build_outlook, build_trainer, open_loggers, processes_of, resume_key
 from ditune.config.validation import build_validation, chosen_metric
 from ditune.data.stream import ImageStream
@@ -66,8 +66,8 @@ def train(cfg: DictConfig) -> int:
 
 
 def _train(cfg: DictConfig, folder: Path) -> int:
-    key = job_hash(cfg)  # of what was asked for, before the machine decides
-    if in_sweep() and has_finished(folder, key):
+    hashes = job_hash(cfg), job_identity(cfg)  # of what was asked for, before the machine decides
+    if in_sweep() and has_finished(folder, *hashes):
         log.info("%s already holds the result of this config", folder)
         return 0
     instantiate(cfg.logger, "logger")  # what it refuses shows before the data is prepared
@@ -114,7 +114,7 @@ def _train(cfg: DictConfig, folder: Path) -> int:
 
     close = partial(close_loggers, trainer)
     enough = memory_for("the training", lambda: less_memory(trainer, module))
-    with RunRecord(folder, describe(c, key), resumed.seconds, stop, first, close) as record, enough:
+    with RunRecord(folder, describe(c, *hashes), resumed.seconds, stop, first, close) as record, enough:
         open_loggers(cfg, trainer, folder, resumed.step, c)
         if cfg.compile:
             module.network.compile_blocks()

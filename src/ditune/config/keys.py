@@ -32,6 +32,7 @@ KEYS = (
     Key("launcher.slots", int, at_least=1, null=True),
     Key("launcher.objective", str, null=True),
     Key("tags", str, many=True),
+    Key("sweep_name", str),
     Key("sweep_dir", str),
     Key("run_dir", str),
     Key("paths.*", str),
@@ -44,6 +45,7 @@ KEYS = (
     Key("trainer.accelerator", str, choices=("auto", "cpu", "gpu", "cuda", "mps", "xpu", "tpu")),
     Key("trainer.devices", int, at_least=1, also=("auto", -1, "-1")),
     Key("trainer.devices", int, at_least=0, many=True),  # which ones
+    Key("trainer.num_nodes", int, at_least=1),
     Key("trainer.precision", str, choices=("bf16-mixed", "32-true", "auto")),
     Key("trainer.max_epochs", int, at_least=-1),
     Key("trainer.accumulate_grad_batches", int, at_least=1, also=("auto",)),
@@ -265,6 +267,7 @@ APART = {
         Key("classes", str, many=True, null=True),
     ),
     "evaluate": (
+        Key("runs", str, null=True),
         Key("images", str, null=True),
         Key("npz", str, null=True),
         Key("metrics_of", str),

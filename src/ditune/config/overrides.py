@@ -9,20 +9,25 @@ import hydra
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
+from ditune.config.swept import lacking
+
 # The field's names of keys whose own names are older and stand in stored configs.
 ALIASES = {"callbacks.step_grids": "callbacks.strips", "sampler.sampler.step_size": "sampler.sampler.told"}
+# Of one command: a key that Hydra would take for the group of the same name.
+ALIASES_OF = {"evaluate": {"sweep": "runs"}}
 
 
-def current(argument: str) -> str:
+def current(argument: str, command: str = "train") -> str:
     """An argument of the command line, with the stored name of a key that it calls by an alias.
 
     Args:
         argument: such as "callbacks.step_grids.n=4"; anything else is returned as it is.
+        command: the entry point's name.
     """
     key, equals, value = argument.partition("=")
     prefix = key[: len(key) - len(key.lstrip("+~"))]
     name = key.removeprefix(prefix)
-    for alias, stored in ALIASES.items():
+    for alias, stored in (ALIASES | ALIASES_OF.get(command, {})).items():
         if name == alias or name.startswith(f"{alias}."):
             return prefix + stored + name.removeprefix(alias) + equals + value
     return argument
@@ -53,7 +58,8 @@ def explain(error: Exception, folder: str, name: str, overrides: Sequence[str]) 
         group = plus[1] or plus[2]
         return f"The group '{group}' is there already. Leave out the + to choose its option: {group}=..."
     if unknown := re.match(r"Could not (?:override|delete from config\.) '(.+?)'", text):
-        return _unknown_key(unknown[1], _known_keys(folder, name, overrides))
+        some_lack_it = lacking(unknown[1], folder, name, overrides)
+        return some_lack_it or _unknown_key(unknown[1], _known_keys(folder, name, overrides))
     for override in overrides:
         group, _, option = override.partition("=")
         if option in ("", "null") and (Path(folder) / group).is_dir():
@@ -90,14 +96,14 @@ def _did_you_mean(near: Sequence[str]) -> str:
 
 
 def nearest(key: str, known: Sequence[str]) -> list[str]:
-    """The keys that were most likely meant: of the same parent, of the same last part, or else of similar letters."""
+    """The keys that were most likely meant: of the same last part, of the same parent, or else of similar letters."""
     known = [name for name in known if name.startswith("hydra.") == key.startswith("hydra.")]
     parent, _, last = key.rpartition(".")
     siblings = [name for name in known if name.rpartition(".")[0] == parent]
-    if parent and (near := get_close_matches(key, siblings, n=1, cutoff=1 - 0.4 * len(last) / len(key))):
-        return near
     if same := [name for name in known if name.rpartition(".")[2] == last]:
         return same[:3]
+    if parent and (near := get_close_matches(key, siblings, n=1, cutoff=1 - 0.4 * len(last) / len(key))):
+        return near
     if parent in known:
         return [] if siblings else [parent]
     if near := get_close_matches(key, known, n=1):

@@ -7,9 +7,10 @@ value never invalidates a finished run, a checkpoint or a record.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from fnmatch import fnmatchcase
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -79,6 +80,7 @@ ROLES: dict[str, Role] = {
     "hydra": NOTHING,
     "tags": NOTHING,
     "run_dir": NOTHING,
+    "sweep_name": NOTHING,
     "sweep_dir": NOTHING,
     "resume": NOTHING,
     "dry_run": NOTHING,
@@ -89,6 +91,7 @@ ROLES: dict[str, Role] = {
 REFERRED_TO = ("paths", "rates", "labels_train", "reruns_batch")  # by other keys, which hold the resolved values
 # Below the top level: keys that are newer than finished runs, with the value at which they are left out.
 NEUTRAL_BELOW = {
+    "trainer.num_nodes": 1,
     "data.pictures.limit": None,
     "data.pictures.partition": None,
     "metrics.reference.limit": None,
@@ -126,28 +129,99 @@ def deciding(callbacks: Mapping[str, Any]) -> dict[str, Any]:
     return values if chosen else {name: group for name, group in values.items() if name not in ("held_out", "metrics")}
 
 
-def job_hash(cfg: DictConfig) -> str:
-    """Hash of all that decides the result of a training, wherever its files go.
+# What a sweep may change from one start to the next: its finished jobs are known without these keys.
+# fmt: off
+ROUNDING = "changes rounding only"
+WHERE = "says where files lie"
+WHEN = "says when something is shown or written"
+SPEED = "says how fast images come"
+SAME_RESULT: dict[str, str] = {
+    "gradient_checkpointing": ROUNDING,
+    "compile": ROUNDING,
+    "trainer.accelerator": ROUNDING,
+    "trainer.devices": ROUNDING,                 # batch_size is global, and positions decide all random numbers
+    "trainer.num_nodes": ROUNDING,
+    "trainer.strategy": ROUNDING,
+    "trainer.accumulate_grad_batches": ROUNDING,
+    "trainer.log_every_n_steps": WHEN,
+    "trainer.enable_model_summary": WHEN,
+    "sampler.batch_size": ROUNDING,
+    "data.num_workers": SPEED,
+    "data.in_memory": SPEED,
+    "data.*.in_memory": SPEED,
+    "metrics.*reference.in_memory": SPEED,
+    "data.prepared": WHERE,
+    "data.*.manifest": WHERE,
+    "metrics.*reference.manifest": WHERE,
+    "metrics.judge.cache": WHERE,
+    "callbacks.samples.every_n_steps": WHEN,
+    "callbacks.checkpoint.every_n_steps": WHEN,
+    "callbacks.checkpoint.keep": WHEN,
+    "callbacks.routing.every_n_steps": WHEN,
+}
+# fmt: on
+# Datasets whose content is published: their name says what the images are, and data.root only where they lie.
+PUBLISHED = ("ArtBench10", "CUB", "Caltech101", "CelebAHQ", "DF20MMini", "Flowers102", "Food101", "ImageNet")
+PUBLISHED = tuple(f"ditune.data.{name}" for name in (*PUBLISHED, "StanfordCars", "SUN397"))
+OF_PUBLISHED = ("data.root", "data.*.root", "metrics.*reference.root")
+# The balance loss depends on how many images a micro-batch has (docs/guide/moe.md).
+OF_MICRO_BATCHES = ("trainer.devices", "trainer.num_nodes", "trainer.accumulate_grad_batches")
+
+
+def job_identity(cfg: DictConfig) -> str:
+    """Hash by which a sweep knows a job: of all that changes its result by more than rounding, see SAME_RESULT.
+
+    Args:
+        cfg: of a training. Folders of `paths` stand in it by their names, so that it may move with them.
 
     Raises:
         OmegaConfBaseException: a reference in the config leads nowhere.
     """
+    cfg = _deciding(cfg)
+    for key in cfg.paths:
+        cfg.paths[key] = f"<{key}>"
+    values = _values(cfg)
+    free = set(SAME_RESULT)
+    if _target(values.get("data")) in PUBLISHED:
+        free |= set(OF_PUBLISHED)
+    if (values.get("balance") or {}).get("scope") in ("batch", "global"):
+        free -= set(OF_MICRO_BATCHES)
+    return _hashed(dict(_without(values, free)))
+
+
+def job_hash(cfg: DictConfig) -> str:
+    """Hash of the whole config of a training but for the keys that decide nothing; stored as config_hash.
+
+    Runs of versions without `job_identity` are known by it alone.
+
+    Raises:
+        OmegaConfBaseException: a reference in the config leads nowhere.
+    """
+    cfg = _deciding(cfg)
+    cfg.paths.output_dir = ""  # it can be resolved in the run only
+    return _hashed(_values(cfg))
+
+
+def _deciding(cfg: DictConfig) -> DictConfig:
+    """A copy without the keys that decide nothing, some of which can be resolved in the run only."""
     cfg = cfg.copy()
     OmegaConf.set_struct(cfg, False)
     for key in list(cfg):
         if role_of(str(key)) is NOTHING and key not in REFERRED_TO:
-            cfg.pop(key)  # some of them can be resolved in the run only
-    cfg.paths.output_dir = ""  # likewise
-    idle = {f"data.{key}": None for key in unused(cfg.data)} if "data" in cfg else {}
+            del cfg[key]
+    return cfg
+
+
+def _values(cfg: DictConfig) -> dict[str, Any]:
     values = significant(OmegaConf.to_container(cfg, resolve=True), neutral_values())
+    idle = {f"data.{key}": None for key in unused(cfg.data)} if "data" in cfg else {}
     for name, neutral in (NEUTRAL_BELOW | idle).items():
         _leave_out(values, name, neutral)
-    values = {key: value for key, value in values.items() if role_of(key) is not NOTHING}
     if values.get("trainer", {}).get("accumulate_grad_batches") == "auto":
         values["trainer"]["accumulate_grad_batches"] = 1  # the same but for rounding, whatever the device decides
     if "callbacks" in values:
         values["callbacks"] = deciding(values["callbacks"])
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+    return {key: value for key, value in values.items() if role_of(key) is not NOTHING}
 
 
 def _leave_out(values: dict[str, Any], name: str, neutral: Any) -> None:
@@ -158,3 +232,20 @@ def _leave_out(values: dict[str, Any], name: str, neutral: Any) -> None:
         inner = inner.get(group) if isinstance(inner, dict) else None
     if isinstance(inner, dict) and key in inner and inner[key] == neutral:
         del inner[key]
+
+
+def _hashed(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _target(data: Any) -> str | None:
+    pictures = data.get("pictures") if isinstance(data, dict) else None
+    return pictures.get("_target_") if isinstance(pictures, dict) else None
+
+
+def _without(values: Mapping[str, Any], patterns: set[str], path: str = "") -> Iterator[tuple[str, Any]]:
+    """The items of nested values whose dotted names fit none of the patterns."""
+    for key, value in values.items():
+        name = f"{path}{key}"
+        if not any(fnmatchcase(name, pattern) for pattern in patterns):
+            yield key, dict(_without(value, patterns, f"{name}.")) if isinstance(value, dict) else value

@@ -1,5 +1,6 @@
 """The trainer, the module and the loggers of a training's config, and what must stay when it goes on."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ditune.config.grammar import between_quotes
 from ditune.config.instantiate import instantiate, plain
 from ditune.config.roles import Decides, role_of
 from ditune.data import ImageDataset
+from ditune.errors import UserError
 from ditune.evaluation.denoising_loss import REPEATS
 from ditune.generation.generator import ImageGenerator
 from ditune.training.callbacks import RoutingMonitor, SampleGrids, StepClock, StepGrids, StopOnSignal, TrainingProgress
@@ -95,6 +97,7 @@ def build_trainer(
     cfg: DictConfig, c: Components, generator: ImageGenerator, folder: Path, outlook: Outlook
 ) -> tuple[pl.Trainer, StepClock, StopOnSignal]:
     """The trainer without its loggers, which `open_loggers` adds once nothing can be wrong any more."""
+    refuse_alone(cfg)
     samples, checkpoint = cfg.callbacks.samples, cfg.callbacks.checkpoint
     clock, stop = StepClock(), StopOnSignal(folder / "checkpoints")
     # the clock stands first, so that no other callback's time counts as training
@@ -128,6 +131,17 @@ def build_trainer(
     trainer = instantiate(cfg.trainer, "trainer", **others)
     tell_ranks(folder)
     return trainer, clock, stop
+
+
+def refuse_alone(cfg: DictConfig) -> None:
+    """Refuse a training on several machines that nothing has started there: it would wait for the others for ever."""
+    nodes = cfg.trainer.get("num_nodes", 1)
+    if nodes == 1 or cfg.dry_run or any(name in os.environ for name in ("RANK", "SLURM_PROCID", "NODE_RANK")):
+        return
+    raise UserError(
+        f"trainer.num_nodes is {nodes}, and nothing has started this training on several machines. "
+        "Start it by torchrun on each of them, or by srun (docs/guide/sweeps.md)."
+    )
 
 
 def processes_of(trainer: pl.Trainer, in_sweep: bool) -> Processes:

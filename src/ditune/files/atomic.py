@@ -117,6 +117,24 @@ def keep_hashes_in(folder: Path | None) -> None:
     _kept_in = folder
 
 
+def read_or_set_aside(path: Path | str) -> dict:
+    """Content of a JSON file that can be written again; {} if there is none.
+
+    A damaged one is renamed to <name>.damaged, and a warning says so.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return {}
+    try:
+        return read_json(path)
+    except UserError as error:
+        aside = path.with_name(f"{path.name}.damaged")
+        with suppress(FileNotFoundError):  # another rank was faster
+            os.replace(path, aside)
+        log.warning("%s It is kept as %s.", str(error).partition(" Copy it")[0], aside.name)
+        return {}
+
+
 def sha256(path: Path | str) -> str:
     """SHA-256 (hex) of a file; of a folder, that of the names and hashes of its files."""
     path = Path(path)

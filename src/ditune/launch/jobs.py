@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ditune.errors import UserError
-from ditune.files.atomic import read_json
+from ditune.files.atomic import read_or_set_aside
 
+SUMMARY = "summary.json"
 OF_THE_SWEEP = ("hydra/launcher", "hydra.launcher", "hydra/sweeper", "hydra.sweep", "hydra.mode", "hydra.run")
 
 
@@ -16,7 +17,8 @@ class Job:
 
     Args:
         overrides: of its command line.
-        key: hash of its config.
+        key: hash of its config, of `ditune.config.roles.job_hash`.
+        identity: hash of what changes its result, of `ditune.config.roles.job_identity`.
         folder: its run folder.
         method: name of its PEFT method, for reports; None = unknown.
         data: name of its dataset, likewise.
@@ -39,6 +41,7 @@ class Job:
     dry_run: bool = False
     status: str = "waiting"
     error: str = ""
+    identity: str = ""
     exit_codes: list[int] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -84,35 +87,69 @@ def needs(
     return int(devices), on_gpu
 
 
-def place(jobs: Sequence[Job], sweep: Path) -> None:
-    """Give every job its folder: the one that holds a run of its config, or the next free number.
+@dataclass(frozen=True)
+class Run:
+    """A run folder that a sweep finds: what job it is of, by its hashes, and how it stands."""
 
-    A job whose run has finished gets the status `skipped`; a second job of the same config gets `refused`.
+    folder: Path
+    key: str
+    identity: str
+    finished: bool
+
+
+def place(jobs: Sequence[Job], sweep: Path) -> None:
+    """Give every job its folder: the one that holds its run, or the next free number.
+
+    A run is a job's by the hash of its whole config, or else by its identity, and is given away once: a sweep over
+    trainer.devices has a run for each of its values. A job whose run has finished gets the status `skipped`; a second
+    job of the same config gets `refused`.
 
     Args:
         jobs: of the sweep; changed in place.
         sweep: the folder of the sweep.
     """
-    known: dict[str, tuple[Path, dict]] = {}
-    for path in sorted(sweep.glob("*/result.json")):
-        result = read_json(path)
-        if "config_hash" in result:
-            known[result["config_hash"]] = path.parent, result
-    taken = {folder.name for folder, _ in known.values()}
-    numbers = (str(k) for k in range(10**6))
-    free = (number for number in numbers if number not in taken and not (sweep / number / "result.json").exists())
     seen: dict[str, int] = {}
     for number, job in enumerate(jobs):
-        if job.status == "refused":
-            continue
-        if seen.setdefault(job.key, number) != number:
+        if job.status != "refused" and seen.setdefault(job.key, number) != number:
             job.status, job.error = "refused", f"Job {seen[job.key]} has the same config. Name every value once."
-        elif job.key in known:
-            job.folder, result = known[job.key]
-            if result["status"] == "finished":
-                job.status = "skipped"
-        else:
-            job.folder = sweep / next(free)
+    runs, placed = runs_of(sweep), [job for job in jobs if job.status != "refused"]
+    for name in ("key", "identity"):
+        for job in placed:
+            mine = [run for run in runs if getattr(job, name) and getattr(run, name) == getattr(job, name)]
+            if job.folder is None and mine:
+                run = max(mine, key=lambda run: run.finished)
+                runs.remove(run)
+                job.folder, job.status = run.folder, "skipped" if run.finished else job.status
+    given = {job.folder for job in placed}
+    free = (folder for k in range(10**6) if (folder := sweep / str(k)) not in given and not _is_taken(folder))
+    for job in placed:
+        if job.folder is None:
+            job.folder = next(free)
+
+
+def runs_of(sweep: Path) -> list[Run]:
+    """The runs in a sweep's folder.
+
+    What a run's result.json does not say, since it was damaged or never written, the sweep's summary.json may know.
+    """
+    summary = read_or_set_aside(sweep / SUMMARY).get("jobs", [])
+    noted = {job["folder"]: job for job in summary if job["folder"] is not None and (sweep / job["folder"]).is_dir()}
+    found = {path.parent.name: read_or_set_aside(path) for path in sorted(sweep.glob("*/result.json"))}
+    found = {name: result for name, result in found.items() if "config_hash" in result}
+    return [
+        Run(
+            sweep / name,
+            facts.get("config_hash", ""),
+            facts.get("job_identity", ""),
+            name in found and facts.get("status") == "finished",
+        )
+        for name, facts in (noted | found).items()
+    ]
+
+
+def _is_taken(folder: Path) -> bool:
+    """Whether a run has left something in the folder that another job's run would take for its own."""
+    return any((folder / name).exists() for name in ("result.json", "result.json.damaged", "checkpoints"))
 
 
 def of_the_job(overrides: Sequence[str]) -> list[str]:

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 
 from ditune.errors import UserError, fail, refusal
 from ditune.files.locks import alone, keep
+from ditune.launch.multirun import complete
 from ditune.progress import is_first_rank
 
 LOCK = ".lock"
@@ -41,7 +42,8 @@ class OwnFolder(Callback):
             _own_or_end(config.hydra.run.dir, *RUN, "run_dir=")
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Take the folder of a sweep."""
+        """Take the folder of a sweep, after it has got its name."""
+        complete(config)
         _own_or_end(config.hydra.sweep.dir, *SWEEP, "sweep_dir=")
 
 

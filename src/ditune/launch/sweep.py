@@ -13,9 +13,9 @@ from pathlib import Path
 from rich.table import Table
 
 from ditune.config.grammar import hydra_value
-from ditune.files.atomic import read_json, write_json
+from ditune.files.atomic import read_or_set_aside, write_json
 from ditune.files.locks import alone
-from ditune.launch.jobs import Job
+from ditune.launch.jobs import SUMMARY, Job
 from ditune.launch.run_folder import LOCK, SWEEP
 from ditune.launch.trees import STOPPED_GRACE, Tree
 from ditune.progress import console
@@ -23,7 +23,6 @@ from ditune.progress import console
 log = logging.getLogger(__name__)
 
 POLL = 0.2  # seconds between two looks at the processes
-SUMMARY = "summary.json"
 
 
 def visible_gpus() -> list[str]:
@@ -72,7 +71,7 @@ class Sweep:
             UserError: another sweep runs in the folder.
             Stopped: by Ctrl-C or SIGTERM; the jobs have saved checkpoints, and the same command resumes them.
         """
-        with alone(self.folder / LOCK, *SWEEP), _terminable():
+        with alone(self.folder / LOCK, *SWEEP), terminable():
             try:
                 while any(job.status == "waiting" for job in jobs) or self.running:
                     self._start(jobs)
@@ -138,17 +137,19 @@ class Sweep:
         """Set a job's status by its exit codes and its result.json, and write the status into the latter."""
         job.exit_codes, job.seconds = codes, round(time.monotonic() - tree.started, 1)
         path = job.folder / "result.json"
-        result = read_json(path) if path.is_file() else {}
+        result = read_or_set_aside(path)
         said = result.get("status")
         if not any(codes) and (said == "finished" or job.dry_run):
             job.status = "planned" if job.dry_run else "finished"
             return
         if tree.stopping and not tree.failed_first:
             job.status, job.error = "stopped", "stopped with the sweep; the same command goes on with it"
+        elif said == "stopped" and max(codes) > 128:  # by this start, not by an earlier one
+            job.status, job.error = "stopped", "stopped by a signal; the same command goes on with it"
         else:
             causes = tree.causes()
             killed = causes and all(codes[rank] < 0 for rank in causes)
-            job.status = "stopped" if said == "stopped" else "killed" if killed else "failed"
+            job.status = "killed" if killed else "failed"
             job.error = "; ".join(f"rank {rank}: {cause}" for rank, cause in causes.items()) or "it left no result"
         if said is not None:  # rank 0 knows only that another rank was gone
             write_json(path, result | {"status": job.status, "error": job.error})
@@ -164,6 +165,7 @@ def write_summary(folder: Path, jobs: Sequence[Job]) -> None:
             "overrides": job.overrides,
             "folder": None if job.folder is None else job.folder.name,
             "config_hash": job.key,
+            "job_identity": job.identity,
             "exit_codes": job.exit_codes,
             "seconds": job.seconds,
             "error": job.error,
@@ -192,8 +194,8 @@ class Stopped(KeyboardInterrupt):
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM ends the sweep as Ctrl-C does."""
+def terminable() -> Iterator[None]:
+    """Ctrl-C and SIGTERM raise Stopped inside."""
 
     def interrupt(number: int, frame: object) -> None:
         raise Stopped(number)

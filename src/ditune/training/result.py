@@ -13,7 +13,7 @@ import torch
 
 import ditune
 from ditune.checkpoints import save_adapter, save_network
-from ditune.files.atomic import read_json, write_json
+from ditune.files.atomic import read_or_set_aside, write_json
 from ditune.metrics.names import headline
 from ditune.training.callbacks import StopOnSignal
 from ditune.training.components import Components
@@ -112,22 +112,21 @@ class RunRecord:
             write_json(self.path, self.values)
 
 
-def has_finished(folder: Path, key: str) -> bool:
-    """Whether the folder holds the result of a finished run of the config with this hash."""
-    path = folder / "result.json"
-    if not path.is_file():
-        return False
-    result = read_json(path)
-    return (result.get("status"), result.get("config_hash")) == ("finished", key)
+def has_finished(folder: Path, key: str, identity: str) -> bool:
+    """Whether the folder holds the result of a finished run of this job; see `ditune.config.roles` for its hashes."""
+    result = read_or_set_aside(folder / "result.json")
+    known = result.get("config_hash") == key or result.get("job_identity") == identity
+    return known and result.get("status") == "finished"
 
 
-def describe(components: Components, key: str) -> dict[str, Any]:
-    """What is known of a run before its first step; `key` is the hash of its config."""
+def describe(components: Components, key: str, identity: str) -> dict[str, Any]:
+    """What is known of a run before its first step; `key` and `identity` are its hashes of `ditune.config.roles`."""
     trainable, total = counts(components.network)
     settings, base, images = components.settings, components.base, components.images
     return {
         "name": settings.name,
         "config_hash": key,
+        "job_identity": identity,
         "method": components.method.title,
         "peft": components.method.arguments,
         "parameters": {"trainable": trainable, "total": total, "share": trainable / total},

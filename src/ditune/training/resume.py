@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ditune.errors import UserError
-from ditune.files.atomic import read_json
+from ditune.files.atomic import read_or_set_aside
 from ditune.training.checkpoint_io import newest_checkpoint
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ def find_checkpoint(folder: Path, resume: str | None, max_steps: int, key: dict[
     if resume not in (None, "auto"):
         raise UserError(f"resume is {resume!r}. Set resume=auto and run_dir=<the run's folder>, or leave it out.")
     newest = newest_checkpoint(folder / "checkpoints")
-    result = read_json(folder / "result.json") if (folder / "result.json").is_file() else {}
+    result = read_or_set_aside(folder / "result.json")
     if newest is None:
         if result.get("status") == "finished":
             raise UserError(

@@ -37,6 +37,7 @@ class ProcessTreeLauncher(Launcher):
         from ditune.errors import UserError
         from ditune.launch.jobs import of_the_job, place
         from ditune.launch.sweep import Sweep, show_summary, visible_gpus
+        from ditune.progress import meter
 
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         folder = Path(self.config.hydra.sweep.dir).resolve()
@@ -45,7 +46,10 @@ class ProcessTreeLauncher(Launcher):
         jobs: list[Job] = []
         sweep = Sweep(folder, Path(sys.argv[0]).resolve(), gpus, self.gpus_per_job, self.slots)
         try:
-            jobs += (self._job([*overrides, *common], len(gpus)) for overrides in job_overrides)
+            with meter("composing the jobs", len(job_overrides), "jobs") as progress:
+                for overrides in job_overrides:
+                    jobs.append(self._job([*overrides, *common], len(gpus)))
+                    progress.advance()
             composed()
             place(jobs, folder)
             sweep.run(jobs)
@@ -59,7 +63,7 @@ class ProcessTreeLauncher(Launcher):
 
     def _job(self, overrides: list[str], gpus: int) -> "Job":
         from ditune.config.keys import check
-        from ditune.config.roles import job_hash
+        from ditune.config.roles import job_hash, job_identity
         from ditune.errors import UserError
         from ditune.launch.jobs import Job, needs
 
@@ -67,7 +71,7 @@ class ProcessTreeLauncher(Launcher):
         try:
             cfg = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
             check(cfg)
-            job.key = job_hash(cfg)
+            job.key, job.identity = job_hash(cfg), job_identity(cfg)
             job.dry_run = cfg.dry_run
             job.method, job.data = cfg.peft.name, cfg.data.name
             trainer = cfg.trainer
@@ -79,14 +83,14 @@ class ProcessTreeLauncher(Launcher):
         return job
 
     def _returned(self, job: "Job", failed: int, count: int) -> JobReturn:
-        from ditune.files.atomic import read_json
-
         returned = JobReturn()
         returned.overrides = job.overrides
         if job.succeeded:
             returned.status = JobStatus.COMPLETED
             if job.status == "planned":
                 return returned
+            from ditune.files.atomic import read_json
+
             result = OmegaConf.create(read_json(job.folder / "result.json"))
             returned.return_value = OmegaConf.select(result, self.objective) if self.objective else None
         else:

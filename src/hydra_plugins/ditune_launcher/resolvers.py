@@ -23,6 +23,8 @@ def _moment() -> datetime:
         seconds = int(os.environ.get("SLURM_JOB_START_TIME", datetime.now().timestamp()))
         job = f"{os.environ.get('SLURM_JOB_ID')}.{step}"
         return datetime.fromtimestamp(seconds).replace(microsecond=zlib.crc32(job.encode()) % 10**6)
+    if int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1:  # torchrun's agents, which start at different times
+        raise ValueError("every machine must be given the same folder. Add run_dir=<folder on a disk of all machines>")
     if "TORCHELASTIC_RUN_ID" in os.environ:
         import psutil  # only here: every start pays for what this file imports
 
