@@ -102,11 +102,14 @@ def test_what_changes_no_result_starts_no_job_again(tmp_path):
 
 
 def test_a_loss_of_micro_batches_knows_their_size(tmp_path):
-    """balance=batch is of the micro-batch; balance=global is not. A folder of one's own is known by its place."""
-    for scope, same in (("batch", False), ("global", True)):
+    """balance=batch is of the micro-batch of a rank; balance=global of all ranks, and of the micro-batches so far.
+
+    A folder of one's own is known by its place.
+    """
+    for scope, kept in (("batch", (False, False, False)), ("global", (True, True, False)), ("none", (True,) * 3)):
         chosen = ("~experiment", "model=dit_moe", "network=tiny_moe", f"balance={scope}")
         known = identity_of(tmp_path, *chosen)
-        for override in KEEPS[:3]:
+        for override, same in zip(KEEPS[:3], kept, strict=True):
             assert (identity_of(tmp_path, *chosen, override) == known) is same, (scope, override)
     folders = {identity_of(tmp_path, "~experiment", "data=folder", f"data.root=/x/{name}") for name in "ab"}
     assert len(folders) == 2

@@ -168,6 +168,13 @@ OF_PUBLISHED = ("data.root", "data.*.root", "metrics.*reference.root")
 OF_MICRO_BATCHES = ("trainer.devices", "trainer.num_nodes", "trainer.accumulate_grad_batches")
 
 
+def changes_no_result(name: str) -> bool:
+    """Whether the key of this dotted name changes a result by rounding at most."""
+    parts = name.split(".")
+    names = [".".join(parts[:k]) for k in range(1, len(parts) + 1)]  # its groups too
+    return any(fnmatchcase(name, pattern) for name in names for pattern in SAME_RESULT)
+
+
 def job_identity(cfg: DictConfig) -> str:
     """Hash by which a sweep knows a job: of all that changes its result by more than rounding, see SAME_RESULT.
 
@@ -184,8 +191,11 @@ def job_identity(cfg: DictConfig) -> str:
     free = set(SAME_RESULT)
     if _target(values.get("data")) in PUBLISHED:
         free |= set(OF_PUBLISHED)
-    if (values.get("balance") or {}).get("scope") in ("batch", "global"):
+    scope = (values.get("balance") or {}).get("scope")
+    if scope == "batch":
         free -= set(OF_MICRO_BATCHES)
+    elif scope == "global":  # of all ranks, but of the micro-batches so far
+        free.discard("trainer.accumulate_grad_batches")
     return _hashed(dict(_without(values, free)))
 
 

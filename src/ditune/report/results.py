@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from ditune.config.roles import NOTHING, role_of
+from ditune.config.roles import NOTHING, changes_no_result, role_of
 from ditune.errors import UserError
 from ditune.files.atomic import read_json
 from ditune.metrics.names import first_headline, is_compared, lower_is_better
@@ -22,9 +22,6 @@ LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C where there is on
 PRECISION = "trainer.precision"  # resolved
 # keys of a config that a table shows in columns of their own, or that say nothing about the result
 SHOWN_APART = ("seed", "max_steps", "optimizer.lr", "peft.lr", "name")
-SAME_RESULT = ("trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.accelerator", "trainer.log_every_n")
-SAME_RESULT += ("trainer.accumulate_grad_batches", "data.num_workers", "callbacks.samples.")  # but for rounding
-SAME_RESULT += ("callbacks.checkpoint.every_n_steps", "callbacks.checkpoint.keep")
 
 
 @dataclass(frozen=True)
@@ -200,7 +197,9 @@ def varied(runs: Sequence[Run]) -> list[str]:
         for key, value in run.config.items():
             if key == PRECISION:
                 values["", "", key].add(repr(value))
-            elif role_of(key.partition(".")[0]) is not NOTHING and not key.startswith(SHOWN_APART + SAME_RESULT):
+                continue
+            silent = key.startswith(SHOWN_APART) or changes_no_result(key)
+            if not silent and role_of(key.partition(".")[0]) is not NOTHING:
                 values[run.method, run.data, key].add(repr(value))
     return list(dict.fromkeys(key for (_, _, key), found in values.items() if len(found) > 1))
 
