@@ -99,6 +99,7 @@ def walk(folder: Path, network: str, resolution: int) -> Iterator[Part]:
     places = [f"paths.data_dir={folder}/data", f"paths.cache_dir={folder}/cache", f"paths.log_dir={folder}/logs"]
     small = [f"network={network}", f"data.resolution={resolution}", "metrics=efflite0", "metrics.n=4"]
     small += ["batch_size=2", "sampler.batch_size=1", "sampler.steps=2", "callbacks.samples.n=1", "data.num_workers=0"]
+    small += ["callbacks.checkpoint.every_n_steps=1"]
     small += ["trainer=cpu", "trainer.precision=32-true", "trainer.accumulate_grad_batches=2", *places]
     cub, trained = "experiment=difffit_cub", [f"run_dir={run}", "resume=auto"]
     bare = [f"paths.{name}={folder}/nothing/{name}" for name in ("data_dir", "cache_dir")]
