@@ -15,9 +15,9 @@ from omegaconf import OmegaConf
 from ditune.checkpoints import read_header
 from ditune.commands.train import train
 from ditune.errors import UserError
-from ditune.files.atomic import read_json
+from ditune.files.atomic import atomic, read_json, remove_leftovers
 from ditune.training import GenerativeModule
-from ditune.training.checkpoint_io import AtomicCheckpointIO, newest_checkpoint
+from ditune.training.checkpoint_io import AtomicCheckpointIO
 from helpers import assert_same_bits, checkpoint, movement
 
 STEPS = 7  # of 4 pictures each; a pass over the ten pictures ends within step 3
@@ -142,6 +142,7 @@ def test_resuming_a_finished_run_changes_no_weight(run):
 @pytest.mark.parametrize("resume", [[], ["resume=auto"]])
 def test_a_finished_run_without_checkpoints_is_not_run_over(run, resume):
     folder, _ = run("done", "peft=full", steps=2)
+    (folder / "checkpoints" / "step_00000002.ckpt").unlink()
     before = (folder / "result.json").read_bytes()
     with pytest.raises(UserError, match="holds a finished run"):
         run("done", "peft=full", *resume)
@@ -214,9 +215,21 @@ def test_only_damaged_checkpoints_are_an_error(run, two_checkpoints):
         run("run", "peft=full", "resume=auto")
 
 
-def test_a_run_folder_is_not_overwritten(run, two_checkpoints):
-    with pytest.raises(UserError, match="resume=auto"):
-        run("run", "peft=full")
+def test_a_finished_run_is_not_trained_over(run, two_checkpoints):
+    with pytest.raises(UserError, match=r"holds a finished run of 6 steps\. Set max_steps=<more>"):
+        run("run", "peft=full", steps=6)
+    with pytest.raises(UserError, match="holds a run, and resume=never"):
+        run("run", "peft=full", "resume=never")
+
+
+def test_the_same_command_goes_on_with_an_unfinished_run(run, monkeypatch):
+    whole, _ = run("whole", "peft=full")
+    with monkeypatch.context() as patch:
+        during_training_step(patch, 4, terminate)
+        stopped, code = run("stopped", "peft=full")
+    assert code == STOPPED
+    assert run("stopped", "peft=full") == (stopped, 0)
+    assert_same_end(stopped, whole)
 
 
 @pytest.mark.parametrize(
@@ -249,7 +262,7 @@ def test_a_save_that_dies_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         files.save_checkpoint({"value": torch.zeros(1000)}, path)
     assert path.read_bytes() == before
-    assert newest_checkpoint(tmp_path) == path
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_process_killed_while_it_saves_leaves_the_old_file(tmp_path):
@@ -261,7 +274,12 @@ def test_a_process_killed_while_it_saves_leaves_the_old_file(tmp_path):
         torch.save = lambda content, target: (Path(target).write_bytes(b"half"), os.kill(os.getpid(), signal.SIGKILL))
         files.save_checkpoint({"value": torch.zeros(1000)}, path)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
-    assert [p.name for p in tmp_path.glob(".*")] == [f".{path.name}.tmp-{child}"]
-    assert newest_checkpoint(tmp_path) == path
+    (left,) = tmp_path.glob(".*")
+    assert left.name.endswith(f"-{child}")
+    content = files.load_checkpoint(path)
+    with atomic(tmp_path / "other") as at_work:
+        at_work.touch()
+        remove_leftovers(tmp_path)
+        assert at_work.exists()  # its writer is this process
     assert not list(tmp_path.glob(".*"))
-    assert torch.equal(files.load_checkpoint(path)["value"], torch.ones(1000))
+    assert torch.equal(content["value"], torch.ones(1000))

@@ -28,8 +28,10 @@ from ditune.distributed import leave_at_exit
 from ditune.errors import UserError
 from ditune.evaluation.comparison import Comparison
 from ditune.evaluation.denoising_loss import denoising_loss
+from ditune.files.atomic import atomic, remove_leftovers
 from ditune.launch.run_folder import owned
 from ditune.memory import memory_for
+from ditune.progress import is_first_rank
 from ditune.training.callbacks import Validation, peak_memory_mib
 from ditune.training.checkpoint_io import newest_checkpoint, remove_checkpoints
 from ditune.training.components import Components
@@ -38,7 +40,7 @@ from ditune.training.micro_batch import less_memory
 from ditune.training.module import GenerativeModule
 from ditune.training.plan import announce
 from ditune.training.result import RunRecord, describe, has_finished, save_trained, summarise
-from ditune.training.resume import find_checkpoint
+from ditune.training.resume import NEVER, find_checkpoint
 from ditune.training.source import StreamData
 
 log = logging.getLogger(__name__)
@@ -62,7 +64,9 @@ def _train(cfg: DictConfig, folder: Path) -> int:
     if in_sweep() and has_finished(folder, key):
         log.info("%s already holds the result of this config", folder)
         return 0
-    settle(cfg, newest_checkpoint(folder / "checkpoints") if cfg.resume else None)
+    if is_first_rank():
+        remove_leftovers(folder)  # it is ours alone, so their writers are gone
+    settle(cfg, None if cfg.resume == NEVER else newest_checkpoint(folder / "checkpoints"))
     instantiate(cfg.logger, "logger")  # what it refuses shows before the data is prepared
     chosen_metric(cfg)  # likewise
     torch.set_flush_denormal(True)  # every result in docs/results was made with it; no speed was gained by it
@@ -78,14 +82,15 @@ def _train(cfg: DictConfig, folder: Path) -> int:
         leave_at_exit()
     c.processes = processes_of(trainer, in_sweep())
     rules.check(c, rules.OF_THE_PROCESSES)
-    resumed = find_checkpoint(folder, cfg.resume, cfg.max_steps, resume_key(cfg, c))
     module = build_module(cfg, c, resume_key(cfg, c))
+    resumed = find_checkpoint(folder, cfg.resume, cfg.max_steps, module, c.processes)
     module.begun_with = resumed.micro_batch
 
     first = trainer.is_global_zero
     if first:
         folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(resolved(cfg), folder / "config.yaml")
+        with atomic(folder / "config.yaml") as temporary:
+            OmegaConf.save(resolved(cfg), temporary)
         announce(c, trainer, folder, OmegaConf.to_yaml(cfg, resolve=True) if cfg.verbose else None)
     if cfg.dry_run:
         return 0
@@ -100,7 +105,8 @@ def _train(cfg: DictConfig, folder: Path) -> int:
 
     close = partial(close_loggers, trainer)
     enough = memory_for("the training", lambda: less_memory(trainer, module))
-    with RunRecord(folder, describe(c, key), resumed.seconds, stop, first, close) as record, enough:
+    facts = describe(c, key) | ({"steps": resumed.step} if resumed.step else {})
+    with RunRecord(folder, facts, resumed.seconds, stop, first, close) as record, enough:
         open_loggers(cfg, trainer, folder, resumed.step, c)
         if cfg.compile:
             module.network.compile_blocks()
@@ -128,9 +134,10 @@ def take_weights(module: GenerativeModule, trainer: pl.Trainer, validation: Vali
     if validation is not None and validation.ended_at is not None:
         ended = {"ended_early_at": validation.ended_at}
     if validation is not None and validation.best is not None:
-        if validation.best.found:
-            return validation.best.take(module) | ended
-        log.warning("val/%s was never a number: the last weights are saved and evaluated", validation.best.metric)
+        taken = validation.best.take(module) if validation.best.found else None
+        if taken is not None:
+            return taken | ended
+        log.warning("there are no best weights by val/%s: the last are saved and evaluated", validation.best.metric)
     return {"checkpoint": "last", "step": trainer.global_step} | ended
 
 

@@ -24,7 +24,7 @@ PRECISION = "trainer.precision"  # resolved
 SHOWN_APART = ("seed", "max_steps", "optimizer.lr", "peft.lr", "name")
 SAME_RESULT = ("trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.accelerator", "trainer.log_every_n")
 SAME_RESULT += ("trainer.accumulate_grad_batches", "data.num_workers", "callbacks.samples.")  # but for rounding
-SAME_RESULT += ("callbacks.checkpoint.every_n_steps", "callbacks.checkpoint.keep")
+SAME_RESULT += ("callbacks.checkpoint.every_n_steps", "callbacks.checkpoint.keep", "callbacks.checkpoint.on_full")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from ditune.generation.generator import ImageGenerator, example_plan
 from ditune.generation.grids import before_after_sheet
 from ditune.rng import StepRandom
 from ditune.samplers import ShortcutSampler, check
+from ditune.training.callbacks.samples import save
 
 
 class StepGrids(Callback):
@@ -70,8 +71,7 @@ class StepGrids(Callback):
             rows = self._grid(module)
             dependence = self.dependence(module)
         module.network.train()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        rows.save(path)
+        save(rows, path)
         for logger in trainer.loggers:
             logger.log_metrics({"samples/step_dependence": dependence}, step=step)
             if isinstance(logger, WandbLogger):
