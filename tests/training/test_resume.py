@@ -1,24 +1,21 @@
 """A training that is stopped anywhere and resumed ends with the same bits as one that never stopped."""
 
-import csv
-import multiprocessing
 import os
 import signal
-import subprocess
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from comparison import assert_same_end
+from injectors import crash, cut, during_training_step, flip_a_bit, terminate
 from omegaconf import OmegaConf
 
 from ditune.checkpoints import read_header
 from ditune.commands.train import train
 from ditune.errors import UserError
 from ditune.files.atomic import atomic, read_json, remove_leftovers
-from ditune.training import GenerativeModule
 from ditune.training.checkpoint_io import AtomicCheckpointIO
-from helpers import assert_same_bits, checkpoint, movement
+from helpers import checkpoint, movement
 
 STEPS = 7  # of 4 pictures each; a pass over the ten pictures ends within step 3
 STOPPED = 128 + signal.SIGTERM
@@ -34,50 +31,6 @@ CASES = {
         "scheduler.warmup_steps=3",
     ],
 }
-
-
-def during_training_step(monkeypatch, call: int, act) -> None:
-    """Let `act` happen in the `call`-th forward of the training, counted from 1."""
-    original, calls = GenerativeModule.training_step, iter(range(1, 1000))
-
-    def training_step(self, batch, batch_idx):
-        loss = original(self, batch, batch_idx)
-        return act() or loss if next(calls) == call else loss
-
-    monkeypatch.setattr(GenerativeModule, "training_step", training_step)
-
-
-def terminate() -> None:
-    """As Ctrl-C and schedulers do it: the signal reaches every process of the run, those that load pictures too."""
-    workers = multiprocessing.active_children()
-    processes = (*(worker.pid for worker in workers), os.getpid())
-    subprocess.run(["kill", "-TERM", *map(str, processes)], check=True)  # not by this process, whom workers obey
-    time.sleep(0.5 if workers else 0)
-    assert len(multiprocessing.active_children()) == len(workers)  # torch kills the run when one of them dies
-
-
-def crash() -> None:
-    raise RuntimeError("the machine fails")
-
-
-def logged(folder: Path) -> list[dict[str, str]]:
-    with (folder / "metrics.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def assert_same_end(resumed: Path, whole: Path) -> None:
-    a, b = checkpoint(resumed), checkpoint(whole)
-    assert a["global_step"] == b["global_step"] == STEPS
-    for part in ("state_dict", "ema", "optimizer_states", "lr_schedulers", "identity"):
-        assert_same_bits(a[part], b[part], part)
-    for name in ("network.safetensors", "adapter/adapter_model.safetensors"):
-        assert (resumed / name).exists() == (whole / name).exists()
-        if (whole / name).exists():
-            assert (resumed / name).read_bytes() == (whole / name).read_bytes()
-    assert logged(resumed) == logged(whole)
-    assert [row["step"] for row in logged(whole)] == [str(step) for step in range(STEPS)]
-    sheet = f"samples/step_{STEPS:07d}.png"
-    assert (resumed / sheet).read_bytes() == (whole / sheet).read_bytes()
 
 
 @pytest.fixture
@@ -107,7 +60,7 @@ def test_stopped_by_a_signal_and_resumed(run, monkeypatch, case, call):
     micro_steps = 2 if "accumulated" in case else 1
     assert checkpoint(stopped)["global_step"] == -(-call // micro_steps)  # the step at hand is finished
     assert run("stopped", *overrides, "resume=auto") == (stopped, 0)
-    assert_same_end(stopped, whole)
+    assert_same_end(stopped, whole, STEPS)
     if "pretrained=@base" in overrides:
         assert movement(OmegaConf.load(whole / "config.yaml"), whole) > 1e-3
 
@@ -122,14 +75,14 @@ def test_crashed_and_resumed_twice(run, monkeypatch):
                 run("crashed", "peft=full", every, *overrides)
     crashed, code = run("crashed", "peft=full", "resume=auto")
     assert code == 0
-    assert_same_end(crashed, whole)
+    assert_same_end(crashed, whole, STEPS)
 
 
 def test_a_longer_training_goes_on_from_a_shorter_one(run):
     whole, _ = run("whole", "peft=full")
     shorter, _ = run("shorter", "peft=full", "callbacks.checkpoint.every_n_steps=3", steps=3)
     run("shorter", "peft=full", "resume=auto")
-    assert_same_end(shorter, whole)
+    assert_same_end(shorter, whole, STEPS)
 
 
 def test_resuming_a_finished_run_changes_no_weight(run):
@@ -187,16 +140,6 @@ def two_checkpoints(run):
     return folder, sorted((folder / "checkpoints").glob("*.ckpt"))
 
 
-def flip_a_bit(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-100])
-
-
 @pytest.mark.parametrize("damage", [flip_a_bit, cut])
 def test_damaged_newest_checkpoint_falls_back(run, two_checkpoints, damage, caplog):
     folder, paths = two_checkpoints
@@ -205,7 +148,7 @@ def test_damaged_newest_checkpoint_falls_back(run, two_checkpoints, damage, capl
     damage(paths[-1])
     run("run", "peft=full", "resume=auto")
     assert "step_00000006.ckpt is damaged" in caplog.text
-    assert_same_end(folder, whole)
+    assert_same_end(folder, whole, STEPS)
 
 
 def test_only_damaged_checkpoints_are_an_error(run, two_checkpoints):
@@ -229,7 +172,7 @@ def test_the_same_command_goes_on_with_an_unfinished_run(run, monkeypatch):
         stopped, code = run("stopped", "peft=full")
     assert code == STOPPED
     assert run("stopped", "peft=full") == (stopped, 0)
-    assert_same_end(stopped, whole)
+    assert_same_end(stopped, whole, STEPS)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -26,7 +25,9 @@ BLOCK = 1 << 24
 
 NAME_BYTES = 200  # of the target's name in that of its temporary file; file systems allow 255 in all
 # how numpy, torch and safetensors, which raise errors of their own, say that a file could not be written
-FAILED_WRITE = re.compile(r"requested and \d+ written|failed writing|unexpected pos|iostream error|os error (\d+)")
+FAILED_WRITE = re.compile(
+    r"requested and \d+ written|failed writing|unexpected pos|iostream error|open file failed with|os error (\d+)"
+)
 TEMPORARY = re.compile(r"\.tmp-(?:(\w+)-)?(\d+)$")  # machine (not in earlier versions) and process of the writer
 FORGOTTEN = 24 * 3600  # seconds after which a temporary file of another machine counts as left over
 
@@ -72,12 +73,18 @@ def _named(temporary: Path, path: Path) -> Iterator[None]:
             raise  # of another file
         if code is None and failed is None:
             raise
-        code = code or int(failed[1] or (errno.ENOSPC if _is_full(path.parent) else errno.EIO))
+        code = code or int(failed[1] or _cause(temporary))
         raise OSError(code, os.strerror(code), str(path)) from error
 
 
-def _is_full(folder: Path) -> bool:
-    return shutil.disk_usage(folder).free < 2**20
+def _cause(temporary: Path) -> int:
+    """Number of the error with which a file was refused, where a library has kept only that it was: by going on."""
+    try:
+        with temporary.open("ab", buffering=0) as file:
+            file.write(bytes(2**20))
+    except OSError as error:
+        return error.errno or errno.EIO
+    return errno.EIO
 
 
 @cache

@@ -29,12 +29,14 @@ class RoutingMonitor(Callback):
         self._module: pl.LightningModule | None = None  # the statistics are its own
         self._earlier: dict[str, Any] = {}  # of the run that this one goes on from
 
+    def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+        self._module = module
+
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if isinstance(module.network, DiTMoE) and module.balance is not None:
-            self._module, module.statistics = module, RoutingStatistics(module.network, module.device)
+            module.statistics = RoutingStatistics(module.network, module.device)
             if self._earlier and trainer.is_global_zero:  # the sums of all processes
                 module.statistics.load_state_dict(self._earlier)
-                module.routing = self._earlier["means"]
 
     def state_dict(self) -> dict[str, Any]:
         """Sums since the last summary, of all processes, each of which is asked when a checkpoint is saved."""
@@ -43,8 +45,8 @@ class RoutingMonitor(Callback):
         return self._module.statistics.state_dict() | {"means": dict(self._module.routing)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep what a checkpoint holds until the training starts."""
-        self._earlier = state_dict
+        """Keep the sums of a checkpoint until the training starts; where all steps are done, it never does."""
+        self._earlier, self._module.routing = state_dict, state_dict["means"]
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
