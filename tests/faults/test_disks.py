@@ -13,6 +13,7 @@ from ditune.errors import UserError
 from ditune.files import spared
 from ditune.files.spared import LogFile
 from ditune.training.checkpoint_io import checkpoints_in
+from ditune.training.loggers.tensorboard import SparedTensorBoard
 
 
 @pytest.fixture
@@ -70,7 +71,7 @@ def test_a_training_goes_on_where_that_is_asked_for(disk, start, whole, monkeypa
             during_training_step(patch, call, fault)
         assert start(run, "callbacks.checkpoint.on_full=continue", "callbacks.samples.every_n_steps=3") == 0
     assert "step_00000006.ckpt needs 0.9 MB, and 0.0 MB are free: it is left out" in caplog.text
-    assert "sample grids cannot be written (No space left on device); the training goes on without" in caplog.text
+    assert "sample grids cannot be written (No space left on device); the training goes on" in caplog.text
     assert steps_saved(run) == [7, 4]
     assert_same_end(run, whole, 7)
     assert result_of(run)["status"] == "finished"
@@ -123,3 +124,14 @@ def test_a_log_file_on_a_full_disk_says_it_once(disk, capsys):
     error = capsys.readouterr().err
     assert error.count("train.log cannot be written (No space left on device)") == 1
     assert "Traceback" not in error
+
+
+def test_tensorboard_on_a_full_disk_says_it_once(disk, caplog):
+    logger = SparedTensorBoard(str(disk))
+    logger.log_metrics({"a": 1.0}, 0)
+    fill(disk)
+    for step in range(3):
+        logger.log_metrics({"a": 1.0}, step)
+        logger.save()
+    logger.finalize("success")
+    assert caplog.text.count("TensorBoard's events cannot be written") == 1

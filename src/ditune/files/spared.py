@@ -22,7 +22,7 @@ def spared(what: str) -> Iterator[None]:
     except OSError as error:
         if what not in _said:
             _said.add(what)
-            log.warning("%s cannot be written (%s); the training goes on without it", what, error.strerror or error)
+            log.warning("%s cannot be written (%s); the training goes on", what, error.strerror or error)
 
 
 class LogFile(logging.FileHandler):

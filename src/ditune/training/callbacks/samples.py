@@ -7,7 +7,7 @@ from typing import Any
 import pytorch_lightning as pl
 from PIL import Image, UnidentifiedImageError
 from pytorch_lightning.callbacks import Callback
-from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
+from pytorch_lightning.loggers import WandbLogger
 from torchvision.transforms.functional import pil_to_tensor
 
 from ditune.data import ImageDataset
@@ -16,6 +16,7 @@ from ditune.files.spared import spared
 from ditune.generation.generator import ImageGenerator, example_plan
 from ditune.generation.grids import grid, side_by_side
 from ditune.progress import meter
+from ditune.training.loggers.tensorboard import SparedTensorBoard
 from ditune.training.outlook import Outlook
 
 
@@ -87,8 +88,8 @@ class SampleGrids(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_image("samples", [sheet], caption=[f"step {trainer.global_step}"])
-            elif isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image("samples", pil_to_tensor(sheet), trainer.global_step)
+            elif isinstance(logger, SparedTensorBoard):
+                logger.add_image("samples", pil_to_tensor(sheet), trainer.global_step)
 
 
 def save(image: Image.Image, path: Path) -> None:
