@@ -1,7 +1,9 @@
 """Mistakes that a user can mend."""
 
 import errno
+import shutil
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 USER_ERROR = 2  # exit code
@@ -55,7 +57,14 @@ def refusal(error: OSError, places: str = PLACES) -> str | None:
     if error.filename is None or error.errno not in CAUSES:
         return None
     room = "Free some space, or choose" if error.errno in FULL else "Choose"
-    return f"{error.filename} cannot be used: {CAUSES[error.errno]}. {room} another place for it by {places}."
+    cause = CAUSES[error.errno] + (f", {free_space(Path(error.filename))}" if error.errno in FULL else "")
+    return f"{error.filename} cannot be used: {cause}. {room} another place for it by {places}."
+
+
+def free_space(path: Path) -> str:
+    """How much is free on the disk of a file that may not exist, as "1,234.5 MB are free"."""
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    return f"{shutil.disk_usage(folder).free / 1e6:,.1f} MB are free"
 
 
 def fail(text: str) -> NoReturn:

@@ -28,7 +28,7 @@ MISTAKES = {
     "base of other latents": (["pretrained=@base", "autoencoder.scale=3.0"], "other latents"),
     "batch and micro-steps": (["trainer.accumulate_grad_batches=3"], "multiple of 3"),
     "empty batch": (["batch_size=0"], "batch_size is 0, but must be a whole number"),
-    "resume by a path": (["resume=last.ckpt"], "resume=auto"),
+    "resume by a path": (["resume=last.ckpt"], "Set one of auto, never."),
     "sizes of no file": (["network=as_pretrained"], "Set pretrained=<file>"),
     "no such network": (["network.name=dit_xxl_2"], "there is no network 'dit_xxl_2'"),
     "no such method": (["peft.name=diffit"], "There is no method 'diffit'"),

@@ -1,24 +1,21 @@
 """A training that is stopped anywhere and resumed ends with the same bits as one that never stopped."""
 
-import csv
-import multiprocessing
 import os
 import signal
-import subprocess
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from comparison import assert_same_end
+from injectors import crash, cut, during_training_step, flip_a_bit, terminate
 from omegaconf import OmegaConf
 
 from ditune.checkpoints import read_header
 from ditune.commands.train import train
 from ditune.errors import UserError
-from ditune.files.atomic import read_json
-from ditune.training import GenerativeModule
-from ditune.training.checkpoint_io import AtomicCheckpointIO, newest_checkpoint
-from helpers import assert_same_bits, checkpoint, movement
+from ditune.files.atomic import atomic, read_json, remove_leftovers
+from ditune.training.checkpoint_io import AtomicCheckpointIO
+from helpers import checkpoint, movement
 
 STEPS = 7  # of 4 pictures each; a pass over the ten pictures ends within step 3
 STOPPED = 128 + signal.SIGTERM
@@ -34,50 +31,6 @@ CASES = {
         "scheduler.warmup_steps=3",
     ],
 }
-
-
-def during_training_step(monkeypatch, call: int, act) -> None:
-    """Let `act` happen in the `call`-th forward of the training, counted from 1."""
-    original, calls = GenerativeModule.training_step, iter(range(1, 1000))
-
-    def training_step(self, batch, batch_idx):
-        loss = original(self, batch, batch_idx)
-        return act() or loss if next(calls) == call else loss
-
-    monkeypatch.setattr(GenerativeModule, "training_step", training_step)
-
-
-def terminate() -> None:
-    """As Ctrl-C and schedulers do it: the signal reaches every process of the run, those that load pictures too."""
-    workers = multiprocessing.active_children()
-    processes = (*(worker.pid for worker in workers), os.getpid())
-    subprocess.run(["kill", "-TERM", *map(str, processes)], check=True)  # not by this process, whom workers obey
-    time.sleep(0.5 if workers else 0)
-    assert len(multiprocessing.active_children()) == len(workers)  # torch kills the run when one of them dies
-
-
-def crash() -> None:
-    raise RuntimeError("the machine fails")
-
-
-def logged(folder: Path) -> list[dict[str, str]]:
-    with (folder / "metrics.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def assert_same_end(resumed: Path, whole: Path) -> None:
-    a, b = checkpoint(resumed), checkpoint(whole)
-    assert a["global_step"] == b["global_step"] == STEPS
-    for part in ("state_dict", "ema", "optimizer_states", "lr_schedulers", "identity"):
-        assert_same_bits(a[part], b[part], part)
-    for name in ("network.safetensors", "adapter/adapter_model.safetensors"):
-        assert (resumed / name).exists() == (whole / name).exists()
-        if (whole / name).exists():
-            assert (resumed / name).read_bytes() == (whole / name).read_bytes()
-    assert logged(resumed) == logged(whole)
-    assert [row["step"] for row in logged(whole)] == [str(step) for step in range(STEPS)]
-    sheet = f"samples/step_{STEPS:07d}.png"
-    assert (resumed / sheet).read_bytes() == (whole / sheet).read_bytes()
 
 
 @pytest.fixture
@@ -107,7 +60,7 @@ def test_stopped_by_a_signal_and_resumed(run, monkeypatch, case, call):
     micro_steps = 2 if "accumulated" in case else 1
     assert checkpoint(stopped)["global_step"] == -(-call // micro_steps)  # the step at hand is finished
     assert run("stopped", *overrides, "resume=auto") == (stopped, 0)
-    assert_same_end(stopped, whole)
+    assert_same_end(stopped, whole, STEPS)
     if "pretrained=@base" in overrides:
         assert movement(OmegaConf.load(whole / "config.yaml"), whole) > 1e-3
 
@@ -122,14 +75,14 @@ def test_crashed_and_resumed_twice(run, monkeypatch):
                 run("crashed", "peft=full", every, *overrides)
     crashed, code = run("crashed", "peft=full", "resume=auto")
     assert code == 0
-    assert_same_end(crashed, whole)
+    assert_same_end(crashed, whole, STEPS)
 
 
 def test_a_longer_training_goes_on_from_a_shorter_one(run):
     whole, _ = run("whole", "peft=full")
     shorter, _ = run("shorter", "peft=full", "callbacks.checkpoint.every_n_steps=3", steps=3)
     run("shorter", "peft=full", "resume=auto")
-    assert_same_end(shorter, whole)
+    assert_same_end(shorter, whole, STEPS)
 
 
 def test_resuming_a_finished_run_changes_no_weight(run):
@@ -142,6 +95,7 @@ def test_resuming_a_finished_run_changes_no_weight(run):
 @pytest.mark.parametrize("resume", [[], ["resume=auto"]])
 def test_a_finished_run_without_checkpoints_is_not_run_over(run, resume):
     folder, _ = run("done", "peft=full", steps=2)
+    (folder / "checkpoints" / "step_00000002.ckpt").unlink()
     before = (folder / "result.json").read_bytes()
     with pytest.raises(UserError, match="holds a finished run"):
         run("done", "peft=full", *resume)
@@ -186,16 +140,6 @@ def two_checkpoints(run):
     return folder, sorted((folder / "checkpoints").glob("*.ckpt"))
 
 
-def flip_a_bit(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-100])
-
-
 @pytest.mark.parametrize("damage", [flip_a_bit, cut])
 def test_damaged_newest_checkpoint_falls_back(run, two_checkpoints, damage, caplog):
     folder, paths = two_checkpoints
@@ -204,7 +148,7 @@ def test_damaged_newest_checkpoint_falls_back(run, two_checkpoints, damage, capl
     damage(paths[-1])
     run("run", "peft=full", "resume=auto")
     assert "step_00000006.ckpt is damaged" in caplog.text
-    assert_same_end(folder, whole)
+    assert_same_end(folder, whole, STEPS)
 
 
 def test_only_damaged_checkpoints_are_an_error(run, two_checkpoints):
@@ -214,9 +158,21 @@ def test_only_damaged_checkpoints_are_an_error(run, two_checkpoints):
         run("run", "peft=full", "resume=auto")
 
 
-def test_a_run_folder_is_not_overwritten(run, two_checkpoints):
-    with pytest.raises(UserError, match="resume=auto"):
-        run("run", "peft=full")
+def test_a_finished_run_is_not_trained_over(run, two_checkpoints):
+    with pytest.raises(UserError, match=r"holds a finished run of 6 steps\. Set max_steps=<more>"):
+        run("run", "peft=full", steps=6)
+    with pytest.raises(UserError, match="holds a run, and resume=never"):
+        run("run", "peft=full", "resume=never")
+
+
+def test_the_same_command_goes_on_with_an_unfinished_run(run, monkeypatch):
+    whole, _ = run("whole", "peft=full")
+    with monkeypatch.context() as patch:
+        during_training_step(patch, 4, terminate)
+        stopped, code = run("stopped", "peft=full")
+    assert code == STOPPED
+    assert run("stopped", "peft=full") == (stopped, 0)
+    assert_same_end(stopped, whole, STEPS)
 
 
 @pytest.mark.parametrize(
@@ -249,7 +205,7 @@ def test_a_save_that_dies_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         files.save_checkpoint({"value": torch.zeros(1000)}, path)
     assert path.read_bytes() == before
-    assert newest_checkpoint(tmp_path) == path
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_process_killed_while_it_saves_leaves_the_old_file(tmp_path):
@@ -261,7 +217,12 @@ def test_a_process_killed_while_it_saves_leaves_the_old_file(tmp_path):
         torch.save = lambda content, target: (Path(target).write_bytes(b"half"), os.kill(os.getpid(), signal.SIGKILL))
         files.save_checkpoint({"value": torch.zeros(1000)}, path)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
-    assert [p.name for p in tmp_path.glob(".*")] == [f".{path.name}.tmp-{child}"]
-    assert newest_checkpoint(tmp_path) == path
+    (left,) = tmp_path.glob(".*")
+    assert left.name.endswith(f"-{child}")
+    content = files.load_checkpoint(path)
+    with atomic(tmp_path / "other") as at_work:
+        at_work.touch()
+        remove_leftovers(tmp_path)
+        assert at_work.exists()  # its writer is this process
     assert not list(tmp_path.glob(".*"))
-    assert torch.equal(files.load_checkpoint(path)["value"], torch.ones(1000))
+    assert torch.equal(content["value"], torch.ones(1000))

@@ -22,6 +22,7 @@ from ditune.progress import is_first_rank
 from ditune.training.checkpoint_io import newest_checkpoint
 from ditune.training.components import Processes
 from ditune.training.plan import announce, expected_memory
+from ditune.training.resume import NEVER
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ CANNOT = "This run cannot start"
 def settled(cfg: DictConfig, folder: Path) -> list[str]:
     """Settle device and precision; what stands against them, as sentences. A plan goes on as for a GPU with bf16."""
     try:
-        settle(cfg, newest_checkpoint(folder / "checkpoints") if cfg.resume else None)
+        settle(cfg, None if cfg.resume == NEVER else newest_checkpoint(folder / "checkpoints"))
     except UserError as error:
         if cfg.trainer.precision == "auto":
             cfg.trainer.precision = BF16

@@ -34,8 +34,10 @@ from ditune.evaluation.comparison import Comparison
 from ditune.evaluation.denoising_loss import HeldOutLoss
 from ditune.evaluation.held_out import HeldOut
 from ditune.evaluation.shared_files import meet
+from ditune.files.atomic import atomic, remove_leftovers
 from ditune.launch.run_folder import owned
 from ditune.memory import memory_for
+from ditune.progress import is_first_rank
 from ditune.training.callbacks import Validation, peak_memory_mib
 from ditune.training.checkpoint_io import remove_checkpoints
 from ditune.training.components import Components
@@ -70,6 +72,8 @@ def _train(cfg: DictConfig, folder: Path) -> int:
     if in_sweep() and has_finished(folder, *hashes):
         log.info("%s already holds the result of this config", folder)
         return 0
+    if is_first_rank():
+        remove_leftovers(folder)  # it is ours alone, so their writers are gone
     instantiate(cfg.logger, "logger")  # what it refuses shows before the data is prepared
     chosen_metric(cfg)  # likewise
     torch.set_flush_denormal(True)  # every result in docs/results was made with it; no speed was gained by it
@@ -85,14 +89,15 @@ def _train(cfg: DictConfig, folder: Path) -> int:
         leave_at_exit()
     c.processes = processes_of(trainer, in_sweep())
     rules.check(c, rules.OF_THE_PROCESSES)
-    resumed = find_checkpoint(folder, cfg.resume, cfg.max_steps, resume_key(cfg, c))
     module = build_module(cfg, c, resume_key(cfg, c))
+    resumed = find_checkpoint(folder, cfg.resume, cfg.max_steps, module, c.processes)
     module.begun_with = resumed.micro_batch
 
     first = trainer.is_global_zero
     if first:
         folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(resolved(cfg), folder / "config.yaml")
+        with atomic(folder / "config.yaml") as temporary:
+            OmegaConf.save(resolved(cfg), temporary)
         spaces = disk.spaces(cfg, c, folder, [])
         config = OmegaConf.to_yaml(cfg, resolve=True) if cfg.verbose else None
         announce(c, trainer, folder, config, {"disk": disk.line(spaces)})
@@ -114,7 +119,8 @@ def _train(cfg: DictConfig, folder: Path) -> int:
 
     close = partial(close_loggers, trainer)
     enough = memory_for("the training", lambda: less_memory(trainer, module))
-    with RunRecord(folder, describe(c, *hashes), resumed.seconds, stop, first, close) as record, enough:
+    facts = describe(c, *hashes) | ({"steps": resumed.step} if resumed.step else {})
+    with RunRecord(folder, facts, resumed.seconds, stop, first, close) as record, enough:
         open_loggers(cfg, trainer, folder, resumed.step, c)
         if cfg.compile:
             module.network.compile_blocks()
@@ -141,9 +147,10 @@ def take_weights(module: GenerativeModule, trainer: pl.Trainer, validation: Vali
     if validation is not None and validation.ended_at is not None:
         ended = {"ended_early_at": validation.ended_at}
     if validation is not None and validation.best is not None:
-        if validation.best.found:
-            return validation.best.take(module) | ended
-        log.warning("val/%s was never a number: the last weights are saved and evaluated", validation.best.metric)
+        taken = validation.best.take(module) if validation.best.found else None
+        if taken is not None:
+            return taken | ended
+        log.warning("there are no best weights by val/%s: the last are saved and evaluated", validation.best.metric)
     return {"checkpoint": "last", "step": trainer.global_step} | ended
 
 

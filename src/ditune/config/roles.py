@@ -120,7 +120,8 @@ def deciding(callbacks: Mapping[str, Any]) -> dict[str, Any]:
     """Of the group `callbacks`, what decides the result: what is measured does so where it chooses the weights."""
     values = {name: dict(group) if isinstance(group, Mapping) else group for name, group in callbacks.items()}
     checkpoint, stopping = values.get("checkpoint", {}), values.get("early_stopping", {})
-    checkpoint.pop("keep_finished", None)
+    for key in ("keep_finished", "on_full"):
+        checkpoint.pop(key, None)
     chosen = checkpoint.get("best") is not None
     if not chosen:
         checkpoint.pop("best", None)
@@ -157,6 +158,7 @@ SAME_RESULT: dict[str, str] = {
     "callbacks.samples.every_n_steps": WHEN,
     "callbacks.checkpoint.every_n_steps": WHEN,
     "callbacks.checkpoint.keep": WHEN,
+    "callbacks.checkpoint.on_full": WHEN,
     "callbacks.routing.every_n_steps": WHEN,
 }
 # fmt: on

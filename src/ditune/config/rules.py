@@ -186,7 +186,7 @@ def micro_batches_may_be_chosen(c: Components) -> str | None:
     """The device may choose the micro-batch where it changes nothing but rounding."""
     if c.processes is None or not c.processes.searched or c.balance is None:
         return None
-    if c.balance.alpha == 0 or c.balance.scope == "sequence":
+    if not c.balance.of_micro_batches:
         return None
     return (
         f"balance.scope={c.balance.scope} takes the experts' load from micro-batches, so their size decides what is "

@@ -1,5 +1,6 @@
 """The trainer, the module and the loggers of a training's config, and what must stay when it goes on."""
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,6 @@ from typing import Any
 import pytorch_lightning as pl
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, read_write
-from pytorch_lightning.callbacks import ModelCheckpoint
 
 from ditune.config.base_network import given_process
 from ditune.config.grammar import between_quotes
@@ -17,8 +17,16 @@ from ditune.data import ImageDataset
 from ditune.errors import UserError
 from ditune.evaluation.denoising_loss import REPEATS
 from ditune.generation.generator import ImageGenerator
-from ditune.training.callbacks import RoutingMonitor, SampleGrids, StepClock, StepGrids, StopOnSignal, TrainingProgress
-from ditune.training.checkpoint_io import AtomicCheckpointIO
+from ditune.training.callbacks import (
+    Checkpoints,
+    RoutingMonitor,
+    SampleGrids,
+    StepClock,
+    StepGrids,
+    StopOnSignal,
+    TrainingProgress,
+)
+from ditune.training.checkpoint_io import LEAST, AtomicCheckpointIO
 from ditune.training.components import Components, Processes
 from ditune.training.loggers.metrics_csv import MetricsCsv
 from ditune.training.loggers.wandb import WandbRun
@@ -26,6 +34,8 @@ from ditune.training.micro_batch import AUTO, FitMicroBatch
 from ditune.training.module import GenerativeModule
 from ditune.training.outlook import Outlook, forward_passes
 from ditune.training.plan import parameter_kinds
+
+log = logging.getLogger(__name__)
 
 
 def resume_key(cfg: DictConfig, c: Components) -> dict[str, Any]:
@@ -106,24 +116,15 @@ def build_trainer(
         TrainingProgress(outlook),
         SampleGrids(generator, c.images, samples.n, cfg.seed, folder / "samples", samples.every_n_steps, outlook),
         RoutingMonitor(folder / "routing", cfg.callbacks.routing.every_n_steps),
-        stop,
-        ModelCheckpoint(
-            folder / "checkpoints",
-            filename="step_{step:08d}",
-            auto_insert_metric_name=False,
-            enable_version_counter=False,
-            every_n_train_steps=checkpoint.every_n_steps,
-            save_top_k=checkpoint.keep,
-            monitor="step",
-            mode="max",
-            save_on_train_epoch_end=False,
-        ),
     ]
     if generator.process.network.get("step"):
         grids = cfg.callbacks.strips
         arguments = (grids.n, list(grids.steps), cfg.seed, folder / "samples", samples.every_n_steps)
         callbacks.append(StepGrids(generator, c.images, *arguments))
-    others = {"callbacks": callbacks, "logger": False, "plugins": [AtomicCheckpointIO()]}
+    # what is logged at a step comes before what saves it
+    callbacks += [stop, Checkpoints(folder / "checkpoints", checkpoint.every_n_steps)]
+    files = AtomicCheckpointIO(kept_checkpoints(checkpoint), checkpoint.on_full)
+    others = {"callbacks": callbacks, "logger": False, "plugins": [files]}
     if cfg.trainer.accumulate_grad_batches == AUTO:
         shape = c.autoencoder.latent_shape(c.settings.resolution)
         callbacks.append(FitMicroBatch(shape, c.settings.bf16, cfg.compile))
@@ -142,6 +143,18 @@ def refuse_alone(cfg: DictConfig) -> None:
         f"trainer.num_nodes is {nodes}, and nothing has started this training on several machines. "
         "Start it by torchrun on each of them, or by srun (docs/guide/sweeps.md)."
     )
+
+
+def kept_checkpoints(checkpoint: DictConfig) -> int:
+    """How many checkpoints stay, from callbacks.checkpoint: never fewer than two, because the last may be damaged."""
+    if 0 <= checkpoint.keep < LEAST and checkpoint.every_n_steps:
+        log.warning(
+            "callbacks.checkpoint.keep=%d is raised to %d: the newest checkpoint may turn out to be damaged. "
+            "For no checkpoints set callbacks.checkpoint.every_n_steps=0.",
+            *(checkpoint.keep, LEAST),
+        )
+        return LEAST
+    return checkpoint.keep
 
 
 def processes_of(trainer: pl.Trainer, in_sweep: bool) -> Processes:

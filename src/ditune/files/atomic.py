@@ -6,10 +6,14 @@ import json
 import logging
 import os
 import re
-import shutil
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
 from pathlib import Path
+
+import psutil
 
 from ditune.errors import UserError
 from ditune.files.locks import locked
@@ -22,7 +26,11 @@ BLOCK = 1 << 20
 
 NAME_BYTES = 200  # of the target's name in that of its temporary file; file systems allow 255 in all
 # how numpy, torch and safetensors, which raise errors of their own, say that a file could not be written
-FAILED_WRITE = re.compile(r"requested and \d+ written|failed writing|unexpected pos|os error (\d+)")
+FAILED_WRITE = re.compile(
+    r"requested and \d+ written|failed writing|unexpected pos|iostream error|open file failed with|os error (\d+)"
+)
+TEMPORARY = re.compile(r"\.tmp-(?:(\w+)-)?(\d+)$")  # machine (not in earlier versions) and process of the writer
+FORGOTTEN = 24 * 3600  # seconds after which a temporary file of another machine counts as left over
 
 _hashes: dict[tuple[Path, tuple[int, ...]], str] = {}  # of files in one state, so that a process reads them once
 _kept_in: Path | None = None  # see keep_hashes_in
@@ -42,7 +50,7 @@ def atomic(path: Path | str) -> Iterator[Path]:
     """
     path = Path(path)
     name = path.name.encode()[:NAME_BYTES].decode(errors="ignore")
-    temporary = path.with_name(f".{name}.tmp-{os.getpid()}")
+    temporary = path.with_name(f".{name}.tmp-{_machine()}-{os.getpid()}")
     try:
         with _named(temporary, path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,12 +77,61 @@ def _named(temporary: Path, path: Path) -> Iterator[None]:
             raise  # of another file
         if code is None and failed is None:
             raise
-        code = code or int(failed[1] or (errno.ENOSPC if _is_full(path.parent) else errno.EIO))
+        code = code or int(failed[1] or _cause(temporary))
         raise OSError(code, os.strerror(code), str(path)) from error
 
 
-def _is_full(folder: Path) -> bool:
-    return shutil.disk_usage(folder).free < 2**20
+def _cause(temporary: Path) -> int:
+    """Number of the error with which a file was refused, where a library has kept only that it was: by going on."""
+    try:
+        with temporary.open("ab", buffering=0) as file:
+            file.write(bytes(2**20))
+    except OSError as error:
+        return error.errno or errno.EIO
+    return errno.EIO
+
+
+@cache
+def _machine() -> str:
+    """A short name of this machine: processes of several ones may write into one folder."""
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files below a folder whose writers are gone; a kill leaves them no time to clean up.
+
+    A writer on another machine cannot be asked, so its file goes when it is a day old.
+    """
+    for path in folder.rglob(".*.tmp-*"):
+        with suppress(FileNotFoundError):  # its writer has just ended
+            if _is_left_over(path):
+                path.unlink()
+
+
+def _is_left_over(path: Path) -> bool:
+    name, written = TEMPORARY.search(path.name), path.stat().st_mtime
+    if name is None or not path.is_file():
+        return False
+    if name[1] not in (None, _machine()):
+        return time.time() - written > FORGOTTEN
+    try:
+        # a process that began after the last writing has only the number of the writer
+        return psutil.Process(int(name[2])).create_time() > written + 1
+    except (psutil.NoSuchProcess, OverflowError):
+        return True
+
+
+def set_aside(path: Path, reason: str) -> None:
+    """Rename a damaged file to <name>.damaged, with a warning, so that another one can be written in its place.
+
+    Args:
+        path: of the file.
+        reason: why it cannot be used.
+    """
+    aside = path.with_name(f"{path.name}.damaged")
+    with suppress(FileNotFoundError):  # another rank has been faster
+        os.replace(path, aside)
+    log.warning("%s is damaged (%s) and set aside as %s", path, reason, aside.name)
 
 
 def write_json(path: Path | str, content: dict) -> None:

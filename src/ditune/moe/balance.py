@@ -102,6 +102,11 @@ class Balance:
         for layer, change_E in zip(network.moe_layers.values(), change_LE, strict=True):
             layer.router.bias_E += change_E
 
+    @property
+    def of_micro_batches(self) -> bool:
+        """Whether the loss depends on how the global batch is divided into micro-batches."""
+        return self.alpha != 0 and self.scope != "sequence"
+
     @staticmethod
     def state_dict(network: nn.Module) -> dict[str, Tensor]:
         """Copies of the routers' biases, which are buffers, on the CPU."""

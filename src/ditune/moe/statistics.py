@@ -61,6 +61,19 @@ class RoutingStatistics:
             for table in (*self.counts.values(), self.sums):
                 dist.all_reduce(table)
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """Copies of the sums over all processes, each of which must call it, on the CPU."""
+        tables = {name: table.clone() for name, table in (*self.counts.items(), ("sums", self.sums))}
+        if dist.is_available() and dist.is_initialized():
+            for table in tables.values():
+                dist.all_reduce(table)
+        return {name: table.cpu() for name, table in tables.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore the result of `state_dict`, in one of the processes."""
+        for name, table in (*self.counts.items(), ("sums", self.sums)):
+            table.copy_(state[name])
+
     @property
     def load_LE(self) -> Tensor:
         """(L, E) load of each expert relative to an even load, which is 1."""

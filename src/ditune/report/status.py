@@ -47,7 +47,7 @@ def status_of(folder: Path, result: dict[str, Any]) -> tuple[str, str]:
     status, steps, all_steps = result.get("status", "running"), result.get("steps"), result.get("max_steps")
     if status in ("running", "trained"):
         if not at_work(folder):
-            return "killed", "no process is at work in its folder; the same command with resume=auto goes on with it"
+            return "killed", "no process is at work in its folder; the same command with its run_dir= goes on with it"
         return "running", "the training is done, the evaluation is not" if status == "trained" else ""
     reason = result.get("error") or ""
     if status == "stopped" and not reason:

@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 
 from ditune.errors import UserError
 from ditune.metrics.names import lower_is_better
 from ditune.moe.balance import Balance
-from ditune.training.checkpoint_io import BEST, AtomicCheckpointIO, is_whole
+from ditune.training.checkpoint_io import BEST, Unusable, read_whole
 
 log = logging.getLogger(__name__)
+
+PARTS = {"metric": str, "value": float, "step": int, "state_dict": dict, "method": dict, "balance": dict}
 
 
 class BestWeights:
@@ -42,15 +43,25 @@ class BestWeights:
         """What an earlier start of the run has found."""
         if not self.path.is_file():
             return
-        if not is_whole(self.path):
-            log.warning("%s is damaged: the best weights are those from here on", self.path)
-            return
-        saved = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
-        if saved["metric"] != self.metric:
+        saved = self._content()
+        if saved is None:
+            log.warning("the best weights are those from here on")
+        elif saved["metric"] != self.metric:
             text = "the best weights so far were chosen by val/%s, those from here on are chosen by val/%s"
             log.warning(text, saved["metric"], self.metric)
         elif saved["step"] <= max_steps:
             self.step, self.value = saved["step"], saved["value"]
+
+    def _content(self) -> dict[str, Any] | None:
+        """What the file holds; None, with a warning, if it is damaged or none of ours."""
+        try:
+            saved = read_whole(self.path)
+            if not all(isinstance(saved.get(name), kind) for name, kind in PARTS.items()):
+                raise Unusable("holds no weights that were chosen")
+        except Unusable as error:
+            log.warning("%s %s", self.path, error)
+            return None
+        return saved
 
     @property
     def found(self) -> bool:
@@ -75,13 +86,15 @@ class BestWeights:
             return  # before the first step it is the base
         if self.found and not (value < self.value if self.lower else value > self.value):
             return
-        self.step, self.value = trainer.global_step, value
+        kept = False
         if self.writes:
             network = module.network
-            content = {"metric": self.metric, "value": value, "step": self.step}
+            content = {"metric": self.metric, "value": value, "step": trainer.global_step}
             content |= {"state_dict": module.method.state_dict(network), "method": module.method.training_state()}
-            AtomicCheckpointIO().save_checkpoint(content | {"balance": Balance.state_dict(network)}, self.path)
-        trainer.strategy.barrier()  # nobody reads what is not written yet
+            content |= {"balance": Balance.state_dict(network)}
+            kept = trainer.strategy.checkpoint_io.write(content, self.path)
+        if trainer.strategy.broadcast(kept):  # nobody reads what is not written yet, or not at all
+            self.step, self.value = trainer.global_step, value
 
     def _refuse_unknown(self, values: dict[str, float]) -> None:
         metrics = [name for name in values if name != "loss"]
@@ -91,10 +104,21 @@ class BestWeights:
                 f"Set one of {', '.join(metrics)}."
             )
 
-    def take(self, module: pl.LightningModule) -> dict[str, Any]:
-        """Give the module the best weights, as its network's and as their average; returns what was taken."""
-        saved = torch.load(self.path, map_location="cpu", weights_only=True)
-        module.method.load_state_dict(module.network, saved["state_dict"])
+    def take(self, module: pl.LightningModule) -> dict[str, Any] | None:
+        """Give the module the best weights, as its network's and as their average; returns what was taken.
+
+        None = the file has been damaged or does not fit, and the module is as it was.
+        """
+        saved = self._content()
+        if saved is None:
+            return None
+        try:
+            if saved["method"].keys() != module.method.training_state().keys():
+                raise UserError("It is of another method.")
+            module.method.load_state_dict(module.network, saved["state_dict"])
+        except UserError as error:
+            log.warning("%s does not fit. %s", self.path, error)
+            return None
         module.method.load_training_state(saved["method"])
         Balance.load_state_dict(module.network, saved["balance"])
         for name, average in module.ema.average.items():

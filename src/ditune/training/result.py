@@ -1,6 +1,8 @@
 """What a training leaves behind: result.json, which is right at every moment, and the trained weights."""
 
+import json
 import logging
+import os
 import platform
 import time
 from collections.abc import Callable
@@ -13,8 +15,10 @@ import torch
 
 import ditune
 from ditune.checkpoints import save_adapter, save_network
-from ditune.files.atomic import read_or_set_aside, write_json
+from ditune.errors import UserError
+from ditune.files.atomic import read_json, set_aside, write_json
 from ditune.metrics.names import headline
+from ditune.progress import is_first_rank
 from ditune.training.callbacks import StopOnSignal
 from ditune.training.components import Components
 from ditune.training.plan import counts
@@ -93,7 +97,7 @@ class RunRecord:
                 self.values["seconds"] = {"fit": self.fit_seconds}
             text = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
             self.values |= {"status": "failed", "error": text}
-        self.write()
+        self.write(best_effort=error is not None)
         self.at_end(self.values, 1 if self.status == "failed" else self.exit_code)
         return handled
 
@@ -106,15 +110,56 @@ class RunRecord:
         stopped = self.status == "stopped" and self.writes and self.stop.stopped_by is not None
         return 128 + self.stop.stopped_by if stopped else 0
 
-    def write(self) -> None:
-        """Bring result.json up to date, if this process speaks for all."""
-        if self.writes:
+    def write(self, best_effort: bool = False) -> None:
+        """Bring result.json up to date, if this process speaks for all.
+
+        Args:
+            best_effort: whatever ended the run is more important than a file that cannot be written.
+        """
+        if not self.writes:
+            return
+        try:
             write_json(self.path, self.values)
+        except OSError as error:
+            if not best_effort:
+                raise
+            if not overwrite(self.path, self.values):
+                log.warning("%s cannot be written (%s): it does not say how the run ended", self.path, error.strerror)
+
+
+def overwrite(path: Path, content: dict[str, Any]) -> bool:
+    """Write a JSON file where its old content stands, which a full disk has room for; whether that was possible."""
+    data = json.dumps(content, indent=2).encode()
+    try:
+        with path.open("r+b") as file:
+            if len(data) > os.fstat(file.fileno()).st_blocks * 512:
+                return False
+            file.write(data)
+            file.truncate()
+    except OSError:
+        return False
+    return True
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """What result.json says of the run so far; a damaged one is set aside, for the checkpoints hold what matters."""
+    path = folder / "result.json"
+    if not path.is_file():
+        return {}
+    try:
+        result = read_json(path)
+    except UserError as error:
+        if is_first_rank():
+            set_aside(path, str(error.__cause__ or "it holds no JSON object"))
+        return {}
+    seconds = result.get("seconds")
+    valid = isinstance(seconds, dict) and isinstance(seconds.get("fit", 0.0), int | float)
+    return result if valid else result | {"seconds": {}}
 
 
 def has_finished(folder: Path, key: str, identity: str) -> bool:
     """Whether the folder holds the result of a finished run of this job; see `ditune.config.roles` for its hashes."""
-    result = read_or_set_aside(folder / "result.json")
+    result = read_result(folder)
     known = result.get("config_hash") == key or result.get("job_identity") == identity
     return known and result.get("status") == "finished"
 

@@ -1,5 +1,6 @@
 """What happens around the steps of a training."""
 
+from ditune.training.callbacks.checkpoints import Checkpoints
 from ditune.training.callbacks.clock import StepClock, peak_memory_mib
 from ditune.training.callbacks.progress import TrainingProgress
 from ditune.training.callbacks.routing import RoutingMonitor
@@ -9,6 +10,7 @@ from ditune.training.callbacks.stop import StopOnSignal
 from ditune.training.callbacks.validation import Validation
 
 __all__ = [
+    "Checkpoints",
     "RoutingMonitor",
     "SampleGrids",
     "StepClock",

@@ -5,15 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from pytorch_lightning.callbacks import Callback
-from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
+from pytorch_lightning.loggers import WandbLogger
 from torchvision.transforms.functional import pil_to_tensor
 
 from ditune.data import ImageDataset
+from ditune.files.atomic import atomic, set_aside
+from ditune.files.spared import spared
 from ditune.generation.generator import ImageGenerator, example_plan
 from ditune.generation.grids import grid, side_by_side
 from ditune.progress import meter
+from ditune.training.loggers.tensorboard import SparedTensorBoard
 from ditune.training.outlook import Outlook
 
 
@@ -63,9 +66,9 @@ class SampleGrids(Callback):
         self._draw(trainer, module)
         examples, _ = self.images.__getitems__(self.rows)
         panels = {"before": self._sheet(0), "after": self._sheet(trainer.global_step)}
-        panels = {name: Image.open(path) for name, path in panels.items() if path.exists()}
+        panels = {name: image for name, path in panels.items() if (image := opened(path)) is not None}
         panels["training images of the same classes"] = grid(examples, self.columns)
-        side_by_side(panels).save(self.folder / "before_after.png")
+        save(side_by_side(panels), self.folder / "before_after.png")
 
     def _sheet(self, step: int) -> Path:
         return self.folder / f"step_{step:07d}.png"
@@ -81,10 +84,28 @@ class SampleGrids(Callback):
         self.outlook.image_seconds = (time.perf_counter() - start) / len(labels)
         module.network.train()
         sheet = grid(images, self.columns)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        sheet.save(path)
+        save(sheet, path)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_image("samples", [sheet], caption=[f"step {trainer.global_step}"])
-            elif isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image("samples", pil_to_tensor(sheet), trainer.global_step)
+            elif isinstance(logger, SparedTensorBoard):
+                logger.add_image("samples", pil_to_tensor(sheet), trainer.global_step)
+
+
+def save(image: Image.Image, path: Path) -> None:
+    """Write a PNG; a training goes on without it."""
+    with spared("sample grids"), atomic(path) as temporary:
+        image.save(temporary, "PNG")
+
+
+def opened(path: Path) -> Image.Image | None:
+    """An image of an earlier start, None where there is none; a damaged one is set aside."""
+    if not path.is_file():
+        return None
+    try:
+        image = Image.open(path)
+        image.load()
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:  # Pillow's, for damaged files
+        set_aside(path, str(error))
+        return None
+    return image

@@ -8,7 +8,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
-from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
+from pytorch_lightning.loggers import WandbLogger
 from torchvision.transforms.functional import pil_to_tensor
 
 from ditune.data import ImageDataset
@@ -17,6 +17,8 @@ from ditune.generation.generator import ImageGenerator, example_plan
 from ditune.generation.grids import before_after_sheet
 from ditune.rng import StepRandom
 from ditune.samplers import ShortcutSampler, check
+from ditune.training.callbacks.samples import save
+from ditune.training.loggers.tensorboard import SparedTensorBoard
 
 
 class StepGrids(Callback):
@@ -70,14 +72,13 @@ class StepGrids(Callback):
             rows = self._grid(module)
             dependence = self.dependence(module)
         module.network.train()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        rows.save(path)
+        save(rows, path)
         for logger in trainer.loggers:
             logger.log_metrics({"samples/step_dependence": dependence}, step=step)
             if isinstance(logger, WandbLogger):
                 logger.log_image("strips", [rows], caption=[f"step {step}"])
-            elif isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image("strips", pil_to_tensor(rows), step)
+            elif isinstance(logger, SparedTensorBoard):
+                logger.add_image("strips", pil_to_tensor(rows), step)
 
     def _grid(self, module: pl.LightningModule):
         labels = self.images.labels[self.rows]

@@ -7,7 +7,9 @@ from typing import Any
 from pytorch_lightning.loggers.logger import Logger, rank_zero_experiment
 from pytorch_lightning.utilities import rank_zero_only
 
-from ditune.files.atomic import atomic
+from ditune.files.atomic import atomic, set_aside
+from ditune.files.spared import spared
+from ditune.progress import is_first_rank
 
 
 class MetricsCsv(Logger):
@@ -38,12 +40,18 @@ class MetricsCsv(Logger):
         return self
 
     def keep_until(self, step: int) -> None:
-        """Read the lines of an earlier start of the run, as far as the checkpoint's step."""
-        if self.path.is_file():
-            with self.path.open(newline="") as file:
-                rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
-            kept = [row | {"step": int(row["step"])} for row in rows if row["step"] <= step]
-            self._rows = {row["step"]: row for row in kept}
+        """Read the lines of an earlier start of the run, up to the checkpoint's step; a damaged file is set aside."""
+        if not self.path.is_file() or not is_first_rank():
+            return
+        try:
+            self._rows = {row["step"]: row for row in self._lines() if row["step"] <= step}
+        except (ValueError, KeyError, TypeError, OverflowError, csv.Error) as error:
+            set_aside(self.path, str(error))
+
+    def _lines(self) -> list[dict[str, float]]:
+        with self.path.open(newline="", encoding="utf-8") as file:
+            rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+        return [row | {"step": int(row["step"])} for row in rows]
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -60,15 +68,11 @@ class MetricsCsv(Logger):
     @rank_zero_only
     def save(self) -> None:
         columns = list(dict.fromkeys(key for row in self._rows.values() for key in row))
-        with atomic(self.path) as temporary, temporary.open("w", newline="") as file:
+        with spared("metrics.csv"), atomic(self.path) as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(self._rows[step] for step in sorted(self._rows))
         self._unwritten = 0
-
-    def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
-        """A run that is killed goes on from the checkpoint, so the lines before it must be there."""
-        self.save()
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
