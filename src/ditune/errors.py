@@ -1,6 +1,7 @@
 """Mistakes that a user can mend."""
 
 import errno
+import re
 import sys
 from typing import NoReturn
 
@@ -22,6 +23,11 @@ CAUSES = {
     errno.ENAMETOOLONG: "its name is longer than the file system allows",
 }
 FULL = (errno.ENOSPC, errno.EDQUOT)
+# what a rank says when another one is gone or silent
+CONSEQUENCE = re.compile(
+    r"gloo/transport|Connection (closed|reset) by peer|Connection was likely closed|Broken pipe|ncclRemoteError"
+    r"|remote process|Timed out waiting|[Ww]atchdog caught"
+)
 
 
 class UserError(Exception):

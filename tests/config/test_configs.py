@@ -175,12 +175,13 @@ def test_every_file_and_key_is_explained(path):
 
 # The arrows of the design: which parts of the package a part may import
 
-GROUND = {"errors", "progress", "distributed", "rng", "memory", "files"}  # everything may import these
+GROUND = {"errors", "progress", "distributed", "rng", "memory", "files", "stopping"}  # everything may import these
 ALLOWED = {
     "errors": set(),
     "progress": set(),
     "distributed": set(),
     "rng": set(),
+    "stopping": set(),
     "memory": {"errors"},
     "files": {"errors", "progress"},
     "networks": {"rng"},

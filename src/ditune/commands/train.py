@@ -30,6 +30,8 @@ from ditune.evaluation.comparison import Comparison
 from ditune.evaluation.denoising_loss import denoising_loss
 from ditune.launch.run_folder import owned
 from ditune.memory import memory_for
+from ditune.stopping import Signals, listen
+from ditune.training import ranks
 from ditune.training.callbacks import Validation, peak_memory_mib
 from ditune.training.checkpoint_io import newest_checkpoint, remove_checkpoints
 from ditune.training.components import Components
@@ -53,11 +55,11 @@ def train(cfg: DictConfig) -> int:
     check(cfg)
     refuse_missing(cfg)
     folder = Path(cfg.paths.output_dir)
-    with owned(folder):
-        return _train(cfg, folder)
+    with listen() as signals, owned(folder), ranks.failures_left(folder):
+        return _train(cfg, folder, signals)
 
 
-def _train(cfg: DictConfig, folder: Path) -> int:
+def _train(cfg: DictConfig, folder: Path, signals: Signals) -> int:
     key = job_hash(cfg)  # of what was asked for, before the machine decides
     if in_sweep() and has_finished(folder, key):
         log.info("%s already holds the result of this config", folder)
@@ -73,7 +75,7 @@ def _train(cfg: DictConfig, folder: Path) -> int:
     rules.check(c, rules.OF_A_TRAINING)
     generator, held_out = build_generator(cfg, c), held_out_images(cfg)
     outlook = build_outlook(cfg, c, generator, held_out)
-    trainer, clock, stop = build_trainer(cfg, c, generator, folder, outlook)
+    trainer, clock, stop = build_trainer(cfg, c, generator, folder, outlook, signals)
     if trainer.world_size > 1:
         leave_at_exit()
     c.processes = processes_of(trainer, in_sweep())
@@ -97,10 +99,11 @@ def _train(cfg: DictConfig, folder: Path) -> int:
     source = training_source(cfg, c.images, c.autoencoder)
     stream = ImageStream(source, cfg.seed, cfg.data.flip, instantiate(cfg.augment, "augment"))
     data = StreamData(stream, cfg.batch_size, cfg.data.num_workers)
+    module.names = lambda positions: [c.images.names[i] for i in stream.indices(positions)]
 
     close = partial(close_loggers, trainer)
     enough = memory_for("the training", lambda: less_memory(trainer, module))
-    with RunRecord(folder, describe(c, key), resumed.seconds, stop, first, close) as record, enough:
+    with RunRecord(folder, describe(c, key), resumed.seconds, stop, trainer, first, close) as record, enough:
         open_loggers(cfg, trainer, folder, resumed.step, c)
         if cfg.compile:
             module.network.compile_blocks()
@@ -112,10 +115,12 @@ def _train(cfg: DictConfig, folder: Path) -> int:
         if record.status == "trained":
             record.values["evaluated"] = take_weights(module, trainer, validation)
         if record.status == "trained" and first:
-            with stop.at_once():
+            with stop.at_once(trainer, record.values["evaluated"]["checkpoint"] == "last"):
                 finish(c, module, trainer, comparison, held_out, record, folder)
     if first and record.status == "finished" and not cfg.callbacks.checkpoint.keep_finished:
         remove_checkpoints(folder / "checkpoints")  # result.json says already that nobody has to go on from them
+    if stop.agreed and trainer.world_size > 1:
+        ranks.leave_together(trainer)
     return record.exit_code
 
 

@@ -108,6 +108,9 @@ def deciding(callbacks: Mapping[str, Any]) -> dict[str, Any]:
     values = {name: dict(group) if isinstance(group, Mapping) else group for name, group in callbacks.items()}
     checkpoint, stopping = values.get("checkpoint", {}), values.get("early_stopping", {})
     checkpoint.pop("keep_finished", None)
+    values.pop("ranks", None)  # checks change nothing
+    if values.get("nonfinite", {}).get("action", "stop") == "stop":
+        values.pop("nonfinite", None)
     chosen = checkpoint.get("best") is not None
     if not chosen:
         checkpoint.pop("best", None)
@@ -132,6 +135,9 @@ def job_hash(cfg: DictConfig) -> str:
     values = {key: value for key, value in values.items() if role_of(key) is not NOTHING}
     if values.get("trainer", {}).get("accumulate_grad_batches") == "auto":
         values["trainer"]["accumulate_grad_batches"] = 1  # the same but for rounding, whatever the device decides
+    strategy = values.get("trainer", {}).get("strategy")
+    if isinstance(strategy, dict):
+        strategy.pop("timeout", None)
     if "callbacks" in values:
         values["callbacks"] = deciding(values["callbacks"])
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

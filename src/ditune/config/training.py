@@ -15,15 +15,26 @@ from ditune.config.roles import Decides, role_of
 from ditune.data import ImageDataset
 from ditune.evaluation.denoising_loss import REPEATS
 from ditune.generation.generator import ImageGenerator
-from ditune.training.callbacks import RoutingMonitor, SampleGrids, StepClock, StepGrids, StopOnSignal, TrainingProgress
+from ditune.stopping import Signals
+from ditune.training.callbacks import (
+    CompareRanks,
+    RoutingMonitor,
+    SampleGrids,
+    StepClock,
+    StepGrids,
+    StopOnSignal,
+    TrainingProgress,
+)
 from ditune.training.checkpoint_io import AtomicCheckpointIO
 from ditune.training.components import Components, Processes
 from ditune.training.loggers.metrics_csv import MetricsCsv
 from ditune.training.loggers.wandb import WandbRun
 from ditune.training.micro_batch import AUTO, FitMicroBatch
 from ditune.training.module import GenerativeModule
+from ditune.training.nonfinite import NonFinite
 from ditune.training.outlook import Outlook, forward_passes
 from ditune.training.plan import parameter_kinds
+from ditune.training.ranks import join
 
 
 def resume_key(cfg: DictConfig, c: Components) -> dict[str, Any]:
@@ -72,6 +83,7 @@ def build_module(cfg: DictConfig, c: Components, key: dict[str, Any]) -> Generat
         identity=key,
         balance=c.balance,
         log_every=cfg.trainer.log_every_n_steps,
+        nonfinite=NonFinite(**cfg.callbacks.nonfinite),
     )
 
 
@@ -92,17 +104,18 @@ def build_outlook(cfg: DictConfig, c: Components, generator: ImageGenerator, hel
 
 
 def build_trainer(
-    cfg: DictConfig, c: Components, generator: ImageGenerator, folder: Path, outlook: Outlook
+    cfg: DictConfig, c: Components, generator: ImageGenerator, folder: Path, outlook: Outlook, signals: Signals
 ) -> tuple[pl.Trainer, StepClock, StopOnSignal]:
     """The trainer without its loggers, which `open_loggers` adds once nothing can be wrong any more."""
     samples, checkpoint = cfg.callbacks.samples, cfg.callbacks.checkpoint
-    clock, stop = StepClock(), StopOnSignal(folder / "checkpoints")
+    clock, stop = StepClock(), StopOnSignal(folder / "checkpoints", signals)
     # the clock stands first, so that no other callback's time counts as training
     callbacks = [
         clock,
         TrainingProgress(outlook),
         SampleGrids(generator, c.images, samples.n, cfg.seed, folder / "samples", samples.every_n_steps, outlook),
         RoutingMonitor(folder / "routing", cfg.callbacks.routing.every_n_steps),
+        CompareRanks(cfg.callbacks.ranks.compare_every_n_steps),  # before anything is saved
         stop,
         ModelCheckpoint(
             folder / "checkpoints",
@@ -127,6 +140,7 @@ def build_trainer(
         others["accumulate_grad_batches"] = 1  # until it is found
     trainer = instantiate(cfg.trainer, "trainer", **others)
     tell_ranks(folder)
+    join(trainer, signals)
     return trainer, clock, stop
 
 

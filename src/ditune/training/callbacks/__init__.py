@@ -1,6 +1,7 @@
 """What happens around the steps of a training."""
 
 from ditune.training.callbacks.clock import StepClock, peak_memory_mib
+from ditune.training.callbacks.compare_ranks import CompareRanks
 from ditune.training.callbacks.progress import TrainingProgress
 from ditune.training.callbacks.routing import RoutingMonitor
 from ditune.training.callbacks.samples import SampleGrids
@@ -9,6 +10,7 @@ from ditune.training.callbacks.stop import StopOnSignal
 from ditune.training.callbacks.validation import Validation
 
 __all__ = [
+    "CompareRanks",
     "RoutingMonitor",
     "SampleGrids",
     "StepClock",
