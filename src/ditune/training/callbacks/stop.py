@@ -17,8 +17,7 @@ from ditune.training.ranks import introduce
 
 log = logging.getLogger(__name__)
 
-AGREE_EVERY = 1.0  # seconds between two agreements of several processes, which wait for each other in it
-MOST_STEPS = 1000  # steps between them, however fast they are
+AGREE_EVERY = 1.0  # seconds between two agreements of several processes on GPUs, which wait for each other in it
 
 
 class StopOnSignal(Callback):
@@ -67,15 +66,18 @@ class StopOnSignal(Callback):
     def _agree(self, trainer: pl.Trainer) -> bool:
         """Whether a signal has come to any process, the same for all; and at which step they ask each other next.
 
-        The next step follows from the slowest process's pace, so that it is the same for all.
+        On CPUs that is every step. GPUs would be waited for, so there it is once in a second: the step follows from
+        the slowest process's pace, the same for all, and the distance at most doubles each time.
         """
         (since, first), now, step = self._last, time.monotonic(), trainer.global_step
-        mine = torch.tensor([self.signals.number or 0, (now - since) / max(step - first, 1)], dtype=torch.float32)
-        number, pace = trainer.strategy.reduce(mine.to(trainer.strategy.root_device), reduce_op="max").tolist()
+        device, passed = trainer.strategy.root_device, max(step - first, 1)
+        mine = torch.tensor([self.signals.number or 0, (now - since) / passed], dtype=torch.float32)
+        number, pace = trainer.strategy.reduce(mine.to(device), reduce_op="max").tolist()
         if number:
             self.signals.note(int(number))
         self._last = now, step
-        self._next = step + min(max(int(AGREE_EVERY / max(pace, 1e-6)), 1), MOST_STEPS)
+        steps = 1 if device.type == "cpu" else min(int(AGREE_EVERY / max(pace, 1e-6)), 2 * passed)
+        self._next = step + max(steps, 1)
         return number > 0
 
     def _save(self, trainer: pl.Trainer) -> None:
