@@ -26,7 +26,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 # what a rank says when another one is gone or silent
 CONSEQUENCE = re.compile(
     r"gloo/transport|Connection (closed|reset) by peer|Connection was likely closed|Broken pipe|ncclRemoteError"
-    r"|remote process|Timed out waiting|[Ww]atchdog caught"
+    r"|remote process|Timed out (waiting|after)|[Ww]atchdog caught"
 )
 
 

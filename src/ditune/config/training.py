@@ -140,7 +140,7 @@ def build_trainer(
         others["accumulate_grad_batches"] = 1  # until it is found
     trainer = instantiate(cfg.trainer, "trainer", **others)
     tell_ranks(folder)
-    join(trainer, signals)
+    join(trainer, signals, folder)
     return trainer, clock, stop
 
 

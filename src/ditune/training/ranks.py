@@ -5,7 +5,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ class Launcher(_SubprocessScriptLauncher):
     """
 
     signals: Signals
+    folder: Path  # of the run
 
     def launch(self, function: Callable, *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
         """Start the other ranks of this machine, unless somebody else does so, and call the function."""
@@ -70,7 +71,8 @@ class Launcher(_SubprocessScriptLauncher):
         while not self._ending.wait(POLL):
             if self.failed() and self.signals.number is None:
                 if not self._ending.wait(SETTLE):
-                    self.signals.end(f"the training has lost {why_ended(self.failed())}", code=1)
+                    said = what_they_said(self.folder, self.failed())
+                    self.signals.end(f"Error: {said[0] if said else why_ended(self.failed())}", code=1)
                 return
 
     def _end(self) -> None:
@@ -91,7 +93,7 @@ def why_ended(codes: dict[int, int]) -> str:
     return "; ".join(f"rank {rank}: {end}" for rank, end in ends.items())
 
 
-def join(trainer: pl.Trainer, signals: Signals) -> None:
+def join(trainer: pl.Trainer, signals: Signals, folder: Path) -> None:
     """Let the trainer start its ranks by `Launcher`, and leave all signals to `ditune.stopping`.
 
     Lightning's own handlers broadcast inside of a handler, and its loop broadcasts before every micro-step, which
@@ -101,7 +103,7 @@ def join(trainer: pl.Trainer, signals: Signals) -> None:
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
     launcher = trainer.strategy.launcher
     if type(launcher) is _SubprocessScriptLauncher:
-        launcher.__class__, launcher.signals = Launcher, signals
+        launcher.__class__, launcher.signals, launcher.folder = Launcher, signals, folder
 
 
 def introduce(signals: Signals) -> None:
@@ -166,18 +168,25 @@ def cause_of(error: BaseException, trainer: pl.Trainer, folder: Path) -> Excepti
     """
     if trainer.world_size == 1 or trainer.global_rank or not is_consequence(error):
         return None
-    paths = {rank: _path(folder, rank) for rank in range(trainer.world_size) if rank != trainer.global_rank}
+    others = [rank for rank in range(trainer.world_size) if rank != trainer.global_rank]
     launcher = trainer.strategy.launcher
     deadline = time.monotonic() + GRACE
-    while not (found := {rank: path for rank, path in paths.items() if path.is_file()}):
+    while (said := what_they_said(folder, others)) is None:
         killed = {k: c for k, c in launcher.failed().items() if c < 0} if isinstance(launcher, Launcher) else {}
         if killed:
             return RankError(why_ended(killed))
         if time.monotonic() > deadline:
             return RankError(f"a rank is gone or silent, and has left no reason ({str(error).splitlines()[0]})")
         time.sleep(POLL / 4)
-    said = {rank: read_json(path) for rank, path in found.items()}
-    for path in found.values():
+    text, mistake = said
+    return UserError(text) if mistake else RankError(text)
+
+
+def what_they_said(folder: Path, ranks: Iterable[int]) -> tuple[str, bool] | None:
+    """Why ranks have failed, by themselves, and whether it is a mistake of the user; None if none has said anything."""
+    paths = {rank: path for rank in ranks if (path := _path(folder, rank)).is_file()}
+    said = {rank: read_json(path) for rank, path in paths.items()}
+    for path in paths.values():
         path.unlink(missing_ok=True)
     text = "; ".join(f"rank {rank}: {what['error']}" for rank, what in said.items())
-    return UserError(text) if any(what["mistake"] for what in said.values()) else RankError(text)
+    return (text, any(what["mistake"] for what in said.values())) if said else None
