@@ -27,6 +27,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 CONSEQUENCE = re.compile(
     r"gloo/transport|Connection (closed|reset) by peer|Connection was likely closed|Broken pipe|ncclRemoteError"
     r"|remote process|Timed out (waiting|after)|[Ww]atchdog caught"
+    r"|Error: rank \d+: |a rank is gone or silent"  # our own words for it
 )
 
 
