@@ -3,13 +3,15 @@
 from omegaconf import DictConfig
 
 from ditune.cli import entry_point
+from ditune.stopping import listen
 
 
 @entry_point("train")
 def main(cfg: DictConfig) -> int:
-    from ditune.commands.train import train  # after the config is known to be right: it takes seconds
+    with listen():  # from here on, since the import takes seconds, too
+        from ditune.commands.train import train  # after the config is known to be right
 
-    return train(cfg)
+        return train(cfg)
 
 
 if __name__ == "__main__":

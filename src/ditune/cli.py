@@ -24,6 +24,7 @@ from ditune.errors import PLACES, UserError, fail, refusal
 from ditune.files.atomic import keep_hashes_in
 from ditune.memory import is_out_of_memory, shortage
 from ditune.progress import is_first_rank
+from ditune.stopping import follow_first_rank
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = str(ROOT / "configs")
@@ -37,6 +38,7 @@ CHATTER += ("`Trainer.fit` stopped",)
 
 def prepare() -> None:
     """Tell the configs where the repository is; quiet what the libraries say at every start."""
+    follow_first_rank()
     os.environ.setdefault("DITUNE_ROOT", str(ROOT))
     # processes that submitit starts find the package as this one does
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT / "src"), os.environ.get("PYTHONPATH"))))

@@ -1,6 +1,7 @@
 """Mistakes that a user can mend."""
 
 import errno
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -24,6 +25,12 @@ CAUSES = {
     errno.ENAMETOOLONG: "its name is longer than the file system allows",
 }
 FULL = (errno.ENOSPC, errno.EDQUOT)
+# what a rank says when another one is gone or silent
+CONSEQUENCE = re.compile(
+    r"gloo/transport|Connection (closed|reset) by peer|Connection was likely closed|Broken pipe|ncclRemoteError"
+    r"|remote process|Timed out (waiting|after)|[Ww]atchdog caught"
+    r"|Error: rank \d+: |a rank is gone or silent"  # our own words for it
+)
 
 
 class UserError(Exception):

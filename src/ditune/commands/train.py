@@ -3,10 +3,7 @@
 import logging
 import shlex
 import shutil
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +35,8 @@ from ditune.files.atomic import atomic, remove_leftovers
 from ditune.launch.run_folder import owned
 from ditune.memory import memory_for
 from ditune.progress import is_first_rank
+from ditune.stopping import Signals, listen
+from ditune.training import ranks
 from ditune.training.callbacks import Validation, peak_memory_mib
 from ditune.training.checkpoint_io import remove_checkpoints
 from ditune.training.components import Components
@@ -63,11 +62,11 @@ def train(cfg: DictConfig) -> int:
     check(cfg)
     refuse_missing(cfg)
     folder = Path(cfg.paths.output_dir)
-    with owned(folder):
-        return _train(cfg, folder)
+    with listen() as signals, owned(folder), ranks.failures_left(folder):
+        return _train(cfg, folder, signals)
 
 
-def _train(cfg: DictConfig, folder: Path) -> int:
+def _train(cfg: DictConfig, folder: Path, signals: Signals) -> int:
     hashes = job_hash(cfg), job_identity(cfg)  # of what was asked for, before the machine decides
     if in_sweep() and has_finished(folder, *hashes):
         log.info("%s already holds the result of this config", folder)
@@ -84,7 +83,7 @@ def _train(cfg: DictConfig, folder: Path) -> int:
     rules.check(c, rules.OF_A_TRAINING)
     generator, held_out = build_generator(cfg, c), held_out_images(cfg)
     outlook = build_outlook(cfg, c, generator, held_out)
-    trainer, clock, stop = build_trainer(cfg, c, generator, folder, outlook)
+    trainer, clock, stop = build_trainer(cfg, c, generator, folder, outlook, signals)
     if trainer.world_size > 1:
         leave_at_exit()
     c.processes = processes_of(trainer, in_sweep())
@@ -116,11 +115,12 @@ def _train(cfg: DictConfig, folder: Path) -> int:
         trainer.callbacks.insert(trainer.callbacks.index(clock) + 1, validation)
     stream = ImageStream(source, cfg.seed, cfg.data.flip, instantiate(cfg.augment, "augment"))
     data = StreamData(stream, cfg.batch_size, cfg.data.num_workers)
+    module.names = lambda positions: [c.images.names[i] for i in stream.indices(positions)]
 
     close = partial(close_loggers, trainer)
     enough = memory_for("the training", lambda: less_memory(trainer, module))
     facts = describe(c, *hashes) | ({"steps": resumed.step} if resumed.step else {})
-    with RunRecord(folder, facts, resumed.seconds, stop, first, close) as record, enough:
+    with RunRecord(folder, facts, resumed.seconds, stop, trainer, first, close) as record, enough:
         open_loggers(cfg, trainer, folder, resumed.step, c)
         if cfg.compile:
             module.network.compile_blocks()
@@ -131,10 +131,12 @@ def _train(cfg: DictConfig, folder: Path) -> int:
             record.values["routing"] = module.routing
         if record.status == "trained":
             record.values["evaluated"] = take_weights(module, trainer, validation)
-            with stop.at_once(), stopping_the_others(trainer):
+            with stop.at_once(trainer, record.values["evaluated"]["checkpoint"] == "last"):
                 finish(cfg, c, module, trainer, comparison, unseen, record, folder)
     if first and record.status == "finished" and not cfg.callbacks.checkpoint.keep_finished:
         remove_checkpoints(folder / "checkpoints")  # result.json says already that nobody has to go on from them
+    if stop.agreed and trainer.world_size > 1:
+        ranks.leave_together(trainer)
     return record.exit_code
 
 
@@ -152,18 +154,6 @@ def take_weights(module: GenerativeModule, trainer: pl.Trainer, validation: Vali
             return taken | ended
         log.warning("there are no best weights by val/%s: the last are saved and evaluated", validation.best.metric)
     return {"checkpoint": "last", "step": trainer.global_step} | ended
-
-
-@contextmanager
-def stopping_the_others(trainer: pl.Trainer) -> Iterator[None]:
-    """A scheduler may signal only the process that it has started: the ranks that this one has started stop too."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        launcher = trainer.strategy.launcher
-        if launcher is not None:
-            launcher.kill(signal.SIGTERM)
-        raise
 
 
 def finish(

@@ -59,6 +59,7 @@ KEYS = (
     Key("trainer.strategy.broadcast_buffers", bool),
     Key("trainer.strategy.find_unused_parameters", bool),
     Key("trainer.strategy.gradient_as_bucket_view", bool),
+    Key("trainer.strategy.timeout.minutes", float, above=0),
     # what happens between the steps
     Key("callbacks.samples.n", int, at_least=0),
     Key("callbacks.strips.n", int, at_least=0),
@@ -74,6 +75,9 @@ KEYS = (
     Key("callbacks.checkpoint.best", str, null=True),
     Key("callbacks.checkpoint.keep_finished", bool),
     Key("callbacks.checkpoint.on_full", str, choices=("stop", "continue")),
+    Key("callbacks.nonfinite.action", str, choices=("stop", "skip")),
+    Key("callbacks.nonfinite.limit", int, at_least=1),
+    Key("callbacks.ranks.compare_every_n_steps", int, at_least=0),
     Key("callbacks.early_stopping.patience", int, at_least=1, null=True),
     Key("logger.flush_every", int, at_least=1),
     Key("logger.labels", str, many=True),

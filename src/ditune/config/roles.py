@@ -122,6 +122,9 @@ def deciding(callbacks: Mapping[str, Any]) -> dict[str, Any]:
     checkpoint, stopping = values.get("checkpoint", {}), values.get("early_stopping", {})
     for key in ("keep_finished", "on_full"):
         checkpoint.pop(key, None)
+    values.pop("ranks", None)  # checks change nothing
+    if values.get("nonfinite", {}).get("action", "stop") == "stop":
+        values.pop("nonfinite", None)
     chosen = checkpoint.get("best") is not None
     if not chosen:
         checkpoint.pop("best", None)
@@ -231,6 +234,9 @@ def _values(cfg: DictConfig) -> dict[str, Any]:
         _leave_out(values, name, neutral)
     if values.get("trainer", {}).get("accumulate_grad_batches") == "auto":
         values["trainer"]["accumulate_grad_batches"] = 1  # the same but for rounding, whatever the device decides
+    strategy = values.get("trainer", {}).get("strategy")
+    if isinstance(strategy, dict):
+        strategy.pop("timeout", None)
     if "callbacks" in values:
         values["callbacks"] = deciding(values["callbacks"])
     return {key: value for key, value in values.items() if role_of(key) is not NOTHING}

@@ -17,8 +17,10 @@ from ditune.data import ImageDataset
 from ditune.errors import UserError
 from ditune.evaluation.denoising_loss import REPEATS
 from ditune.generation.generator import ImageGenerator
+from ditune.stopping import Signals
 from ditune.training.callbacks import (
     Checkpoints,
+    CompareRanks,
     RoutingMonitor,
     SampleGrids,
     StepClock,
@@ -32,8 +34,10 @@ from ditune.training.loggers.metrics_csv import MetricsCsv
 from ditune.training.loggers.wandb import WandbRun
 from ditune.training.micro_batch import AUTO, FitMicroBatch
 from ditune.training.module import GenerativeModule
+from ditune.training.nonfinite import NonFinite
 from ditune.training.outlook import Outlook, forward_passes
 from ditune.training.plan import parameter_kinds
+from ditune.training.ranks import join
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +88,7 @@ def build_module(cfg: DictConfig, c: Components, key: dict[str, Any]) -> Generat
         identity=key,
         balance=c.balance,
         log_every=cfg.trainer.log_every_n_steps,
+        nonfinite=NonFinite(**cfg.callbacks.nonfinite),
     )
 
 
@@ -104,12 +109,12 @@ def build_outlook(cfg: DictConfig, c: Components, generator: ImageGenerator, hel
 
 
 def build_trainer(
-    cfg: DictConfig, c: Components, generator: ImageGenerator, folder: Path, outlook: Outlook
+    cfg: DictConfig, c: Components, generator: ImageGenerator, folder: Path, outlook: Outlook, signals: Signals
 ) -> tuple[pl.Trainer, StepClock, StopOnSignal]:
     """The trainer without its loggers, which `open_loggers` adds once nothing can be wrong any more."""
     refuse_alone(cfg)
     samples, checkpoint = cfg.callbacks.samples, cfg.callbacks.checkpoint
-    clock, stop = StepClock(), StopOnSignal(folder / "checkpoints")
+    clock, stop = StepClock(), StopOnSignal(folder / "checkpoints", signals)
     # the clock stands first, so that no other callback's time counts as training
     callbacks = [
         clock,
@@ -122,6 +127,7 @@ def build_trainer(
         arguments = (grids.n, list(grids.steps), cfg.seed, folder / "samples", samples.every_n_steps)
         callbacks.append(StepGrids(generator, c.images, *arguments))
     # what is logged at a step comes before what saves it
+    callbacks.append(CompareRanks(cfg.callbacks.ranks.compare_every_n_steps))  # before anything is saved
     callbacks += [stop, Checkpoints(folder / "checkpoints", checkpoint.every_n_steps)]
     files = AtomicCheckpointIO(kept_checkpoints(checkpoint), checkpoint.on_full)
     others = {"callbacks": callbacks, "logger": False, "plugins": [files]}
@@ -131,6 +137,7 @@ def build_trainer(
         others["accumulate_grad_batches"] = 1  # until it is found
     trainer = instantiate(cfg.trainer, "trainer", **others)
     tell_ranks(folder)
+    join(trainer, signals, folder)
     return trainer, clock, stop
 
 

@@ -13,6 +13,7 @@ from ditune.data.images import ImageDataset
 from ditune.data.latents import Latents
 from ditune.errors import UserError
 from ditune.rng import generator, mix
+from ditune.stopping import SIGNALS
 
 
 class ImageStream(Dataset):
@@ -45,13 +46,17 @@ class ImageStream(Dataset):
         Returns:
             uint8 images (B, 3, R, R) or float16 latents (B, M, C, h, w); labels (B,); positions (B,).
         """
-        passes = [divmod(position, len(self.dataset)) for position in positions]
-        indices = [self._order(epoch)[item] for epoch, item in passes]
+        indices = self.indices(positions)
         mirrored = torch.tensor([mix(self.seed, 1, p) % 2 == 1 for p in positions]) if self.flip else None
         taken, labels = self.dataset.take(indices, mirrored)
         if self.augment is not None:
             taken, labels = self.augment(taken, labels, positions, self.seed, null_class=self.dataset.num_classes)
         return taken, labels, torch.tensor(positions)
+
+    def indices(self, positions: Sequence[int]) -> list[int]:
+        """Numbers in the dataset of the images at these positions."""
+        passes = [divmod(position, len(self.dataset)) for position in positions]
+        return [self._order(epoch)[item] for epoch, item in passes]
 
     def blank(self, positions: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """A batch of these positions with its real shapes and types and zeros for content; no file is read."""
@@ -112,7 +117,7 @@ def _identity(batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Ten
 
 def _leave_signals(worker: int) -> None:
     """Ctrl-C and schedulers signal every process of a run; the trainer wants to finish the step at hand."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -12,6 +12,7 @@ from ditune.memory import memory_for
 from ditune.processes import Process
 from ditune.rng import mix
 from ditune.samplers import Cache, NoiseStream, Sampler, ShortcutSampler, default_sampler, sample
+from ditune.stopping import check
 
 FEWER = "Set sampler.batch_size lower; of src/sample.py, set n= lower and generate the rest with first=."
 TILES = "Set autoencoder.tiling=true or sampler.batch_size lower; of src/sample.py, n= lower and the rest with first=."
@@ -80,6 +81,7 @@ class ImageGenerator:
             padding = (self.batch_size if fixed_batch else self._padded(len(rows))) - len(rows)
             padded_rows, padded_y = rows + rows[-1:] * padding, torch.cat([y, y[-1:].expand(padding)])
             images.append(self._batch(network, padded_y, seed, padded_rows)[: len(rows)].cpu())
+            check()
             if on_batch is not None:
                 on_batch(start + len(rows))
         return torch.cat(images)
@@ -108,6 +110,7 @@ class ImageGenerator:
                 guidance_channels=self.guidance_channels,
                 guidance_rescale=self.guidance_rescale,
                 next_noise=lambda: stream.next().to(device),
+                on_step=lambda *_: check(),
                 cache=self.cache,
             )
         with memory_for(f"decoding {len(indices)} images at once", TILES):

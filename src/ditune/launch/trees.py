@@ -1,17 +1,18 @@
 """The process tree of a job: the ranks of a training, started and ended together as by torchrun."""
 
-import ctypes
 import os
 import re
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
+
+from ditune.errors import CONSEQUENCE
+from ditune.stopping import end_with_parent
 
 SETTLE = 2.0  # seconds in which the other ranks may fail by themselves after one has failed
 FAILED_GRACE = 10.0  # seconds that they have to end after that, once they are asked to
@@ -23,11 +24,7 @@ NOISE = re.compile(
     r"\s*(Set the environment variable HYDRA_FULL_ERROR|See https?://|Error executing job with overrides)"
 )
 RANK_PREFIX = re.compile(r"^\[rank\d+\]:\s?")
-# what ranks say when another one is gone
-CONSEQUENCE = re.compile(r"gloo/transport|Connection (closed|reset) by peer|Broken pipe|ncclRemoteError|remote process")
 ERROR = re.compile(r"[\w.]*(Error|Exception|Interrupt|Exit|Expired|Timeout)(: |$)")
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
-_PR_SET_PDEATHSIG = 1
 
 
 class Tree:
@@ -80,7 +77,7 @@ class Tree:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # its workers can be ended with it, and Ctrl-C reaches only the sweep
-                preexec_fn=_end_with_parent,
+                preexec_fn=end_with_parent,
             )
 
     def log(self, rank: int) -> Path:
@@ -185,9 +182,3 @@ def _rendezvous(processes: int) -> dict[str, str]:
 
 def _of_rank(rank: int) -> dict[str, str]:
     return {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-
-
-def _end_with_parent() -> None:
-    """Linux sends SIGTERM to this process when the sweep dies, even by SIGKILL: no orphan holds a GPU."""
-    if _LIBC is not None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

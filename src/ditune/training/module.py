@@ -11,13 +11,13 @@ from torch.optim import Optimizer
 from ditune.autoencoders import Autoencoder
 from ditune.data import from_uint8
 from ditune.data.stream import micro_batch_size
-from ditune.errors import UserError
 from ditune.moe.balance import Balance, Watched
 from ditune.objectives import Loss, Objective, State
 from ditune.peft import PeftMethod
 from ditune.rng import StepRandom
 from ditune.training.checkpoint_io import rewind
 from ditune.training.ema import Ema, with_weights
+from ditune.training.nonfinite import NonFinite
 
 STEP_LEVELS = 7  # losses of steps of length 1, 1/2, ... 1/128 are logged apart, those between with the longer one
 LOSS_BINS = 4  # quarters of the process whose losses are logged apart: 0 next to the data, 3 next to noise
@@ -39,6 +39,7 @@ class GenerativeModule(pl.LightningModule):
         identity: the resume key, plain values that a checkpoint must share with the run that resumes from it.
         balance: of the experts' load; None = the network has no experts, or nobody looks at them.
         log_every: steps between two lines of the log; 0 = none.
+        nonfinite: what is done at a step whose gradient is not finite; None = the training stops.
     """
 
     strict_loading = False  # checkpoints hold only what trains; on_load_checkpoint checks that it is all of it
@@ -57,6 +58,7 @@ class GenerativeModule(pl.LightningModule):
         identity: dict[str, Any],
         balance: Balance | None = None,
         log_every: int = 10,
+        nonfinite: NonFinite | None = None,
     ):
         super().__init__()
         self.network, self.objective, self.method = network, objective, method
@@ -67,6 +69,8 @@ class GenerativeModule(pl.LightningModule):
         self.routing: dict[str, float] = {}  # what it found at the end, means over the layers
         self.teacher: dict[str, Tensor] = {}  # weights of what trains, where the objective has a teacher
         self.seed, self.batch_size, self.identity, self.log_every = seed, batch_size, identity, log_every
+        self.nonfinite = nonfinite or NonFinite()
+        self.names: Callable[[list[int]], list[str]] = lambda positions: []  # files of the images at positions
         self.begun_with: int | None = None  # micro-batch of the run that this one goes on from
         self._logged: tuple[int, list[tuple[Loss, dict[str, Tensor]]]] = (-1, [])  # micro-batches of the logged step
 
@@ -80,6 +84,7 @@ class GenerativeModule(pl.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
         total, loss, parts = self.micro_step(batch)
         step = self.step_of(batch)
+        self.nonfinite.add(step, batch[2], loss.parts["loss"])
         if self.log_every and (step + 1) % self.log_every == 0:
             self._log_loss(step, loss, parts, last=(batch_idx + 1) % self.trainer.accumulate_grad_batches == 0)
         return total
@@ -99,7 +104,8 @@ class GenerativeModule(pl.LightningModule):
         added, parts = (0.0, {}) if self.balance is None else self.balance.loss(network.routing, step)
         if self.statistics is not None:
             self.statistics.add(network.routing, loss.time, network.y)
-        return loss.total + self.method.penalty(self.network) + added, loss, parts
+        total = loss.total + self.method.penalty(self.network) + added
+        return total * (1 + 0 * total.detach()), loss, parts  # by exactly 1, or by NaN, which no gradient hides
 
     def _state(self, step: int) -> State:
         """Before the step's first micro-step and after it the average is the same, so that all see one teacher."""
@@ -128,7 +134,7 @@ class GenerativeModule(pl.LightningModule):
         self._logged[1].append((loss._replace(total=loss.total.detach()), parts))
         if not last:
             return
-        loss, parts = whole(self._logged[1])
+        loss, parts = over_ranks(*whole(self._logged[1]), self.trainer)
         values = {f"train/{name}": part.mean() for name, part in (loss.parts | parts).items()}
         bins = (loss.time * LOSS_BINS).long().clamp(max=LOSS_BINS - 1)
         for k in range(LOSS_BINS):
@@ -144,26 +150,25 @@ class GenerativeModule(pl.LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Clip by the norm, which Lightning refuses for fused optimizers, and stop at one that is not finite."""
-        parameters = list(self.method.trainable(self.network).values())
+        """Clip by the norm, which Lightning refuses for fused optimizers, and let no update have one not finite."""
+        trained = self.method.trainable(self.network)
+        parameters = list(trained.values())
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        # a NaN on any rank is in every rank's reduced gradients, so all of them stop before the update
-        if not torch.isfinite(norm):
-            raise UserError(
-                f"The gradient is not finite at step {self.global_step}; the last checkpoint is untouched. "
-                "Lower optimizer.lr, or set trainer.precision=32-true."
-            )
+        # a NaN on any rank is in every rank's reduced gradients, so all of them do the same
+        if not self.nonfinite.is_fine(norm, trained, self.global_step, self.trainer, self.names):
+            optimizer.zero_grad(set_to_none=True)  # optimizers leave alone what has no gradient, and its state
+            return
         if gradient_clip_val is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
         if self.log_every and (self.global_step + 1) % self.log_every == 0:
             self.log("train/grad_norm", norm)
 
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        if self.balance is not None:
-            self.balance.update(self.network)
-
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
+        if self.nonfinite.skipped:
+            return
+        if self.balance is not None:
+            self.balance.update(self.network)
         self.method.after_step(self.network, self.global_step + 1)
         self.ema.update(self.global_step)
 
@@ -175,6 +180,7 @@ class GenerativeModule(pl.LightningModule):
         checkpoint["teacher"] = {name: value.cpu() for name, value in self.teacher.items()}
         checkpoint["method"] = self.method.training_state()
         checkpoint["balance"] = Balance.state_dict(self.network)
+        checkpoint["skipped"] = self.nonfinite.in_a_row
         checkpoint["identity"] = self.identity
         checkpoint["micro_batch"] = micro_batch_size(
             self.batch_size, self.trainer.accumulate_grad_batches, self.trainer.world_size
@@ -186,6 +192,7 @@ class GenerativeModule(pl.LightningModule):
         self.method.load_training_state(checkpoint["method"])
         self.ema.load_state_dict(checkpoint["ema"])
         self.teacher = checkpoint["teacher"]
+        self.nonfinite.in_a_row = checkpoint.get("skipped", 0)  # checkpoints of before have none
         Balance.load_state_dict(self.network, checkpoint["balance"])
         rewind(checkpoint, self.trainer.accumulate_grad_batches)
 
@@ -200,3 +207,19 @@ def whole(micro: list[tuple[Loss, dict[str, Tensor]]]) -> tuple[Loss, dict[str, 
     d = None if losses[0].d is None else torch.cat([loss.d for loss in losses])
     parts = {name: torch.stack([part[name] for part in balances]) for name in balances[0]}
     return Loss(torch.stack([loss.total for loss in losses]).mean(), together, time, d), parts
+
+
+def over_ranks(loss: Loss, parts: dict[str, Tensor], trainer: pl.Trainer) -> tuple[Loss, dict[str, Tensor]]:
+    """The losses of one rank's images as those of all ranks' images; called by all of them."""
+    if trainer.world_size == 1:
+        return loss, parts
+    each = {"time": loss.time, **loss.parts} | ({} if loss.d is None else {"d": loss.d})  # (N,) each
+    means = {name: part.float().mean() for name, part in parts.items()}
+    mine = torch.stack(
+        [*(v.double() for v in each.values()), *(m.double().expand(len(loss.time)) for m in means.values())]
+    )
+    gathered = trainer.strategy.all_gather(mine).transpose(0, 1).flatten(1)  # (columns, ranks * N)
+    columns = dict(zip([*each, *(f"mean/{name}" for name in means)], gathered, strict=True))
+    values = {name: columns[name].to(v.dtype) for name, v in each.items()}
+    whole = Loss(loss.total, {name: values[name] for name in loss.parts}, values["time"], values.get("d"))
+    return whole, {name: columns[f"mean/{name}"].mean() for name in means}

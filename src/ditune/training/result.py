@@ -19,9 +19,11 @@ from ditune.errors import UserError
 from ditune.files.atomic import read_json, set_aside, write_json
 from ditune.metrics.names import headline
 from ditune.progress import is_first_rank
+from ditune.stopping import Stopped
 from ditune.training.callbacks import StopOnSignal
 from ditune.training.components import Components
 from ditune.training.plan import counts
+from ditune.training.ranks import cause_of, is_consequence
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +36,7 @@ class RunRecord:
         facts: what is known before the first step.
         seconds: of training that earlier starts of the run took.
         stop: tells whether a signal has ended the training.
+        trainer: of the training.
         writes: whether this process speaks for all.
         at_end: called with the values and the exit code that stands for them, when the block ends.
     """
@@ -44,15 +47,18 @@ class RunRecord:
         facts: dict[str, Any],
         seconds: float,
         stop: StopOnSignal,
+        trainer: pl.Trainer,
         writes: bool,
         at_end: Callable[[dict[str, Any], int], None],
     ) -> None:
-        self.path, self.stop, self.writes, self.at_end = folder / "result.json", stop, writes, at_end
+        self.path, self.stop, self.trainer = folder / "result.json", stop, trainer
+        self.writes, self.at_end = writes, at_end
         self.values: dict[str, Any] = {"status": "running", **facts, "seconds": {"fit": seconds}}
         self._earlier = seconds
 
     def __enter__(self) -> "RunRecord":
         self._start = time.perf_counter()
+        self.stop.signals.last_words = self.cut_short
         self.write()
         return self
 
@@ -87,28 +93,42 @@ class RunRecord:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
-        """Note how the run ended; a signal during the evaluation is no error."""
-        handled = isinstance(error, KeyboardInterrupt) and self.status == "trained" and self.stop.stopped_by is not None
+        """Note how the run ended; a signal is no error, and an error of another process is named as such."""
+        handled = isinstance(error, Stopped) or (self.stop.stopped_by is not None and is_consequence(error))
+        cause = None if handled or error is None else cause_of(error, self.trainer, self.path.parent)
         if handled:
-            log.warning("stopped during the evaluation; the trained weights are saved, resume=auto evaluates them")
-            self.values["status"] = "stopped"
+            self._stopped()
         elif error is not None:
             if self.status == "running":
                 self.values["seconds"] = {"fit": self.fit_seconds}
-            text = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
+            text = "interrupted" if isinstance(error, KeyboardInterrupt) else str(cause or error)
             self.values |= {"status": "failed", "error": text}
         self.write(best_effort=error is not None)
         self.at_end(self.values, 1 if self.status == "failed" else self.exit_code)
+        if cause is not None:
+            raise cause from error
         return handled
+
+    def _stopped(self) -> None:
+        if self.status == "trained":
+            log.warning("stopped during the evaluation; the trained weights are saved, resume=auto evaluates them")
+        else:
+            log.warning("stopped before the next step; resume=auto in the same run folder goes on")
+            self.values |= {"seconds": {"fit": self.fit_seconds}, "steps": self.trainer.global_step}
+        self.values["status"] = "stopped"
+
+    def cut_short(self, reason: str) -> None:
+        """The process is ended now, from another thread."""
+        if self.stop.stopped_by is None:
+            self.values |= {"status": "failed", "error": reason}
+        elif self.status in ("running", "trained"):
+            self.values |= {"status": "stopped", "error": reason}
+        self.write(best_effort=True)
 
     @property
     def exit_code(self) -> int:
-        """128 + the signal's number for a run that a signal has stopped, else 0.
-
-        Only the first process speaks for all: Lightning kills it when another one exits with a code of its own.
-        """
-        stopped = self.status == "stopped" and self.writes and self.stop.stopped_by is not None
-        return 128 + self.stop.stopped_by if stopped else 0
+        """128 + the signal's number for a run that a signal has stopped, else 0; the same for all processes."""
+        return 128 + self.stop.stopped_by if self.status == "stopped" and self.stop.stopped_by is not None else 0
 
     def write(self, best_effort: bool = False) -> None:
         """Bring result.json up to date, if this process speaks for all.

@@ -2,6 +2,7 @@
 
 from ditune.training.callbacks.checkpoints import Checkpoints
 from ditune.training.callbacks.clock import StepClock, peak_memory_mib
+from ditune.training.callbacks.compare_ranks import CompareRanks
 from ditune.training.callbacks.progress import TrainingProgress
 from ditune.training.callbacks.routing import RoutingMonitor
 from ditune.training.callbacks.samples import SampleGrids
@@ -11,6 +12,7 @@ from ditune.training.callbacks.validation import Validation
 
 __all__ = [
     "Checkpoints",
+    "CompareRanks",
     "RoutingMonitor",
     "SampleGrids",
     "StepClock",

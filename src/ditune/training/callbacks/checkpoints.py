@@ -22,6 +22,7 @@ class Checkpoints(Checkpoint):
 
     def __init__(self, folder: Path, every_n_steps: int):
         self.folder, self.every_n_steps = folder, every_n_steps
+        self._saved: int | None = None  # step of the last one
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -29,9 +30,14 @@ class Checkpoints(Checkpoint):
         step, last = trainer.global_step, trainer.global_step == trainer.max_steps
         if not self.every_n_steps or (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        if step % self.every_n_steps == 0 or last:
+        if (step % self.every_n_steps == 0 or last) and step != self._saved:
             # what was trained is saved next, in a smaller file for which there may be room
-            trainer.save_checkpoint(checkpoint_path(self.folder, step), storage_options=CONTINUE if last else None)
+            self.save(trainer, CONTINUE if last else None)
+
+    def save(self, trainer: pl.Trainer, storage_options: Any = None) -> None:
+        """Save the step at hand."""
+        self._saved = trainer.global_step
+        trainer.save_checkpoint(checkpoint_path(self.folder, self._saved), storage_options=storage_options)
 
     def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Called in all processes before any checkpoint is written.

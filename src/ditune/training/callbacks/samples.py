@@ -1,6 +1,7 @@
 """Sample grids: the same noise and classes before, during and after a training."""
 
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ditune.files.spared import spared
 from ditune.generation.generator import ImageGenerator, example_plan
 from ditune.generation.grids import grid, side_by_side
 from ditune.progress import meter
+from ditune.stopping import Interrupted, interruptible
 from ditune.training.loggers.tensorboard import SparedTensorBoard
 from ditune.training.outlook import Outlook
 
@@ -52,18 +54,25 @@ class SampleGrids(Callback):
         self.rows = example_plan(len(images), seed, n)
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if trainer.global_step == 0:
-            self._draw(trainer, module)
+        self._draw_if_due(trainer, module)  # at the step that it goes on from, too: a signal may have left no time
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
-        step = trainer.global_step
-        if self.every_n_steps and step % self.every_n_steps == 0 and step < trainer.max_steps:
-            self._draw(trainer, module)
+        self._draw_if_due(trainer, module)
+
+    def _draw_if_due(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        step, every = trainer.global_step, self.every_n_steps
+        if step == 0 or (every and step % every == 0 and step < trainer.max_steps):
+            with suppress(Interrupted), interruptible():
+                self._draw(trainer, module)
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if trainer.global_step < trainer.max_steps or not trainer.is_global_zero or not self.rows:
             return
-        self._draw(trainer, module)
+        try:
+            with interruptible():
+                self._draw(trainer, module)
+        except Interrupted:
+            return
         examples, _ = self.images.__getitems__(self.rows)
         panels = {"before": self._sheet(0), "after": self._sheet(trainer.global_step)}
         panels = {name: image for name, path in panels.items() if (image := opened(path)) is not None}
@@ -79,10 +88,12 @@ class SampleGrids(Callback):
             return
         module.network.eval()
         labels, start = self.images.labels[self.rows], time.perf_counter()
-        with module.ema.applied(), meter(f"sample sheet of step {trainer.global_step}", len(labels)) as progress:
-            images = self.generator.generate(module.network, labels, self.seed, on_batch=progress.update)
+        try:
+            with module.ema.applied(), meter(f"sample sheet of step {trainer.global_step}", len(labels)) as progress:
+                images = self.generator.generate(module.network, labels, self.seed, on_batch=progress.update)
+        finally:
+            module.network.train()
         self.outlook.image_seconds = (time.perf_counter() - start) / len(labels)
-        module.network.train()
         sheet = grid(images, self.columns)
         save(sheet, path)
         for logger in trainer.loggers:

@@ -1,6 +1,7 @@
 """Step grids: the same noise in few and many steps, and how strongly the output depends on the step size."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ditune.generation.generator import ImageGenerator, example_plan
 from ditune.generation.grids import before_after_sheet
 from ditune.rng import StepRandom
 from ditune.samplers import ShortcutSampler, check
+from ditune.stopping import Interrupted, interruptible
 from ditune.training.callbacks.samples import save
 from ditune.training.loggers.tensorboard import SparedTensorBoard
 
@@ -59,20 +61,37 @@ class StepGrids(Callback):
             return False
         return True
 
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        # a signal may have left no time for the grid of the step that it goes on from
+        if trainer.global_step and not self._path(trainer).exists():
+            self._draw_if_due(trainer, module)
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if not (batch_idx + 1) % trainer.accumulate_grad_batches:
+            self._draw_if_due(trainer, module)
+
+    def _draw_if_due(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         step = trainer.global_step
         due = step == trainer.max_steps or (self.every_n_steps and step % self.every_n_steps == 0)
-        path = self.folder / f"strips_{step:07d}.png"
-        if (batch_idx + 1) % trainer.accumulate_grad_batches or not due or not self.rows or not trainer.is_global_zero:
-            return
+        if due and self.rows and trainer.is_global_zero:
+            with suppress(Interrupted), interruptible():
+                self._draw(trainer, module)
+
+    def _path(self, trainer: pl.Trainer) -> Path:
+        return self.folder / f"strips_{trainer.global_step:07d}.png"
+
+    def _draw(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        step = trainer.global_step
         module.network.eval()
-        with module.ema.applied():
-            rows = self._grid(module)
-            dependence = self.dependence(module)
-        module.network.train()
-        save(rows, path)
+        try:
+            with module.ema.applied():
+                rows = self._grid(module)
+                dependence = self.dependence(module)
+        finally:
+            module.network.train()
+        save(rows, self._path(trainer))
         for logger in trainer.loggers:
             logger.log_metrics({"samples/step_dependence": dependence}, step=step)
             if isinstance(logger, WandbLogger):

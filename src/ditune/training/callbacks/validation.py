@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ from ditune.generation.generator import ImageGenerator
 from ditune.metrics import MetricSuite
 from ditune.metrics.names import family
 from ditune.progress import meter
+from ditune.stopping import Interrupted, interruptible
 from ditune.training.best_weights import BestWeights
 
 log = logging.getLogger(__name__)
@@ -77,25 +79,30 @@ class SmallEvaluation:
 
     def __call__(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, float]:
         images = self._generate(trainer, module)
+        if images is None:
+            raise Interrupted
         if self.suite is None:
             return {}
         self.suite.extractor.to(module.device)
         values = self.suite.compare(self.suite.features(images), self.reference)
         return {name: value for name, value in values.items() if family(name) is not None}
 
-    def _generate(self, trainer: pl.Trainer, module: pl.LightningModule) -> Tensor:
-        """Images (n, 3, R, R) uint8: process r generates the numbers r, r + world_size, ...
+    def _generate(self, trainer: pl.Trainer, module: pl.LightningModule) -> Tensor | None:
+        """Images (n, 3, R, R) uint8: process r generates the numbers r, r + world_size, ...; None after a signal.
 
         Every batch is padded to one size, so the images are the same to the bit whichever process generates them.
         """
         count, processes = len(self.labels), trainer.world_size
         share = -(-count // processes)  # equally many in all processes
         mine = [min(trainer.global_rank + k * processes, count - 1) for k in range(share)]
-        with meter(f"generating images at step {trainer.global_step}", len(mine)) as progress:
+        images = None
+        with suppress(Interrupted), meter(f"generating images at step {trainer.global_step}", len(mine)) as progress:
             arguments = (self.labels[mine], self.seed, mine)
             images = self.generator.generate(module.network, *arguments, on_batch=progress.update, fixed_batch=True)
         if processes == 1:
             return images
+        if not trainer.strategy.reduce_boolean_decision(images is not None):  # by all of them
+            return None
         gathered = trainer.strategy.all_gather(images.to(module.device)).cpu()  # (processes, len(mine), 3, R, R)
         return gathered.transpose(0, 1).flatten(0, 1)[:count]
 
@@ -114,12 +121,22 @@ class Validation(Callback):
     def __init__(self, measures: Sequence[Measure], best: BestWeights | None = None, patience: int | None = None):
         self.measures, self.best, self.patience = measures, best, patience
         self.ended_at: int | None = None  # the step after which patience was at its end
+        self.given_up: list[int] = []  # numbers of the measures for which a signal left no time
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"given_up": self.given_up}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.given_up = state_dict["given_up"]
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if trainer.global_step == 0:
             self._measure(trainer, module, self.measures)
-        else:
-            self._lose_patience(trainer)
+            return
+        missing = [self.measures[k] for k in self.given_up if k < len(self.measures)]
+        if missing:
+            self._measure(trainer, module, missing)
+        self._lose_patience(trainer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -133,12 +150,15 @@ class Validation(Callback):
             self._lose_patience(trainer)
 
     def _measure(self, trainer: pl.Trainer, module: pl.LightningModule, due: Sequence[Measure]) -> None:
-        step, values = trainer.global_step, {}
+        step = trainer.global_step
         module.network.eval()
         with module.ema.applied():
-            for measure in due:
-                values |= measure(trainer, module)
-            values = trainer.strategy.broadcast(values)  # all processes decide by the first one's numbers
+            # all processes decide by the first one's numbers
+            values = trainer.strategy.broadcast(self._values(trainer, module, due))
+            self.given_up = [] if values is not None else [self.measures.index(measure) for measure in due]
+            if values is None:
+                module.network.train()
+                return
             for logger in trainer.loggers:
                 logger.log_metrics({PREFIX + name: value for name, value in values.items()}, step=step)
             if self.best is not None:
@@ -146,6 +166,17 @@ class Validation(Callback):
         module.network.train()
         shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items() if self._is_shown(name))
         log.info("step %d: %s", step, shown)
+
+    def _values(self, trainer: pl.Trainer, module: pl.LightningModule, due: Sequence[Measure]) -> dict | None:
+        """None where a signal ends the training: what was due is measured when it goes on."""
+        try:
+            with interruptible():
+                values = {}
+                for measure in due:
+                    values |= measure(trainer, module)
+                return values
+        except Interrupted:
+            return None
 
     def _is_shown(self, name: str) -> bool:
         metric = family(name)
