@@ -3,8 +3,8 @@
     python benchmarks/road.py                                 # DiT-XL/2, 256 px; needs 12 GB of disk
     python benchmarks/road.py --network dit_s_8 --resolution 64 # the same parts in minutes
 
-It makes the network file in the official format and the autoencoder's folder with random weights, and small archives of
-CUB and Flowers-102 in the published layouts. Then it runs the commands of the README: pre-flight, training, resume,
+It makes the network file in the official format and the autoencoder's folder with random weights, and archives of CUB and
+Flowers-102 with four classes each in the published layouts. Then it runs the commands of the README: pre-flight, training, resume,
 sampling, evaluation, export and a sweep over two experiments. Images and figures mean nothing; that the commands end
 well, their seconds and their memory do.
 """
@@ -73,7 +73,7 @@ def make_files(folder: Path, network: str, resolution: int) -> None:
         small_vae(vae)
     else:
         large_vae(vae)
-    md5s = make_archives(folder / "data", images_per_class=2, names=DATASETS)
+    md5s = make_archives(folder / "data", images_per_class=4, classes=4, names=DATASETS)
     for name in DATASETS:
         CLASSES[name].archives = use_hashes(CLASSES[name], md5s[name])  # not the published ones
         CLASSES[name].fetch(folder / "data" / name, download=False)

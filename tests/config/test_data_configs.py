@@ -68,4 +68,4 @@ def test_keys_that_decide_nothing_change_no_hash(tmp_path):
     assert job_hash(compose(tmp_path, "~experiment", "data=sun397", "data.pictures.partition=1")) != job_hash(
         compose(tmp_path, "~experiment", "data=sun397")
     )
-    assert set(NEUTRAL_BELOW.values()) == {None}
+    assert {neutral for name, neutral in NEUTRAL_BELOW.items() if ".pictures." in name} == {None}
