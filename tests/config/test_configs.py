@@ -185,7 +185,7 @@ ALLOWED = {
     "rng": set(),
     "stopping": set(),
     "memory": {"errors"},
-    "files": {"errors", "progress"},
+    "files": {"errors", "progress", "memory"},
     "networks": {"rng"},
     "processes": GROUND,
     "objectives": {*GROUND, "processes", "samplers.guidance"},

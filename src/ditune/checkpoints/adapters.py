@@ -18,6 +18,7 @@ from ditune.peft.label_table import resize_labels
 from ditune.peft.slots import all_or_nothing
 
 FORMAT = "ditune-adapter-1"
+RANKS = ("r", "init_r", "bottleneck", "num_prompts")  # keys of methods that say how wide new layers are
 RESHAPED = ("num_classes", "input_size", "pos_embed_scale")  # may differ between an adapted network and its base
 
 
@@ -97,6 +98,7 @@ def load_adapter(network: nn.Module, folder: Path | str) -> PeftMethod:
     """
     config, tensors = read_adapter(folder)
     check_network(network, config, folder)
+    check_rank(network, config, tensors, folder)
     method = build_method(config, folder)
     with all_or_nothing(network):
         if _num_classes(network, config) != network.num_classes:
@@ -123,6 +125,7 @@ def load_adapters(network: nn.Module, folders: dict[str, Path | str]) -> Adapter
     for name, folder in folders.items():
         config, tensors = read_adapter(folder)
         check_network(network, config, folder)
+        check_rank(network, config, tensors, folder)
         adapters.add(name, build_method(config, folder), tensors, _num_classes(network, config))
     return adapters
 
@@ -169,6 +172,30 @@ def check_network(network: nn.Module, config: dict[str, Any], folder: Path | str
     file = getattr(network, "file", None)
     if file is not None:
         check_file(file, config, folder)
+
+
+def check_rank(network: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], folder: Path | str) -> None:
+    """Refuse an adapter whose config asks for new layers that neither the network nor its own tensors can have.
+
+    Args:
+        network: the base that the adapter would be applied to.
+        config: of the adapter, by `read_adapter`.
+        tensors: of the adapter.
+        folder: of the adapter, for messages.
+
+    Raises:
+        UserError: a rank is larger than every side of the tensors and of the network's layers.
+    """
+    method = config.get("peft_config") or config.get("peft") or {}
+    pattern = method.get("rank_pattern")
+    ranks = {key: method.get(key) for key in RANKS} | (pattern if isinstance(pattern, dict) else {})
+    sides = [side for tensor in (*tensors.values(), *network.parameters()) for side in tensor.shape]
+    for key, rank in ranks.items():
+        if isinstance(rank, int | float) and rank > max(sides, default=0):
+            raise UserError(
+                f"The adapter in {folder} asks for {key}={rank:,}, and the widest layer here has {max(sides)} values. "
+                "Its adapter_config.json is damaged or hostile: copy the adapter again."
+            )
 
 
 def check_file(file: Path, config: dict[str, Any], folder: Path | str) -> None:

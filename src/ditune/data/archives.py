@@ -128,6 +128,7 @@ def unpack(path: Path, folder: Path) -> None:
             with tarfile.open(path) as archive:
                 for member in archive:
                     _refuse(path, member.name, not (member.isreg() or member.isdir()))
+                    _need(folder, member.size)
                     archive.extract(member, folder, filter="data")
     except BROKEN as error:
         raise UserError(

@@ -37,7 +37,7 @@ from ditune.progress import meter
 log = logging.getLogger(__name__)
 
 # What Pillow, zipfile and the file system raise for damaged, truncated, missing, encrypted or absurdly large files.
-BROKEN = (OSError, ValueError, SyntaxError, RuntimeError, EOFError, TypeError, IndexError)
+BROKEN = (OSError, ValueError, SyntaxError, RuntimeError, EOFError, TypeError, IndexError, MemoryError)
 BROKEN += (struct.error, zlib.error, zipfile.BadZipFile, Image.DecompressionBombError)
 
 

@@ -11,7 +11,7 @@ from functools import cached_property
 from ditune.data.sources import Source
 from ditune.errors import UserError
 
-UNREADABLE = (OSError, ValueError, RuntimeError, zlib.error, zipfile.BadZipFile, csv.Error)
+UNREADABLE = (OSError, ValueError, RuntimeError, MemoryError, zlib.error, zipfile.BadZipFile, csv.Error)
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ditune.errors import UserError
+from ditune.memory import host_memory, size
 from ditune.progress import meter
 
 if TYPE_CHECKING:
@@ -100,6 +101,11 @@ class ParquetReader:
                     raise UserError(
                         f"{path} is no whole Parquet file ({reason}). Copy or download it again."
                     ) from error
+                if found.metadata.num_rows > path.stat().st_size:
+                    raise UserError(
+                        f"{path} claims {found.metadata.num_rows:,} rows, and has {path.stat().st_size:,} bytes in "
+                        "all. Copy or download it again."
+                    )
                 groups = [found.metadata.row_group(i).num_rows for i in range(found.num_row_groups)]
                 self._open[file] = found, list(accumulate(groups, initial=0))[:-1]
             return self._open[file]
@@ -110,6 +116,12 @@ class ParquetReader:
 
         key = (file, group)
         if key not in self._groups:
+            claimed, (free, _) = self._file(file)[0].metadata.row_group(group).total_byte_size, host_memory()
+            if claimed > free:
+                raise UserError(
+                    f"Row group {group} of {self._folder / file} claims {size(claimed)}, and {size(free)} of memory "
+                    "are free. Write it again with row_group_size=100, or take a machine that has more."
+                )
             content = self._file(file)[0].read_row_group(group, [column], use_threads=False)[column]
             is_struct = self._pyarrow.types.is_struct(content.type)
             self._groups[key] = compute.struct_field(content, "bytes") if is_struct else content

@@ -16,6 +16,8 @@ from ditune.errors import UserError
 
 PARQUET = ".parquet"
 TAR = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
+LARGEST, LARGEST_TABLE = 100 * 2**20, 2**30  # bytes of an image and of a table in a zip file
+RATIO, SMALL = 200, 16 * 2**20  # packed more tightly than this is no image; what is small may be of one colour
 ONE_CLASS = "all"  # class of images that lie in no folder, or have no label
 
 
@@ -106,11 +108,18 @@ class Zip:
         self.names = sorted(self._entries)
 
     def read(self, name: str) -> bytes:
-        """The bytes of a file; zipfile checks their CRC."""
+        """The bytes of a file; zipfile checks their CRC.
+
+        Raises:
+            ValueError: it is larger than a file of its kind, or packed as tightly as only nonsense is.
+        """
+        info = self._entries[name]
+        refuse_bomb(info.file_size, info.compress_size, LARGEST if is_image(name) else LARGEST_TABLE)
         # A forked worker shares the file position with its parent, so every process opens the file for itself.
         if self._process != os.getpid():
             self._archive, self._process = zipfile.ZipFile(self.path), os.getpid()
-        return self._archive.read(self._entries[name])
+        with self._archive.open(info) as file:
+            return file.read(info.file_size)  # an entry that is longer than it says is not unpacked to its end
 
     def size(self, name: str) -> int:
         """Bytes of the image."""
@@ -234,6 +243,23 @@ def _links_note(path: Path, links: list[str]) -> list[str]:
     shown = ", ".join(links[:3]) + (", ..." if len(links) > 3 else "")
     why = "they lead to what is there under another name"
     return [f"Links left out of {path}, because {why}: {len(links):,} ({shown})."]
+
+
+def refuse_bomb(size: int, packed: int, largest: int) -> None:
+    """Refuse content that would fill the memory, before it is read.
+
+    Args:
+        size: bytes that it claims to have.
+        packed: bytes that it has now.
+        largest: bytes that are still believed.
+
+    Raises:
+        ValueError: it is larger, or far larger than what is packed.
+    """
+    if size > largest:
+        raise ValueError(f"it claims {size:,} bytes, and up to {largest:,} are read")
+    if size > SMALL and size > RATIO * packed:
+        raise ValueError(f"it claims {size:,} bytes in {packed:,} packed ones, as no honest file does")
 
 
 def _refuse_escape(name: str, path: Path) -> None:

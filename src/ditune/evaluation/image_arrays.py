@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ditune.errors import UserError
+from ditune.files.arrays import refuse_absurd
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ def read_array(path: Path) -> tuple[str, np.ndarray]:
         UserError: the file is missing, damaged, or does not say which of its arrays holds the images.
     """
     try:
+        refuse_absurd(path)
         content = np.load(path, allow_pickle=False)
         if isinstance(content, np.ndarray):
             return "the array", content

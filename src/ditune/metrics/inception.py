@@ -2,6 +2,7 @@
 
 import io
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from ditune.errors import UserError
+from ditune.files.arrays import refuse_absurd
 from ditune.files.atomic import sha256 as hash_of
 from ditune.files.needs import Addresses, Need
 from ditune.metrics.distances import frechet_distance, frechet_from_statistics, statistics
 from ditune.metrics.features import FrozenExtractor, check_file, read_tensors, remedy_of, weights_need
 from ditune.metrics.suite import MetricSuite
 
+# what numpy, zipfile and the file system raise for files that are damaged or something else
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, MemoryError)
+UNREADABLE += (zipfile.BadZipFile, zlib.error)
 SPATIAL_CHANNELS = 7  # of sFID: 7 x 17 x 17 = 2023 numbers, about as many as pool3 has
 
 
@@ -158,9 +163,10 @@ def read_statistics(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
     """
     remedy = "Give a reference file of ADM's evaluator, a .npz with mu, sigma, mu_s and sigma_s."
     try:
+        refuse_absurd(Path(path))
         with np.load(path, allow_pickle=False) as file:
             found = {name: torch.from_numpy(file[name]).double() for name in ("mu", "sigma", "mu_s", "sigma_s")}
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+    except UNREADABLE as error:
         raise UserError(f"The statistics {path} cannot be read ({error}). {remedy}") from error
     side = 17 * 17
     if found["sigma"].shape != (2048, 2048) or found["sigma_s"].shape != (SPATIAL_CHANNELS * side,) * 2:
