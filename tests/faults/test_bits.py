@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from ditune.checkpoints import load_adapter, save_adapter
+from ditune.commands.prepare import prepare
 from ditune.data import ImageDataset
 from ditune.data import sources as sources_module
 from ditune.data.archives import unpack
@@ -18,7 +19,7 @@ from ditune.evaluation.image_arrays import ArrayImages
 from ditune.metrics.inception import read_statistics
 from ditune.peft import build_peft
 from peft_helpers import build_base
-from small_datasets import png, tree
+from small_datasets import make, png, prepare_config, tree
 
 # Bounds before memory is taken
 
@@ -114,3 +115,42 @@ def test_an_adapter_that_asks_for_an_absurd_rank_is_refused(tmp_path, method, ke
     path.write_text(json.dumps(config))
     with pytest.raises(UserError, match=rf"asks for {key}=1,000,000,000, and the widest layer here has \d+ values"):
         load_adapter(build_base("dit"), tmp_path)
+
+
+# Images that were exchanged
+
+
+@pytest.fixture(params=["data", "data.zip"])
+def verified(request, tmp_path) -> tuple[Path, Path]:
+    """Images, and the manifest of them."""
+    path = make(tmp_path / request.param, tree())
+    prepare(prepare_config(path, "data=folder", "data.resolution=8", "stages=[verify]"))
+    return path, next(tmp_path.rglob("manifest.csv"))
+
+
+def exchange(path: Path, content: bytes) -> None:
+    """Another image under the name cat/1.png."""
+    if path.suffix == ".zip":
+        make(path, tree() | {"cat/1.png": content})
+    else:
+        (path / "cat" / "1.png").write_bytes(content)
+
+
+def test_an_image_of_another_size_is_noticed_at_the_start(verified):
+    path, manifest = verified
+    before = ImageDataset(path, 8, manifest=manifest).fingerprint
+    exchange(path, png((1, 2, 3), (64, 64)))
+    with pytest.raises(UserError, match=r"cat/1\.png in .* is another file .*`python src/prepare\.py`.*again=true"):
+        ImageDataset(path, 8, manifest=manifest)
+    prepare(prepare_config(path, "data=folder", "data.resolution=8", "stages=[verify]", "again=true"))
+    assert ImageDataset(path, 8, manifest=manifest).fingerprint != before
+
+
+def test_an_image_of_the_same_size_is_noticed_when_it_is_decoded(verified):
+    path, manifest = verified
+    exchange(path, png((201, 31, 31)))
+    assert len(png((201, 31, 31))) == len(tree()["cat/1.png"])
+    dataset = ImageDataset(path, 8, manifest=manifest)
+    with pytest.raises(UserError, match=r"cat/1\.png in .* is another file"):
+        dataset.load()
+    assert ImageDataset(path, 8).load().shape[0] == 9  # nothing is known of it

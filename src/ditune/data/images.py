@@ -26,7 +26,7 @@ from torch.utils.data import Dataset
 from ditune.data.classes import SHOWN, class_names_of, notes_on_classes, read_classes, untrained_classes
 from ditune.data.formats import count_kinds, decoders, left_out
 from ditune.data.layouts import read_items
-from ditune.data.manifest import apply_manifest
+from ditune.data.manifest import apply_manifest, refuse_replaced, replaced
 from ditune.data.sources import Item, open_source
 from ditune.data.splits import is_in, normal_split, settle
 from ditune.data.transforms import center_crop, to_rgb
@@ -127,10 +127,10 @@ class ImageDataset(Dataset):
             notes: sentences about what was left out and decided.
 
         Raises:
-            UserError: the split has no images, `limit` is below 1, or the manifest is of other images.
+            UserError: the split has no images, `limit` is below 1, or the manifest is of other images or files.
         """
         self.class_names, self.everything = class_names, found
-        self.checksums, kept = apply_manifest(found, manifest)
+        self._known, kept = apply_manifest(found, manifest)
         items = kept if split is None else [item for item in kept if is_in(item, split)]
         if not items:
             splits = ", ".join(sorted({item.split for item in found}))
@@ -139,6 +139,7 @@ class ImageDataset(Dataset):
             raise UserError(f"`limit` is {limit}, which leaves no image. Give 1 or more, or leave it out for all.")
         if limit is not None and limit < len(items):
             items = [items[i * len(items) // limit] for i in range(limit)]
+        refuse_replaced(items, self._known)
         self.resolution, self.split, self.in_memory = resolution, split, in_memory
         self.names = [item.name for item in items]
         self.rows = [item.row for item in items]
@@ -163,6 +164,11 @@ class ImageDataset(Dataset):
         return f"{head} and {len(counts) - SHOWN:,} more; the smallest is {smallest} with {counts[smallest]:,}"
 
     @property
+    def checksums(self) -> dict[Item, int]:
+        """CRC-32 of each image that the manifest knows; {} without a manifest."""
+        return {item: known.crc32 for item, known in self._known.items()}
+
+    @property
     def num_classes(self) -> int:
         """Number of classes, with those that have no image in this split."""
         return len(self.class_names)
@@ -176,7 +182,7 @@ class ImageDataset(Dataset):
         contents = []
         with meter("reading checksums", len(self), "images") as shown:
             for item, label in zip(self._items, self.labels.tolist(), strict=True):
-                crc = self.checksums[item] if self.checksums else item.source.crc(item.name)
+                crc = self._known[item].crc32 if self._known else item.source.crc(item.name)
                 contents.append((item.name, crc, label))
                 shown.advance()
         text = json.dumps([contents, self.class_names, self.resolution, self.split])
@@ -225,7 +231,10 @@ class ImageDataset(Dataset):
 
     def _decode(self, item: Item) -> Tensor:
         try:
-            return decode(item.source.read(item.name), self.resolution)
+            content = item.source.read(item.name)
+            if self._known and zlib.crc32(content) != self._known[item].crc32:
+                raise replaced(item)
+            return decode(content, self.resolution)
         except BROKEN as error:
             raise UserError(
                 f"The image {item.name} in {item.source.path} cannot be read ({error}). Replace it or take it out; "

@@ -1,7 +1,8 @@
 """The manifest of a dataset: a CSV file of all images with their hashes, as src/prepare.py has verified them."""
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from ditune.errors import UserError
 from ditune.files.atomic import atomic
 
 COLUMNS = ("source", "file_name", "split", "class", "bytes", "crc32", "sha256", "problem")
+ASKED_AT_ONCE = 16  # sizes of files
 REMEDY = "Run `python src/prepare.py` for it again."
 
 
@@ -75,7 +77,19 @@ def is_current(items: Sequence[Item], rows: Sequence[dict[str, str]]) -> bool:
     return describe(items) == [(row["source"], row["file_name"], row["split"], row["class"]) for row in rows]
 
 
-def apply_manifest(items: list[Item], path: str | Path | None) -> tuple[dict[Item, int], list[Item]]:
+class Known(NamedTuple):
+    """What a manifest says about a whole image.
+
+    Args:
+        size: bytes of its file.
+        crc32: of its file.
+    """
+
+    size: int
+    crc32: int
+
+
+def apply_manifest(items: list[Item], path: str | Path | None) -> tuple[dict[Item, Known], list[Item]]:
     """Leave out what a manifest calls broken.
 
     Args:
@@ -83,7 +97,7 @@ def apply_manifest(items: list[Item], path: str | Path | None) -> tuple[dict[Ite
         path: the manifest; if there is none, all images are kept.
 
     Returns:
-        CRC-32 of each image that is kept ({} without a manifest), and these images.
+        Size and CRC-32 of each image that is kept ({} without a manifest), and these images.
 
     Raises:
         UserError: the manifest is of other images or labels, or damaged.
@@ -93,5 +107,35 @@ def apply_manifest(items: list[Item], path: str | Path | None) -> tuple[dict[Ite
     rows = read_manifest(Path(path))
     if not is_current(items, rows):
         raise UserError(f"The manifest {path} is of other images, labels or splits than those there now. {REMEDY}")
-    kept = [(item, int(row["crc32"])) for item, row in zip(items, rows, strict=True) if not row["problem"]]
-    return dict(kept), [item for item, _ in kept]
+    try:
+        kept = {
+            item: Known(int(row["bytes"]), int(row["crc32"]))
+            for item, row in zip(items, rows, strict=True)
+            if not row["problem"]
+        }
+    except ValueError as error:
+        raise UserError(f"The manifest {path} is damaged ({error}). {REMEDY}") from error
+    return kept, list(kept)
+
+
+def refuse_replaced(items: Sequence[Item], known: Mapping[Item, Known]) -> None:
+    """Compare the sizes of files with those of the manifest, where they are known without reading.
+
+    Files are asked for side by side, because each answer of a network disk takes its time.
+
+    Raises:
+        UserError: an image has another size.
+    """
+    asked = [item for item in items if item in known and item.source.knows_sizes]
+    with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
+        for item, size in zip(asked, pool.map(lambda item: item.source.size(item.name), asked), strict=True):
+            if size not in (known[item].size, -1):  # that there is none is said where it is read
+                raise replaced(item)
+
+
+def replaced(item: Item) -> UserError:
+    """The error for an image that is another one than the manifest knows."""
+    return UserError(
+        f"The image {item.name} in {item.source.path} is another file than when it was verified. Put the old one back, "
+        "or run `python src/prepare.py` with the same data= and again=true to take the new one."
+    )

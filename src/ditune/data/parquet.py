@@ -35,6 +35,8 @@ class Parquet:
         UserError: pyarrow is not installed, a file is damaged, or there is no column of image bytes.
     """
 
+    knows_sizes = False
+
     def __init__(self, folder: Path, names: Sequence[str], path: Path) -> None:
         self.path, self.folder, self.files = path, folder, sorted(names)
         self.others: list[str] = []

@@ -28,6 +28,7 @@ class Source(Protocol):
     names: list[str]  # sorted names of its files, relative and with slashes
     others: list[str]  # names of files in it that are neither images nor metadata
     notes: list[str]  # sentences about what was left out or reinterpreted
+    knows_sizes: bool  # whether `size` answers without reading the images
 
     def read(self, name: str) -> bytes:
         """The bytes of a file."""
@@ -50,6 +51,8 @@ class Folder:
     Raises:
         UserError: a folder cannot be read, or a name is no UTF-8.
     """
+
+    knows_sizes = True
 
     def __init__(self, path: Path, names: list[str] | None = None, moved: Mapping[str, Path] | None = None) -> None:
         self.path, self._moved = path, moved or {}
@@ -91,6 +94,8 @@ class Zip:
         UserError: it holds names that lead out of it.
         zipfile.BadZipFile: it is no zip file, or damaged.
     """
+
+    knows_sizes = True
 
     def __init__(self, path: Path, classes: Collection[str] = ()) -> None:
         self.path = path
