@@ -8,14 +8,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from ditune.checkpoints import load_adapter, save_adapter
+from ditune.checkpoints import load_adapter, load_network, read_adapter, save_adapter, save_network
 from ditune.commands.prepare import prepare
 from ditune.data import ImageDataset
 from ditune.data import sources as sources_module
 from ditune.data.archives import unpack
+from ditune.data.latents import MEANS, Latents, Means, Writer
+from ditune.data.manifest import read_manifest
 from ditune.errors import UserError
 from ditune.evaluation.image_arrays import ArrayImages
+from ditune.files.atomic import sha256
 from ditune.metrics.inception import read_statistics
 from ditune.peft import build_peft
 from peft_helpers import build_base
@@ -154,3 +160,190 @@ def test_an_image_of_the_same_size_is_noticed_when_it_is_decoded(verified):
     with pytest.raises(UserError, match=r"cat/1\.png in .* is another file"):
         dataset.load()
     assert ImageDataset(path, 8).load().shape[0] == 9  # nothing is known of it
+
+
+# Networks and adapters
+
+
+def flip(path: Path, byte: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[byte] ^= 1
+    path.write_bytes(content)
+
+
+def header_size(path: Path) -> int:
+    """Of a safetensors file, with the eight bytes before it."""
+    return 8 + int.from_bytes(path.read_bytes()[:8], "little")
+
+
+def every_kind(path: Path) -> list[int]:
+    """Bytes of a safetensors file: in facts, names, shapes, hash, and at both ends of every tensor."""
+    head = path.read_bytes()[: header_size(path)]
+    content = json.loads(head[8:])
+    ends = [header_size(path) + end for k, v in content.items() if "data_offsets" in v for end in v["data_offsets"]]
+    words = [b"depth", b"content_sha256", b"ditune-network-1", b"x_embedder.proj.bias", b"shape", b"provenance"]
+    return [*(head.index(word) + 3 for word in words if word in head), *(end - 1 for end in ends if end), ends[0]]
+
+
+@pytest.mark.parametrize("parts", [False, True])
+def test_a_flipped_bit_of_a_network_is_noticed(tmp_path, monkeypatch, parts):
+    """Also where a large file is read in parts."""
+    if parts:
+        monkeypatch.setattr("ditune.checkpoints.loading.LARGE", 1000)
+    network, path = build_base("dit"), tmp_path / "network.safetensors"
+    save_network(path, network, {"kind": "diffusion"}, class_names=("cat", "dog"), by_step={1: 2.5})
+    content = path.read_bytes()
+    for byte in every_kind(path):
+        flip(path, byte)
+        with pytest.raises(UserError, match=r"network\.safetensors .*\. (Copy|Check|Give|Use|Correct)"):
+            load_network(path)
+        path.write_bytes(content)
+    found = load_network(path).state_dict()
+    assert all(value.equal(found[name]) for name, value in network.state_dict().items())
+
+
+def test_a_network_file_of_before_has_no_hash(tmp_path):
+    network, path = build_base("dit"), tmp_path / "network.safetensors"
+    save_network(path, network, {})
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["ditune"])
+    del header["content_sha256"]
+    save_file(load_file(path), path, metadata={"ditune": json.dumps(header)})
+    flip(path, -1)
+    load_network(path)  # as it always did
+
+
+@pytest.mark.parametrize("method", ["difffit", "lora"])
+def test_a_flipped_bit_of_an_adapter_is_noticed(tmp_path, method):
+    network, path = build_base("dit"), tmp_path / "adapter_model.safetensors"
+    build_peft(method, lr=1e-3).apply(network)
+    save_adapter(network, tmp_path)
+    content = path.read_bytes()
+    for byte in (header_size(path), len(content) // 2, -1):
+        flip(path, byte)
+        with pytest.raises(UserError, match=r"adapter_model\.safetensors is damaged: .* Copy the adapter again"):
+            load_adapter(build_base("dit"), tmp_path)
+        path.write_bytes(content)
+    assert "content_sha256" not in read_adapter(tmp_path)[0]
+    load_adapter(build_base("dit"), tmp_path)
+
+
+# Latents
+
+
+@pytest.fixture
+def encoded(tmp_path) -> Path:
+    """Images with their manifest and latents."""
+    path = make(tmp_path / "data", tree(prefix="train/") | tree(prefix="test/"))
+    prepare(prepare_config(path, "data=folder"))
+    return path.with_name("data.prepared")
+
+
+def caches(prepared: Path) -> list[tuple[Path, type]]:
+    folder = prepared / "latents"
+    return [(folder / "train_16_patchpca_16", Latents), (folder / "test_16_patchpca_16_means", Means)]
+
+
+def test_a_flipped_bit_of_the_latents_is_noticed_where_it_is_used(encoded):
+    for folder, kind in caches(encoded):
+        header, path = json.loads((folder / "header.json").read_text()), folder / "latents.npy"
+        rows = int(np.load(path).shape[0])
+        content = path.read_bytes()
+        flip(path, -1)
+        cache = kind(folder, header)
+        assert len(cache.take([0, 1])[0]) == 2
+        with pytest.raises(UserError, match=rf"row {rows - 1} of latents\.npy is not what was written.*again=true"):
+            cache.take(list(range(rows)), *([torch.ones(rows, dtype=torch.bool)] if kind is Latents else []))
+        path.write_bytes(content)
+        kind(folder, header).take(list(range(rows)))
+
+
+@pytest.mark.parametrize("name", ["labels.npy", "checksums.npy"])
+def test_a_flipped_bit_of_the_small_files_is_noticed_and_mended(encoded, name):
+    for folder, kind in caches(encoded):
+        header, content = json.loads((folder / "header.json").read_text()), (folder / name).read_bytes()
+        for byte in (-1, -8, 9, 40):
+            flip(folder / name, byte)
+            with pytest.raises(UserError, match=r"latent cache .* is damaged.*src/prepare\.py"):
+                kind(folder, header)
+            (folder / name).write_bytes(content)
+        flip(folder / name, -1)
+    prepare(prepare_config(encoded.with_name("data"), "data=folder"))
+    for folder, kind in caches(encoded):
+        kind(folder, json.loads((folder / "header.json").read_text())).take([0])
+
+
+def test_a_cache_of_before_has_no_checksums_and_needs_the_right_labels_and_types(encoded):
+    folder, _ = caches(encoded)[0]
+    header = json.loads((folder / "header.json").read_text())
+    del header["sha256"]
+    (folder / "header.json").write_text(json.dumps(header))
+    (folder / "checksums.npy").unlink()
+    labels, latents = np.load(folder / "labels.npy"), np.load(folder / "latents.npy")
+    cache = Latents(folder, header, torch.from_numpy(labels))
+    assert cache.take([3])[0].equal(torch.from_numpy(latents[[3], 0]))
+    np.save(folder / "labels.npy", np.where(labels == 2, 99, labels))
+    with pytest.raises(UserError, match="its labels are not those of the images"):
+        Latents(folder, header, torch.from_numpy(labels))
+    np.save(folder / "labels.npy", labels)
+    np.save(folder / "latents.npy", latents.astype(np.float64))
+    with pytest.raises(UserError, match="other shapes or types"):
+        Latents(folder, header)
+
+
+def test_a_cache_that_an_earlier_version_began_is_finished_without_checksums(tmp_path):
+    header = {"format": MEANS, "shape": [2, 1, 2, 2]}
+    (tmp_path / "latents.npy").write_bytes(b"")
+    writer = Writer(tmp_path, header)
+    writer.write(0, torch.ones(2, 1, 2, 2))
+    writer.close()
+    writer.finish(torch.zeros(2, dtype=torch.int64), header)
+    assert Means(tmp_path, header).take([1])[0].equal(torch.ones(1, 1, 2, 2))
+    assert not (tmp_path / "checksums.npy").exists()
+
+
+# Manifests
+
+
+@pytest.mark.parametrize("name", ["manifest.csv", "checked.csv"])
+def test_a_flipped_bit_of_a_manifest_is_noticed(encoded, name):
+    path, content = encoded / name, (encoded / name).read_bytes()
+    places = [content.index(b"train", 90), content.index(b"\n"), content.rindex(b"#sha256"), content.rindex(b"\n#"), -9]
+    for byte in (*places, *range(60, len(content), 97)):
+        flip(path, byte)
+        with pytest.raises(UserError, match=rf"{name} is damaged.*src/prepare\.py"):
+            read_manifest(path)
+        path.write_bytes(content)
+    flip(path, content.index(b"train", 90))
+    prepare(prepare_config(encoded.with_name("data"), "data=folder", "stages=[verify]"))
+    assert path.read_bytes() == content
+
+
+def test_a_manifest_of_before_has_no_checksum_and_its_latents_are_still_valid(encoded):
+    rows, header = read_manifest(encoded / "manifest.csv"), caches(encoded)[0][0] / "header.json"
+    for name in ("manifest.csv", "checked.csv"):
+        content = (encoded / name).read_bytes()
+        (encoded / name).write_bytes(content[: content.rindex(b"#sha256")])
+    assert read_manifest(encoded / "manifest.csv") == rows
+    assert json.loads(header.read_text())["manifest"] == sha256(encoded / "manifest.csv")
+    written = header.stat().st_mtime_ns
+    prepare(prepare_config(encoded.with_name("data"), "data=folder"))
+    assert header.stat().st_mtime_ns == written
+
+
+def test_the_manifest_of_the_same_images_is_the_same_file(tmp_path):
+    path = make(tmp_path / "data", tree() | {"cat/9.png": b"no image"})
+    files = []
+    for _ in range(2):
+        prepare(prepare_config(path, "data=folder", "stages=[verify]", "policy=skip", "again=true"))
+        files.append((tmp_path / "data.prepared" / "manifest.csv").read_bytes())
+    assert files[0] == files[1]
+    assert b"cannot identify image file" in files[0]
+
+
+def test_an_adapter_without_a_base_is_loaded_with_a_warning(tmp_path, caplog):
+    network = build_base("dit")
+    build_peft("difffit", lr=1e-3).apply(network)
+    save_adapter(network, tmp_path)
+    load_adapter(build_base("dit"), tmp_path)
+    assert f"the adapter in {tmp_path} does not say which base file it was trained on" in caplog.text

@@ -4,6 +4,7 @@ Methods of huggingface peft are written in peft's own format; other facts go int
 """
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ditune.checkpoints.content_hash import KEY, content_hash
 from ditune.errors import UserError
 from ditune.files.atomic import atomic, read_json, sha256, write_json
 from ditune.peft import Adapters, PeftMethod, build_peft, from_peft_config
 from ditune.peft.label_table import resize_labels
 from ditune.peft.slots import all_or_nothing
+
+log = logging.getLogger(__name__)
 
 FORMAT = "ditune-adapter-1"
 RANKS = ("r", "init_r", "bottleneck", "num_prompts")  # keys of methods that say how wide new layers are
@@ -38,7 +42,10 @@ def save_adapter(network: nn.Module, folder: Path | str, base: dict[str, Any] | 
     if method is None:
         raise UserError("The network is not adapted, so there is no adapter to save. Save it by save_network.")
     config, tensors = method.to_file(network)
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     own = {"format": FORMAT, "network": network.config, "base": base, **facts}
+    # what stands in JSON is for people to read and to mend, such as the place of the base
+    own[KEY] = content_hash(tensors, own if "peft_type" in config else {})
     header = {"format": "pt"}
     if "peft_type" in config:
         config["base_model_name_or_path"] = base and base["file"]
@@ -46,7 +53,7 @@ def save_adapter(network: nn.Module, folder: Path | str, base: dict[str, Any] | 
     else:
         config = own | config
     with atomic(folder / "adapter_model.safetensors") as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=header)
+        save_file(tensors, temporary, metadata=header)
     write_json(folder / "adapter_config.json", config)
 
 
@@ -76,6 +83,13 @@ def read_adapter(folder: Path | str) -> tuple[dict[str, Any], dict[str, Tensor]]
             header = json.loads((file.metadata() or {}).get("ditune", "{}"))
     except (SafetensorError, json.JSONDecodeError) as error:
         raise UserError(f"The adapter in {folder} is damaged ({error}). Train or copy it again.") from error
+    facts = header if "peft_type" in config else {}
+    written = (facts or config).pop(KEY, None)  # earlier versions and peft write none
+    if written not in (None, content_hash(tensors, facts)):
+        raise UserError(
+            f"{path} is damaged: its content has another hash than the one that was written with it. Copy the adapter "
+            "again, or train it again."
+        )
     if "peft_type" in config:
         return header | {"peft_config": config}, tensors
     if config.get("format") != FORMAT:
@@ -168,6 +182,12 @@ def check_network(network: nn.Module, config: dict[str, Any], folder: Path | str
         raise UserError(
             f"The adapter in {folder} belongs to another network: {', '.join(different)}. "
             f"Load it onto its own base, {base.get('file')}."
+        )
+    if "sha256" not in base:
+        log.warning(
+            "the adapter in %s does not say which base file it was trained on: it is loaded onto any network of this "
+            "shape. Make sure that it is the right one",
+            folder,
         )
     file = getattr(network, "file", None)
     if file is not None:

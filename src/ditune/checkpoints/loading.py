@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ditune.checkpoints.content_hash import KEY, ContentHash
 from ditune.checkpoints.source import Composed, Content, Source
 from ditune.errors import UserError
 from ditune.files.atomic import LARGE
@@ -74,15 +75,23 @@ def _copied(source: Source, content: Content, opened: Callable[[Source], Content
     size = sum(4 * math.prod(value.shape) for value in content.tensors.values())
     in_windows = size > LARGE and source.is_mapped
     copies: dict[str, Tensor] = {}
+    facts, found = content.facts, ContentHash(content.facts)
     with meter(f"reading {source.path.name}", size, "bytes") if size > LARGE else nullcontext() as progress:
         left = 0
         for name in list(content.tensors):
             if in_windows and left <= 0:
                 content, left = _anew(source, opened), size // WINDOWS
             copies[name] = _copy(name, content.tensors[name], source)
+            if facts:
+                found.add(name, copies[name])  # our own files hold fp32, so the copy has the bytes of the file
             left -= copies[name].nbytes
             if progress is not None:
                 progress.advance(copies[name].nbytes)
+    if facts and found.hexdigest() != facts[KEY]:
+        raise UserError(
+            f"{source.path} is damaged: its content has another hash than the one that was written with it. Copy it "
+            "again, or make it again (`python src/export.py run=<its run> format=dit`)."
+        )
     return copies
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ditune.checkpoints import diffusers_dit, official_dit, official_dit_moe, shortcut_jax
+from ditune.checkpoints.content_hash import KEY, content_hash
 from ditune.checkpoints.loading import build
 from ditune.checkpoints.published import locate
 from ditune.checkpoints.source import Content, Source
@@ -25,6 +26,7 @@ from ditune.networks.dit_moe import of_earlier_release
 log = logging.getLogger(__name__)
 
 FORMAT = "ditune-network-1"
+KEYS = {"format", "class", "network", "process", "provenance"}  # of a header from before there was a hash
 # The foreign formats, asked in this order. Each module has a TITLE, the HEADS of published files if shapes do not tell
 # them, `recognises(source)`, `read(source, known, **overrides)`, `process(source)` (None = the file does not say), and
 # `sampling(process, config)`: the sampler settings of its authors.
@@ -59,7 +61,8 @@ class NetworkFile:
 def save_network(
     path: Path | str, network: DiT, process: dict, *, position_table: bool = False, **provenance: Any
 ) -> None:
-    """Write weights in fp32; the configs of network and process, and `provenance`, go into the header.
+    """Write weights in fp32; the configs of network and process, and `provenance`, go into the header,
+    and a hash of all that.
 
     Args:
         path: `.safetensors` file to write.
@@ -76,6 +79,7 @@ def save_network(
     tensors = {k: v.detach().float().cpu().contiguous() for k, v in network.state_dict().items()}
     if not position_table:
         tensors.pop("pos_embed", None)  # computed from the config
+    header[KEY] = content_hash(tensors, header)
     with atomic(path) as temporary:
         save_file(tensors, temporary, metadata={"ditune": json.dumps(header)})
 
@@ -93,13 +97,15 @@ def read_header(path: Path | str | Source) -> dict:
         raise source.damaged(error) from error
     if header.get("format") != FORMAT:
         raise UserError(f"{source.path} is no network file of this project. Give one written by save_network.")
+    if KEY not in header and header.keys() - KEYS:
+        raise source.damaged("its header has entries that nobody writes")
     return header
 
 
 def is_ours(path: Path | str | Source) -> bool:
     """Whether `save_network` has written this file."""
     source = path if isinstance(path, Source) else Source(path)
-    return "ditune" in source.header
+    return "ditune" in source.header or any(FORMAT in text for text in source.header.values())
 
 
 def load_network(path: Path | str, known: Mapping[str, Any] | None = None, **overrides: Any) -> nn.Module:
@@ -207,7 +213,8 @@ def _content(source: Source, known: Mapping[str, Any], **overrides: Any) -> Cont
     kind = header.get("class", "DiT")  # files from before there was more than DiT say none
     if kind not in CLASSES:
         raise UserError(f"{source.path} holds a {kind}, which this release does not know. Use a newer one.")
-    return Content(CLASSES[kind], of_earlier_release(header["network"]), source.content)
+    facts = header if KEY in header else {}  # files of earlier versions have no hash
+    return Content(CLASSES[kind], of_earlier_release(header["network"]), source.content, facts)
 
 
 def _format_of(source: Source) -> ModuleType:

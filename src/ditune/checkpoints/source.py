@@ -11,7 +11,7 @@ import struct
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -67,11 +67,13 @@ class Content:
         build: makes the network.
         config: arguments of `build`.
         tensors: state dict of the network.
+        facts: of our own files, which say the hash of themselves and of the tensors; {} = nothing says it.
     """
 
     build: Callable[..., nn.Module]
     config: dict[str, Any]
     tensors: Mapping[str, Tensor | Composed]
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Source:

@@ -3,11 +3,14 @@
 latents.npy  of images to train on, float16 (N, 2, M, C, h, w): image, plain or mirrored, mean and log-variance (M = 1:
              mean only); of held-out images float32 (N, C, h, w): the means, as they are when nothing is cached
 labels.npy   int64 (N,)
-header.json  the images (hash of manifest), transform and autoencoder that it was made from
+checksums.npy  uint32 (N, 2) or (N,), CRC-32 of each image and side; they are compared whenever a row is read
+header.json  the images (hash of manifest), transform and autoencoder that it was made from; SHA-256 of the small files
 """
 
 import json
+import math
 import os
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,13 +20,15 @@ import torch
 from torch import Tensor
 
 from ditune.data.images import ImageDataset
+from ditune.data.manifest import manifest_hash
 from ditune.errors import UserError
 from ditune.files.atomic import read_json, sha256
 
 FORMAT, MEANS = "ditune-latents-1", "ditune-means-1"
 TYPES = {FORMAT: np.dtype("<f2"), MEANS: np.dtype("<f4")}
-HEADER, ARRAY, LABELS = "header.json", "latents.npy", "labels.npy"
+HEADER, ARRAY, LABELS, SUMS = "header.json", "latents.npy", "labels.npy", "checksums.npy"
 REMEDY = "Run `python src/prepare.py` with the same data=, autoencoder= and data.resolution= to make it anew."
+ANEW = REMEDY.replace("to make", "and again=true to make")
 
 
 def expected_header(
@@ -40,7 +45,7 @@ def expected_header(
     """
     return {
         "format": FORMAT,
-        "manifest": sha256(manifest),
+        "manifest": manifest_hash(manifest),
         "split": dataset.split,
         "pictures": dataset.fingerprint,
         "transform": f"centre crop of ADM to {dataset.resolution} pixels, RGB",
@@ -61,16 +66,20 @@ class Cache:
     Args:
         folder: the cache.
         header: what the cache must say about itself.
+        labels: that the cache must have, (N,) int64; None = not known.
 
     Raises:
-        UserError: the cache is missing, damaged, or has another header.
+        UserError: the cache is missing, damaged, or has another header or other labels; or, when a row is read, it is
+            not what was written.
     """
 
     in_memory = False
 
-    def __init__(self, folder: Path, header: dict[str, Any]) -> None:
-        found = check(folder, header)
+    def __init__(self, folder: Path, header: dict[str, Any], labels: Tensor | None = None) -> None:
+        found = check(folder, header, labels)
         self.folder, self.shape = folder, tuple(found["shape"])
+        # caches of earlier versions have none
+        self._sums = np.load(folder / SUMS, allow_pickle=False) if SUMS in found.get("sha256", {}) else None
         self.labels = torch.from_numpy(np.load(folder / LABELS, allow_pickle=False))  # (N,)
         self._array: np.memmap | None = None
 
@@ -83,6 +92,18 @@ class Cache:
         if self._array is None:
             self._array = np.lib.format.open_memmap(self.folder / ARRAY, mode="r")
         return self._array
+
+    def _rows(self, *where: np.ndarray) -> Tensor:
+        """Rows (B, ...) at positions in the first axes of the array, compared with their checksums."""
+        rows = self.array[where]
+        if self._sums is not None:
+            for position, row, expected in zip(where[0], rows, self._sums[where], strict=True):
+                if zlib.crc32(row) != expected:
+                    raise UserError(
+                        f"The latent cache {self.folder} is damaged: row {position} of {ARRAY} is not what was "
+                        f"written. {ANEW}"
+                    )
+        return torch.from_numpy(rows)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_array": None}
@@ -102,7 +123,7 @@ class Latents(Cache):
             Mean and log-variance, float16 (B, M, C, h, w), and labels (B,) int64.
         """
         side = np.zeros(len(indices), np.int64) if mirrored is None else mirrored.numpy().astype(np.int64)
-        return torch.from_numpy(self.array[np.asarray(indices), side]), self.labels[torch.as_tensor(indices)]
+        return self._rows(np.asarray(indices), side), self.labels[torch.as_tensor(indices)]
 
 
 class Means(Cache):
@@ -110,11 +131,16 @@ class Means(Cache):
 
     def take(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Means of the posteriors, float32 (B, C, h, w), and labels (B,) int64, at B positions in the split."""
-        return torch.from_numpy(self.array[np.asarray(indices)]), self.labels[torch.as_tensor(indices)]
+        return self._rows(np.asarray(indices)), self.labels[torch.as_tensor(indices)]
 
 
-def check(folder: Path, header: dict[str, Any]) -> dict[str, Any]:
+def check(folder: Path, header: dict[str, Any], labels: Tensor | None = None) -> dict[str, Any]:
     """Compare the cache in `folder` with the expected header; returns the header that it has.
+
+    Args:
+        folder: the cache.
+        header: what the cache must say about itself.
+        labels: that it must have, (N,) int64; None = not known.
 
     Raises:
         UserError: there is no cache, it is damaged, or it is stale or foreign.
@@ -129,12 +155,20 @@ def check(folder: Path, header: dict[str, Any]) -> dict[str, Any]:
             f"this run. {REMEDY}"
         )
     try:
-        whole = np.lib.format.open_memmap(folder / ARRAY, mode="r").shape == tuple(header["shape"])
-        whole &= np.load(folder / LABELS, allow_pickle=False).shape == (header["shape"][0],)
+        arrays = {name: np.lib.format.open_memmap(folder / name, mode="r") for name in (ARRAY, LABELS)}
+        whole = arrays[ARRAY].shape == tuple(header["shape"]) and arrays[ARRAY].dtype == TYPES[header["format"]]
+        whole &= arrays[LABELS].shape == (header["shape"][0],) and arrays[LABELS].dtype == np.int64
+        changed = [name for name, written in found.get("sha256", {}).items() if sha256(folder / name) != written]
     except (OSError, ValueError) as error:
         raise UserError(f"The latent cache {folder} is damaged ({error}). {REMEDY}") from error
     if not whole:
-        raise UserError(f"The latent cache {folder} is damaged: its arrays have other shapes than its header. {REMEDY}")
+        raise UserError(
+            f"The latent cache {folder} is damaged: its arrays have other shapes or types than its header. {REMEDY}"
+        )
+    if changed:
+        raise UserError(f"The latent cache {folder} is damaged: {changed[0]} is not what was written. {REMEDY}")
+    if labels is not None and not np.array_equal(arrays[LABELS], labels.numpy()):
+        raise UserError(f"The latent cache {folder} is damaged: its labels are not those of the images. {REMEDY}")
     return found
 
 
@@ -151,13 +185,12 @@ class Writer:
         folder.mkdir(parents=True, exist_ok=True)
         self.type = TYPES[header["format"]]
         self.row = int(np.prod(self.shape[1:])) * self.type.itemsize  # bytes
-        head = {"descr": np.lib.format.dtype_to_descr(self.type), "fortran_order": False, "shape": self.shape}
-        self._file = os.open(folder / ARRAY, os.O_RDWR | os.O_CREAT, 0o644)
-        with os.fdopen(os.dup(self._file), "r+b") as file:
-            np.lib.format.write_array_header_1_0(file, head)  # the same bytes from every process
-            self.start = file.tell()
-        if os.fstat(self._file).st_size < self.start + self.row * self.shape[0]:
-            os.ftruncate(self._file, self.start + self.row * self.shape[0])
+        self.sides = self.shape[:2] if header["format"] == FORMAT else self.shape[:1]
+        # an earlier version has begun this cache without checksums, where there is its array and no file for them
+        self._sums = None
+        if (folder / SUMS).exists() or not (folder / ARRAY).exists():
+            self._sums, self._sums_start = _array_file(folder / SUMS, np.dtype("<u4"), self.sides)
+        self._file, self.start = _array_file(folder / ARRAY, self.type, self.shape)
 
     def write(self, first: int, rows: Tensor) -> None:
         """Write rows; they are on disk when this returns.
@@ -172,18 +205,43 @@ class Writer:
         values = rows.contiguous().numpy()
         if values.dtype != self.type or values.shape[1:] != self.shape[1:]:
             raise ValueError(f"rows of {values.dtype} {values.shape} do not fit into {self.shape} of {self.type}")
-        content, offset = memoryview(values).cast("B"), self.start + first * self.row
-        while content:
-            # plain writes report a full disk; through a memory map it would kill the process
-            done = os.pwrite(self._file, content, offset)
-            content, offset = content[done:], offset + done
-        os.fsync(self._file)
+        if self._sums is not None:
+            parts = values.reshape(-1, *self.shape[len(self.sides) :])  # one of each image and side
+            sums = np.array([zlib.crc32(part) for part in parts], "<u4")
+            _write(self._sums, sums, self._sums_start + first * (len(parts) // len(values)) * sums.itemsize)
+        _write(self._file, values, self.start + first * self.row)
 
     def finish(self, labels: Tensor, header: dict) -> None:
         """Write the labels (N,) and, last, the header, which says that all rows are there."""
         np.save(self.folder / LABELS, labels.numpy(), allow_pickle=False)
+        if self._sums is not None:
+            header = header | {"sha256": {name: sha256(self.folder / name) for name in (LABELS, SUMS)}}
         (self.folder / HEADER).write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
 
     def close(self) -> None:
-        """Close the file of the array."""
+        """Close the files of the arrays."""
         os.close(self._file)
+        if self._sums is not None:
+            os.close(self._sums)
+
+
+def _array_file(path: Path, kind: np.dtype, shape: tuple[int, ...]) -> tuple[int, int]:
+    """An open .npy file of this type and shape, which others may write to as well, and where its numbers begin."""
+    number = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    head = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": shape}
+    with os.fdopen(os.dup(number), "r+b") as file:
+        np.lib.format.write_array_header_1_0(file, head)  # the same bytes from every process
+        start = file.tell()
+    size = start + kind.itemsize * math.prod(shape)
+    if os.fstat(number).st_size < size:
+        os.ftruncate(number, size)
+    return number, start
+
+
+def _write(number: int, values: np.ndarray, offset: int) -> None:
+    """Plain writes report a full disk; through a memory map it would kill the process."""
+    content = memoryview(values).cast("B")
+    while content:
+        done = os.pwrite(number, content, offset)
+        content, offset = content[done:], offset + done
+    os.fsync(number)

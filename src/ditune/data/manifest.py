@@ -1,6 +1,11 @@
-"""The manifest of a dataset: a CSV file of all images with their hashes, as src/prepare.py has verified them."""
+"""The manifest of a dataset: a CSV file of all images with their hashes, as src/prepare.py has verified them.
+
+Its last line holds the SHA-256 of those before; manifests of earlier versions have none.
+"""
 
 import csv
+import hashlib
+import io
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +16,7 @@ from ditune.errors import UserError
 from ditune.files.atomic import atomic
 
 COLUMNS = ("source", "file_name", "split", "class", "bytes", "crc32", "sha256", "problem")
+CHECKSUM = b"#sha256,"  # begins the last line
 ASKED_AT_ONCE = 16  # sizes of files
 REMEDY = "Run `python src/prepare.py` for it again."
 
@@ -53,6 +59,10 @@ def write_manifest(path: Path, items: Sequence[Item], checked: Sequence[Check]) 
         writer.writerow(COLUMNS)
         for who, found in zip(describe(items), checked, strict=True):
             writer.writerow((*who, *found))
+        file.flush()
+        with temporary.open("r+b") as written:
+            checksum = hashlib.file_digest(written, "sha256").hexdigest()  # at the end of the file now
+            written.write(CHECKSUM + checksum.encode() + b"\r\n")
 
 
 def read_manifest(path: Path) -> list[dict[str, str]]:
@@ -61,15 +71,31 @@ def read_manifest(path: Path) -> list[dict[str, str]]:
     Raises:
         UserError: it is damaged.
     """
+    content, checksum = _parts(path)
+    if checksum not in (None, hashlib.sha256(content).hexdigest()):
+        raise UserError(f"The manifest {path} is damaged: it is not what was written. {REMEDY}")
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file)
-            rows = list(reader)
+        reader = csv.DictReader(io.StringIO(content.decode(), newline=""))
+        rows = list(reader)
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"The manifest {path} is damaged ({error}). {REMEDY}") from error
-    if tuple(reader.fieldnames or ()) != COLUMNS or any(None in row.values() for row in rows):
+    if tuple(reader.fieldnames or ()) != COLUMNS or any(None in row or None in row.values() for row in rows):
         raise UserError(f"The manifest {path} is damaged, or of an earlier version. {REMEDY}")
     return rows
+
+
+def manifest_hash(path: Path) -> str:
+    """SHA-256 (hex) of a manifest without its checksum: that of the file as earlier versions wrote it."""
+    return hashlib.sha256(_parts(path)[0]).hexdigest()
+
+
+def _parts(path: Path) -> tuple[bytes, str | None]:
+    """The rows of a manifest, and the checksum in its last line; None = it has none."""
+    content = path.read_bytes()
+    start = content.rfind(b"\n", 0, -1) + 1
+    if not content.startswith(CHECKSUM, start):
+        return content, None
+    return content[:start], content[start + len(CHECKSUM) :].decode(errors="replace").removesuffix("\r\n")
 
 
 def is_current(items: Sequence[Item], rows: Sequence[dict[str, str]]) -> bool:

@@ -125,7 +125,7 @@ def cached_latents(dataset: ImageDataset, autoencoder: "Autoencoder", prepared: 
     folder, header = cache_of(dataset, autoencoder, prepared)
     if not (folder / HEADER).is_file():
         encode(dataset, autoencoder, prepared, device)
-    return Latents(folder, header)
+    return Latents(folder, header, dataset.labels)
 
 
 def cached_means(dataset: ImageDataset, autoencoder: "Autoencoder", prepared: Path, device: torch.device) -> Means:
@@ -133,7 +133,7 @@ def cached_means(dataset: ImageDataset, autoencoder: "Autoencoder", prepared: Pa
     folder, header = cache_of(dataset, autoencoder, prepared, held_out=True)
     if not (folder / HEADER).is_file():
         encode(dataset, autoencoder, prepared, device, held_out=True)
-    return Means(folder, header)
+    return Means(folder, header, dataset.labels)
 
 
 def encode(
@@ -162,7 +162,7 @@ def encode(
     folder, header = cache_of(dataset, autoencoder, prepared, held_out)
     if again:
         shutil.rmtree(folder, ignore_errors=True)
-    if _is_cache(folder, header):
+    if _is_cache(folder, header, dataset.labels):
         log.info("%s is valid", folder)
         return
     key = f"{header['manifest'][:8]}-{header['autoencoder'][:8]}"
@@ -184,10 +184,10 @@ def encode(
         pieces = -(-len(dataset) // PIECE)
         what = "encoding latents of held-out images" if held_out else "encoding latents"
         with meter(what, len(dataset)) as progress:
-            share(work_folder / "pieces", pieces, work, lambda: _is_cache(folder, header))
+            share(work_folder / "pieces", pieces, work, lambda: _is_cache(folder, header, dataset.labels))
         writer.close()
         with locked(folder.with_name(".latents.lock")):
-            if not _is_cache(folder, header):
+            if not _is_cache(folder, header, dataset.labels):
                 writer.finish(dataset.labels, header)
                 shutil.rmtree(work_folder / "pieces")
                 shutil.rmtree(folder, ignore_errors=True)
@@ -195,9 +195,9 @@ def encode(
     log.info("latents of %d images are in %s", len(dataset), folder)
 
 
-def _is_cache(folder: Path, header: dict) -> bool:
+def _is_cache(folder: Path, header: dict, labels: Tensor) -> bool:
     try:
-        check(folder, header)
+        check(folder, header, labels)
     except UserError:
         return False
     return True

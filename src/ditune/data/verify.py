@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -118,15 +119,20 @@ def check(item: Item, resolution: int) -> Check:
     except FileNotFoundError:
         return Check(-1, 0, "", "there is no such file")
     except BROKEN as error:
-        return Check(item.source.size(item.name), 0, "", f"cannot be read ({error})")
+        return Check(item.source.size(item.name), 0, "", f"cannot be read ({_text(error)})")
     found = Check(len(content), zlib.crc32(content), hashlib.sha256(content).hexdigest(), "")
     if not content:
         return found._replace(problem="the file is empty")
     try:
         decode(content, resolution)
     except BROKEN as error:
-        return found._replace(problem=" ".join(str(error).split()) or type(error).__name__)
+        return found._replace(problem=_text(error))
     return found
+
+
+def _text(error: BaseException) -> str:
+    """The text of an error in one line, without the address of an object: a manifest is the same file each time."""
+    return " ".join(re.sub(r"<[^<>]* object at 0x[0-9a-f]+>", "", str(error)).split()) or type(error).__name__
 
 
 def _report(dataset: ImageDataset, rows: list[dict[str, str]], problems: dict[str, str]) -> dict:
