@@ -130,7 +130,7 @@ class ImageDataset(Dataset):
             UserError: the split has no images, `limit` is below 1, or the manifest is of other images or files.
         """
         self.class_names, self.everything = class_names, found
-        self._known, kept = apply_manifest(found, manifest)
+        known, kept = apply_manifest(found, manifest)
         items = kept if split is None else [item for item in kept if is_in(item, split)]
         if not items:
             splits = ", ".join(sorted({item.split for item in found}))
@@ -139,6 +139,7 @@ class ImageDataset(Dataset):
             raise UserError(f"`limit` is {limit}, which leaves no image. Give 1 or more, or leave it out for all.")
         if limit is not None and limit < len(items):
             items = [items[i * len(items) // limit] for i in range(limit)]
+        self._known = {item: known[item] for item in items} if known else {}
         refuse_replaced(items, self._known)
         self.resolution, self.split, self.in_memory = resolution, split, in_memory
         self.names = [item.name for item in items]
@@ -165,7 +166,7 @@ class ImageDataset(Dataset):
 
     @property
     def checksums(self) -> dict[Item, int]:
-        """CRC-32 of each image that the manifest knows; {} without a manifest."""
+        """CRC-32 of each image of this split, as the manifest has it; {} without a manifest."""
         return {item: known.crc32 for item, known in self._known.items()}
 
     @property
