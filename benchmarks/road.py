@@ -3,10 +3,10 @@
     python benchmarks/road.py                                 # DiT-XL/2, 256 px; needs 12 GB of disk
     python benchmarks/road.py --network dit_s_8 --resolution 64 # the same parts in minutes
 
-It makes the network file in the official format and the autoencoder's folder with random weights, and archives of CUB and
-Flowers-102 with four classes each in the published layouts. Then it runs the commands of the README: pre-flight, training, resume,
-sampling, evaluation, export and a sweep over two experiments. Images and figures mean nothing; that the commands end
-well, their seconds and their memory do.
+It makes the network file in the official format and the autoencoder's folder with random weights, and archives of CUB
+and Flowers-102 with four classes each in the published layouts. Then it runs the commands of the README: pre-flight,
+training, resume, sampling, evaluation, export and a sweep over two experiments. Images and figures mean nothing; that
+the commands end well, their seconds and their memory do.
 """
 
 import argparse
