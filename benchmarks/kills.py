@@ -165,7 +165,15 @@ def strike(start: Start, run: Path, tally: Tally, limit: int, moment: Callable[[
             tally.differences.append(f"{run.name}: still there after {PATIENCE:.0f} s")
             return False
         tally.kills += 1
+        if has_ended(run):
+            return True  # it was about to exit; the same command would refuse to train it again
         tally.restarts += 1
+
+
+def has_ended(run: Path) -> bool:
+    """Whether the training has written that it is finished."""
+    path = run / "result.json"
+    return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["status"] == "finished"
 
 
 def count(struck: Path, whole: Path, tally: Tally) -> None:
