@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path += [str(ROOT / folder) for folder in ("tests/support", "tests/faults", "src")]
+sys.path[:0] = [str(ROOT / folder) for folder in ("src", "tests/support", "tests/faults")]  # before an installed one
 
 import numpy as np  # noqa: E402 - the paths come first
 import torch  # noqa: E402
