@@ -129,7 +129,7 @@ HEAD = 2500  # first bytes of a safetensors file, which say what is in it
 FILES: dict[str, tuple[str, Callable[[Path], None], int | None, int]] = {  # ..., bytes to change, examples
     "run/result.json": ("run", read_results_of, None, 150),
     "run/metrics.csv": ("run", read_log, None, 150),
-    "run/config.yaml": ("run", read_run, None, 40),
+    "run/config.yaml": ("run", read_run, None, 100),
     "run/network.safetensors": ("run", read_run, HEAD, 40),
     "adapted/adapter/adapter_config.json": ("adapted", read_run, None, 40),
     "adapted/adapter/adapter_model.safetensors": ("adapted", read_run, HEAD, 40),
