@@ -158,9 +158,12 @@ def _read_config(folder: Path) -> DictConfig:
     if not path.is_file():
         raise UserError(f"{folder} is no run folder: it has no config.yaml. Give a folder in logs/train/runs/.")
     try:
-        return OmegaConf.load(path)
+        cfg = OmegaConf.load(path)
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise UserError(f"The config {path} is damaged ({error}). Copy it again.") from error
+    if not isinstance(cfg, DictConfig):
+        raise UserError(f"The config {path} is damaged: it holds no keys. Copy it again.")
+    return cfg
 
 
 def _load_adapted(folder: Path, base: Path) -> tuple[DiT, dict[str, Any]]:

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from comparison import assert_same_end, logged
+from comparison import assert_same_end, logged, saved
 from injectors import crash, cut, during_training_step, foreign_zip, in_a_process, kill, result_of
 
 from ditune.commands import train
 from ditune.errors import UserError
+from ditune.training.callbacks import SampleGrids
 from ditune.training.checkpoint_io import AtomicCheckpointIO
 
 EXPERTS = ["network=tiny_moe", "balance=batch", "callbacks.routing.every_n_steps=5"]
@@ -34,6 +35,21 @@ def test_a_kill_at_a_checkpoint_loses_no_line(tmp_path, start, whole, moment):
     assert start(run) == 0
     assert not list(run.rglob(".*.tmp-*"))
     assert_same_end(run, whole, 7)
+
+
+def test_a_kill_before_the_last_sample_grid_loses_none(tmp_path, start, whole):
+    """No step is left to train then."""
+    run = tmp_path / "run"
+
+    def killed():
+        SampleGrids.on_train_end = lambda *_: kill()
+        start(run)
+
+    assert in_a_process(killed) == -9
+    assert saved(run, 7)["global_step"] == 7
+    assert start(run) == 0
+    assert_same_end(run, whole, 7)
+    assert (run / "samples/before_after.png").read_bytes() == (whole / "samples/before_after.png").read_bytes()
 
 
 def test_statistics_of_the_routing_survive_and_other_micro_batches_are_refused(tmp_path, start, monkeypatch):

@@ -37,7 +37,7 @@ from ditune.memory import memory_for
 from ditune.progress import is_first_rank
 from ditune.stopping import Signals, listen
 from ditune.training import ranks
-from ditune.training.callbacks import Validation, peak_memory_mib
+from ditune.training.callbacks import SampleGrids, StepGrids, Validation, peak_memory_mib
 from ditune.training.checkpoint_io import remove_checkpoints
 from ditune.training.components import Components
 from ditune.training.loggers.wandb import WandbRun, close_loggers
@@ -130,6 +130,8 @@ def _train(cfg: DictConfig, folder: Path, signals: Signals) -> int:
         if module.routing:
             record.values["routing"] = module.routing
         if record.status == "trained":
+            if trainer.global_step == resumed.step:
+                make_up_grids(trainer, module)
             record.values["evaluated"] = take_weights(module, trainer, validation)
             with stop.at_once(trainer, record.values["evaluated"]["checkpoint"] == "last"):
                 finish(cfg, c, module, trainer, comparison, unseen, record, folder)
@@ -138,6 +140,14 @@ def _train(cfg: DictConfig, folder: Path, signals: Signals) -> int:
     if stop.agreed and trainer.world_size > 1:
         ranks.leave_together(trainer)
     return record.exit_code
+
+
+def make_up_grids(trainer: pl.Trainer, module: GenerativeModule) -> None:
+    """Draw the last grids of a training that was killed behind its last step."""
+    module.network.to(trainer.strategy.root_device)  # Lightning has put it back on the CPU
+    for callback in trainer.callbacks:
+        if isinstance(callback, SampleGrids | StepGrids):
+            callback.make_up(trainer, module)
 
 
 def take_weights(module: GenerativeModule, trainer: pl.Trainer, validation: Validation | None) -> dict[str, Any]:

@@ -51,10 +51,13 @@ def refuse_strangers(config: DictConfig, groups: Sequence[str], path: Path) -> N
         path: of the config, for the message.
 
     Raises:
-        UserError: a `_target_` in one of the groups is no class of this package.
+        UserError: a `_target_` in one of the groups is no class of this package, or a group is none.
     """
     for group in groups:
-        for target in _targets(plain(config[group]) if config.get(group) is not None else {}):
+        values = {} if config.get(group) is None else config[group]
+        if not isinstance(values, dict | DictConfig):
+            raise UserError(f"{path} is damaged: '{group}' is {values!r}, and no group of keys. Copy it again.")
+        for target in _targets(plain(values) if values else {}):
             if not _is_own_class(target):
                 raise UserError(
                     f"{path} would call {target} (in its group '{group}'), which is no class of this package. Files of "

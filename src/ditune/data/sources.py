@@ -179,7 +179,7 @@ def open_source(path: str | Path, classes: Collection[str] = ()) -> Source:
         return _open_parquet(path.parent, [path.name], path)
     try:
         return Zip(path, classes)
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:  # other versions, names that are no text
         if path.name.lower().endswith(TAR):
             raise UserError(
                 f"{path} is a tar archive, and images are read from folders, zip and Parquet files. Unpack it and give "

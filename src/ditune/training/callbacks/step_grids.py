@@ -66,6 +66,10 @@ class StepGrids(Callback):
         if trainer.global_step and not self._path(trainer).exists():
             self._draw_if_due(trainer, module)
 
+    def make_up(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """The grid that a kill after the last step has left no time for."""
+        self.on_train_start(trainer, module)
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
