@@ -239,7 +239,10 @@ def test_the_sweeps_config_leaves_to_its_jobs_what_it_lacks():
 @pytest.mark.parametrize(
     ("swept", "sentence"),
     [
-        (["experiment=difffit_cub,difffit_emoji", "data.root=/a"], "experiment=difffit_emoji has no key 'data.root'"),
+        (
+            ["experiment=difffit_emoji,difffit_cub", "rates.keep.full=1"],
+            "experiment=difffit_cub has no key 'rates.keep.full'",
+        ),
         (["experiment=difffit_cub", "peft=difffit,lora", "peft.r=4"], "peft=difffit has no key 'peft.r'"),
         (["experiment=difffit_cub,difffit_sun397", "peft.q=4"], None),
     ],

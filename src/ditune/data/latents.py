@@ -13,6 +13,7 @@ import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -134,6 +135,10 @@ class Means(Cache):
         return self._rows(np.asarray(indices)), self.labels[torch.as_tensor(indices)]
 
 
+# what NumPy raises for the bytes of a damaged header
+BROKEN_HEADERS = (OSError, ValueError, EOFError, SyntaxError, TokenError)
+
+
 def check(folder: Path, header: dict[str, Any], labels: Tensor | None = None) -> dict[str, Any]:
     """Compare the cache in `folder` with the expected header; returns the header that it has.
 
@@ -159,7 +164,7 @@ def check(folder: Path, header: dict[str, Any], labels: Tensor | None = None) ->
         whole = arrays[ARRAY].shape == tuple(header["shape"]) and arrays[ARRAY].dtype == TYPES[header["format"]]
         whole &= arrays[LABELS].shape == (header["shape"][0],) and arrays[LABELS].dtype == np.int64
         changed = [name for name, written in found.get("sha256", {}).items() if sha256(folder / name) != written]
-    except (OSError, ValueError) as error:
+    except BROKEN_HEADERS as error:
         raise UserError(f"The latent cache {folder} is damaged ({error}). {REMEDY}") from error
     if not whole:
         raise UserError(

@@ -43,13 +43,16 @@ class Ranks:
 
     def ended(self, ranks: Iterable[int]) -> list[int]:
         """Those that are gone, or have not come in ten minutes."""
-        found = []
-        for other in sorted(set(ranks) - {self.own}):
-            with attempt(self._lock(other)) as free:
-                if not free:
-                    self._seen.add(other)
-                elif other in self._seen or time.monotonic() - self._since > START:
-                    found.append(other)
+        others, found = sorted(set(ranks) - {self.own}), []
+        if not others:
+            return found
+        with locked(self.folder / ".ranks.lock"):  # to try a lock is to hold it for a moment, and means no rank
+            for other in others:
+                with attempt(self._lock(other)) as free:
+                    if not free:
+                        self._seen.add(other)
+                    elif other in self._seen or time.monotonic() - self._since > START:
+                        found.append(other)
         return found
 
     def _lock(self, number: int) -> Path:
