@@ -412,4 +412,4 @@ def test_what_our_configs_name_is_ours() -> None:
     for group in BUILT:
         for path in (ROOT / "configs" / group).glob("*.yaml"):
             targets = re.findall(r"_target_: *(\S+)", path.read_text())
-            refuse_strangers(OmegaConf.create({group: [{"_target_": t} for t in targets]}), [group], path)
+            refuse_strangers(OmegaConf.create({group: {"all": [{"_target_": t} for t in targets]}}), [group], path)

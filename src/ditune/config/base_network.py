@@ -109,9 +109,11 @@ def given_process(value: str | DictConfig | None, key: str) -> str | dict[str, A
         return value
     try:
         return build_process(plain(value)).config
-    except TypeError as error:
+    except UserError as error:
+        if not isinstance(error.__cause__, TypeError):
+            raise
         raise UserError(
-            f"{key} is no process ({error}). Give its keys as in configs/objective/, and kind: flow."
+            f"{key} is no process ({error.__cause__}). Give its keys as in configs/objective/, and kind: flow."
         ) from error
 
 

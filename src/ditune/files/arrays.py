@@ -9,6 +9,7 @@ import numpy as np
 
 from ditune.memory import host_memory, size
 
+ZIPS = (b"PK\x03\x04", b"PK\x05\x06")  # how a zip file begins, and an empty one
 READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
@@ -23,7 +24,7 @@ def refuse_absurd(path: Path) -> None:
         OSError, zipfile.BadZipFile, EOFError, RuntimeError: the file is missing, damaged or encrypted.
     """
     with path.open("rb") as file:
-        if file.read(4) != b"PK\x03\x04":  # as numpy tells them apart
+        if file.read(4) not in ZIPS:  # as numpy tells them apart
             file.seek(0)
             return _check(file, path.stat().st_size, "the array")
     with zipfile.ZipFile(path) as archive:
