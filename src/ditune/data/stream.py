@@ -12,7 +12,7 @@ from ditune.data.augment import Augment
 from ditune.data.images import ImageDataset
 from ditune.data.latents import Latents
 from ditune.errors import UserError
-from ditune.rng import generator, mix
+from ditune.rng import generator, mix_each
 from ditune.stopping import SIGNALS
 
 
@@ -47,7 +47,7 @@ class ImageStream(Dataset):
             uint8 images (B, 3, R, R) or float16 latents (B, M, C, h, w); labels (B,); positions (B,).
         """
         indices = self.indices(positions)
-        mirrored = torch.tensor([mix(self.seed, 1, p) % 2 == 1 for p in positions]) if self.flip else None
+        mirrored = torch.from_numpy(mix_each(self.seed, 1, last=positions) % 2 == 1) if self.flip else None
         taken, labels = self.dataset.take(indices, mirrored)
         if self.augment is not None:
             taken, labels = self.augment(taken, labels, positions, self.seed, null_class=self.dataset.num_classes)

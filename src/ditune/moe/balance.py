@@ -87,11 +87,12 @@ class Balance:
         return total, {"balance": balance.mean().detach(), "z": z.mean().detach(), "routing_loss": total.detach()}
 
     @torch.no_grad()
-    def update(self, network: DiTMoE) -> None:
+    def update(self, network: DiTMoE, skipped: Tensor | None = None) -> None:
         """Update the routers' biases by the load of the current step (arXiv 2408.15664).
 
         Args:
             network: its buffers `bias_E` change.
+            skipped: scalar; where it is 1, they stay as they are.
         """
         if not self.bias_rate:
             return
@@ -99,6 +100,8 @@ class Balance:
         load_LE = counts_LE.float()
         change_LE = self.bias_rate * (load_LE.mean(dim=1, keepdim=True) - load_LE).sign()
         change_LE -= change_LE.mean(dim=1, keepdim=True)  # a common shift would change no choice
+        if skipped is not None:
+            change_LE *= 1 - skipped
         for layer, change_E in zip(network.moe_layers.values(), change_LE, strict=True):
             layer.router.bias_E += change_E
 

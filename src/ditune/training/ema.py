@@ -19,19 +19,34 @@ class Ema:
     def __init__(self, parameters: dict[str, nn.Parameter], decay: float):
         self.decay, self.parameters = decay, parameters
         self.average = {name: p.detach().clone() for name, p in parameters.items()}
+        self._weight: Tensor | None = None  # of the largest parameter's size, for weights that the device alone knows
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        decay = min(self.decay, (1 + step) / (10 + step))
+    def update(self, step: int, skipped: Tensor | None = None) -> None:
+        """Go on by one step.
+
+        Args:
+            step: optimizer step, from 0.
+            skipped: scalar on the parameters' device; where it is 1, the average stays as it is.
+        """
+        weight = 1 - min(self.decay, (1 + step) / (10 + step))
         self.follow()
-        values = [p.detach() for p in self.parameters.values()]
-        torch._foreach_lerp_(list(self.average.values()), values, 1 - decay)
+        averages, values = list(self.average.values()), [p.detach() for p in self.parameters.values()]
+        if skipped is None:
+            torch._foreach_lerp_(averages, values, weight)
+            return
+        # a weight that the device alone knows must have each tensor's shape, or every tensor takes a kernel of its own
+        if self._weight is None or self._weight.device != skipped.device:
+            self._weight = torch.empty(max(map(Tensor.numel, values)), device=skipped.device)
+        self._weight.copy_(weight * (1 - skipped))
+        weights = [self._weight[: value.numel()].view(value.shape) for value in values]
+        torch._foreach_lerp_(averages, values, weights)
 
     def follow(self) -> None:
-        """Move to the network's device; once, when the trainer has moved the network."""
-        for name, parameter in self.parameters.items():
-            if self.average[name].device != parameter.device:
-                self.average[name] = self.average[name].to(parameter.device)
+        """Move to the network's device; once, when the trainer has moved the network as a whole."""
+        first = next(iter(self.parameters))
+        if self.average[first].device != self.parameters[first].device:
+            self.average = {name: self.average[name].to(p.device) for name, p in self.parameters.items()}
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -17,7 +17,8 @@ from ditune.peft import PeftMethod
 from ditune.rng import StepRandom
 from ditune.training.checkpoint_io import rewind
 from ditune.training.ema import Ema, with_weights
-from ditune.training.nonfinite import NonFinite
+from ditune.training.nonfinite import NonFinite, is_maskable, norms_of
+from ditune.training.random_ahead import RandomAhead
 
 STEP_LEVELS = 7  # losses of steps of length 1, 1/2, ... 1/128 are logged apart, those between with the longer one
 LOSS_BINS = 4  # quarters of the process whose losses are logged apart: 0 next to the data, 3 next to noise
@@ -69,25 +70,43 @@ class GenerativeModule(pl.LightningModule):
         self.routing: dict[str, float] = {}  # what it found at the end, means over the layers
         self.teacher: dict[str, Tensor] = {}  # weights of what trains, where the objective has a teacher
         self.seed, self.batch_size, self.identity, self.log_every = seed, batch_size, identity, log_every
-        self.nonfinite = nonfinite or NonFinite()
+        self.nonfinite, self.masks = nonfinite or NonFinite(), False
+        self.random = RandomAhead(seed, batch_size)
         self.names: Callable[[list[int]], list[str]] = lambda positions: []  # files of the images at positions
         self.begun_with: int | None = None  # micro-batch of the run that this one goes on from
         self._logged: tuple[int, list[tuple[Loss, dict[str, Tensor]]]] = (-1, [])  # micro-batches of the logged step
 
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What trains, by name; asking the method walks the whole network."""
+        return self.ema.parameters
+
     def configure_optimizers(self) -> dict[str, Any]:
-        optimizer = self.make_optimizer(list(self.method.trainable(self.network).items()))
+        optimizer = self.make_optimizer(list(self.trained.items()))
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": self.make_scheduler(optimizer), "interval": "step"},
         }
 
+    def on_fit_start(self) -> None:
+        """The network lies on its device."""
+        devices = {parameter.device for parameter in self.trained.values()}
+        self.masks = is_maskable(self.trainer.optimizers[0], self.method, devices)
+
+    def on_fit_end(self) -> None:
+        self.random.close()
+
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
         total, loss, parts = self.micro_step(batch)
         step = self.step_of(batch)
         self.nonfinite.add(step, batch[2], loss.parts["loss"])
-        if self.log_every and (step + 1) % self.log_every == 0:
+        if self._is_logged(step):
             self._log_loss(step, loss, parts, last=(batch_idx + 1) % self.trainer.accumulate_grad_batches == 0)
         return total
+
+    def _is_logged(self, step: int) -> bool:
+        """Whether a step has a line in the log, for which the device is waited for."""
+        return self.log_every > 0 and (step + 1) % self.log_every == 0
 
     def step_of(self, batch: tuple[Tensor, Tensor, Tensor]) -> int:
         """The optimizer step that a micro-batch belongs to, from 0."""
@@ -96,11 +115,14 @@ class GenerativeModule(pl.LightningModule):
     def micro_step(self, batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Loss, dict[str, Tensor]]:
         """The loss of a micro-batch to be differentiated, its parts, and those of the balance; nothing is logged."""
         (images, y, positions), step = batch, self.step_of(batch)
-        random = StepRandom(self.seed, step, (positions - step * self.batch_size).tolist(), self.device)
+        places = positions.tolist()
+        random = self.random.of(places, self.device)
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             x0 = self.latents(images, random)
         network = self.network if self.balance is None else Watched(self.network)
         loss = self.objective.loss(network, (x0, y), random, self._state(step))
+        micro_step = self.batch_size // self.trainer.accumulate_grad_batches  # images, over all processes
+        self.random.prepare(random, [place + micro_step for place in places])
         added, parts = (0.0, {}) if self.balance is None else self.balance.loss(network.routing, step)
         if self.statistics is not None:
             self.statistics.add(network.routing, loss.time, network.y)
@@ -112,7 +134,8 @@ class GenerativeModule(pl.LightningModule):
         self.ema.follow()
         if self.objective.updates_teacher(step, self.trainer.max_steps):
             self.teacher = {name: value.clone() for name, value in self.ema.average.items()}
-        self.teacher = {name: value.to(self.device) for name, value in self.teacher.items()}  # after a resume
+        if self.objective.has_teacher:  # a resumed one lies on the CPU
+            self.teacher = {name: value.to(self.device) for name, value in self.teacher.items()}
         ema, teacher = (with_weights(self.network, weights) for weights in (self.ema.average, self.teacher))
         return State(step, self.trainer.max_steps, self.batch_size, ema, teacher if self.objective.has_teacher else ema)
 
@@ -151,30 +174,50 @@ class GenerativeModule(pl.LightningModule):
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         """Clip by the norm, which Lightning refuses for fused optimizers, and let no update have one not finite."""
-        trained = self.method.trainable(self.network)
-        parameters = list(trained.values())
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        step = self.global_step
+        gradients = {name: p.grad for name, p in self.trained.items() if p.grad is not None}
+        norm, norms = norms_of(list(gradients.values()))
+        self.settle()  # the step before, which has ended while this one was handed to the device
         # a NaN on any rank is in every rank's reduced gradients, so all of them do the same
-        if not self.nonfinite.is_fine(norm, trained, self.global_step, self.trainer, self.names):
-            optimizer.zero_grad(set_to_none=True)  # optimizers leave alone what has no gradient, and its state
-            return
+        self.nonfinite.check(step, norm, list(gradients), norms)
+        if self.masks and not self._is_logged(step) and step + 1 < self.trainer.max_steps:
+            optimizer.found_inf = self.nonfinite.skipped  # the fused update leaves all as it is where this is 1
+        else:
+            optimizer.found_inf, self.nonfinite.skipped = None, not self.settle()
+            if self.nonfinite.skipped:
+                optimizer.zero_grad(set_to_none=True)  # optimizers leave alone what has no gradient, and its state
+                return
         if gradient_clip_val is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
-        if self.log_every and (self.global_step + 1) % self.log_every == 0:
+            torch.nn.utils.clip_grads_with_norm_(list(self.trained.values()), gradient_clip_val, norm)
+        if self._is_logged(step):
             self.log("train/grad_norm", norm)
+
+    def settle(self) -> bool:
+        """Read whether the last step was skipped, and do what follows; all ranks call it before weights are looked at.
+
+        Returns:
+            Whether it was done.
+
+        Raises:
+            UserError: it was skipped, and the training ends.
+        """
+        return self.nonfinite.settle(self.trained, self.trainer, self.names)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
-        if self.nonfinite.skipped:
+        skipped = self.nonfinite.skipped  # a number on the device where it is not known here yet
+        if skipped is True:
             return
+        skipped = None if skipped is False else skipped
         if self.balance is not None:
-            self.balance.update(self.network)
+            self.balance.update(self.network, skipped)
         self.method.after_step(self.network, self.global_step + 1)
-        self.ema.update(self.global_step)
+        self.ema.update(self.global_step, skipped)
 
     # Checkpoints: only what trains, its average, and what they belong to
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.settle()
         checkpoint["state_dict"] = {f"network.{k}": v for k, v in self.method.state_dict(self.network).items()}
         checkpoint["ema"] = self.ema.state_dict()
         checkpoint["teacher"] = {name: value.cpu() for name, value in self.teacher.items()}

@@ -3,6 +3,8 @@
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
+from torch import Tensor
 
 from ditune.data.stream import ImageStream, MicroBatches, training_loader
 
@@ -31,3 +33,8 @@ class StreamData(pl.LightningDataModule):
             trainer.global_step,
         )
         return training_loader(self.stream, batches, self.num_workers, trainer.strategy.root_device.type == "cuda")
+
+    def transfer_batch_to_device(self, batch: tuple[Tensor, ...], device: torch.device, _: int) -> tuple[Tensor, ...]:
+        """Positions stay on the CPU: random numbers are looked up by them, and to read them back is to wait."""
+        images, labels, positions = batch
+        return images.to(device, non_blocking=True), labels.to(device, non_blocking=True), positions

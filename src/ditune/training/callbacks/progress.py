@@ -11,7 +11,7 @@ from ditune.progress import Meter, meter
 from ditune.training.outlook import Outlook
 
 MEASURED_STEPS = 5  # the first steps allocate and compile, so the estimate skips as many before it measures
-SYNCHRONISED = 10  # steps between two readings of the loss, which wait for a GPU
+SYNCHRONISED = 10  # steps between two readings of the loss, which wait for a GPU; where a log is kept, its steps
 
 
 class TrainingProgress(ProgressBar):
@@ -51,7 +51,8 @@ class TrainingProgress(ProgressBar):
         self._last_step, done = step, step - self._first_step
         if done % 10 == 0 or done <= 2 * MEASURED_STEPS:
             self._marks = [*self._marks[-5:], (time.monotonic(), step)]
-        if module.device.type == "cpu" or step % SYNCHRONISED == 0 or step == trainer.max_steps:
+        read_every = trainer.log_every_n_steps or SYNCHRONISED
+        if module.device.type == "cpu" or step % read_every == 0 or step == trainer.max_steps:
             self._loss = outputs["loss"].item() * trainer.accumulate_grad_batches
         steps_per_second = self._steps_per_second()
         images_per_second = steps_per_second * module.batch_size

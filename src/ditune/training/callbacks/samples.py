@@ -64,6 +64,7 @@ class SampleGrids(Callback):
     def _draw_if_due(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         step, every = trainer.global_step, self.every_n_steps
         if step == 0 or (every and step % every == 0 and step < trainer.max_steps):
+            module.settle()
             with suppress(Interrupted), interruptible():
                 self._draw(trainer, module)
 

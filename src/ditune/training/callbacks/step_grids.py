@@ -79,6 +79,8 @@ class StepGrids(Callback):
     def _draw_if_due(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         step = trainer.global_step
         due = step == trainer.max_steps or (self.every_n_steps and step % self.every_n_steps == 0)
+        if due:
+            module.settle()
         if due and self.rows and trainer.is_global_zero:
             with suppress(Interrupted), interruptible():
                 self._draw(trainer, module)

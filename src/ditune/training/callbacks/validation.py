@@ -151,6 +151,7 @@ class Validation(Callback):
 
     def _measure(self, trainer: pl.Trainer, module: pl.LightningModule, due: Sequence[Measure]) -> None:
         step = trainer.global_step
+        module.settle()
         module.network.eval()
         with module.ema.applied():
             # all processes decide by the first one's numbers

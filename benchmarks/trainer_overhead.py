@@ -1,0 +1,172 @@
+"""What the Trainer and its callbacks add to a training step, in ms over a bare loop around the same module.
+
+    python benchmarks/trainer_overhead.py [--steps 200] [--rounds 3] [--every 10] [--profile]
+
+A tiny network (2 blocks of 32, DiffFit, batch 4) in fp32 on one CPU thread, so that nothing but overhead shows. The
+bare loop reads the same stream, calls the module's step, clips, updates, moves the learning rate and the EMA, and logs
+nothing. Variants are run in turn, in rounds; the first steps of each are left out, medians of the steps are shown.
+"""
+
+import argparse
+import cProfile
+import json
+import pstats
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import hydra
+import pytorch_lightning as pl
+import torch
+from omegaconf import DictConfig
+from PIL import Image
+from pytorch_lightning.callbacks import Callback
+
+from ditune import cli
+from ditune.config.components import build_components, build_generator
+from ditune.config.training import build_module, build_outlook, build_trainer, open_loggers, resume_key
+from ditune.data.stream import ImageStream, MicroBatches, training_loader
+from ditune.stopping import listen
+from ditune.training.callbacks import StepClock
+from ditune.training.source import StreamData
+
+FIRST = 20  # steps that are left out
+SMALL = [
+    "~experiment",
+    "network=tiny",
+    "peft=difffit",
+    "pretrained=null",
+    "data=folder",
+    "data.resolution=16",
+    "objective.process.prediction=x0",
+    "objective.process.variance=fixed_small",
+    "trainer.precision=32-true",
+    "trainer=cpu",
+    "batch_size=4",
+    "callbacks.samples.n=0",
+    "metrics.n=0",
+]
+
+
+class Moments(Callback):
+    """The time at which each step begins, of the wall clock and of the process."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[float, float]] = []
+
+    def on_train_batch_start(self, *_: object) -> None:
+        self.seen.append((time.perf_counter(), time.process_time()))
+
+
+def config(folder: Path, steps: int, every: int) -> DictConfig:
+    """The config of a training of `steps` steps; images of noise lie beside its run folder."""
+    images = folder / "images"
+    for i in range(0 if images.is_dir() else 12):
+        path = images / "train" / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((16, 16), 100).convert("RGB").save(path)
+    cli.prepare()
+    settings = [f"max_steps={steps}", f"trainer.log_every_n_steps={every}", f"data.root={images}"]
+    with hydra.initialize_config_dir(cli.CONFIGS, version_base="1.3"):
+        return hydra.compose("train", [*SMALL, *settings, f"paths.output_dir={folder / 'run'}"])
+
+
+def parts(cfg: DictConfig) -> tuple:
+    """Components, module and stream of the config."""
+    c = build_components(cfg)
+    return c, build_module(cfg, c, resume_key(cfg, c)), ImageStream(c.images, cfg.seed)
+
+
+def bare(cfg: DictConfig, folder: Path) -> list[tuple[float, float]]:
+    """The loop without a trainer."""
+    _, module, stream = parts(cfg)
+    module.trainer = pl.Trainer(max_steps=cfg.max_steps, accelerator="cpu", logger=False, enable_checkpointing=False)
+    chosen = module.configure_optimizers()
+    optimizer, scheduler = chosen["optimizer"], chosen["lr_scheduler"]["scheduler"]
+    parameters = list(module.method.trainable(module.network).values())
+    moments, loader = [], training_loader(stream, MicroBatches(cfg.batch_size, 1, 0, 1, 0), 0, False)
+    module.train()
+    for step, batch in zip(range(cfg.max_steps), loader, strict=False):
+        moments.append((time.perf_counter(), time.process_time()))
+        total, *_ = module.micro_step(batch)
+        optimizer.zero_grad()
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, cfg.trainer.gradient_clip_val)
+        optimizer.step()
+        scheduler.step()
+        module.ema.update(step)
+    return moments
+
+
+def trained(cfg: DictConfig, folder: Path, default: bool) -> list[tuple[float, float]]:
+    """By the trainer; with the default callbacks and metrics.csv, or with the clock alone and no logger."""
+    c, module, stream = parts(cfg)
+    generator = build_generator(cfg, c)
+    moments = Moments()
+    with listen() as signals:
+        trainer, *_ = build_trainer(cfg, c, generator, folder, build_outlook(cfg, c, generator, None), signals)
+        if default:
+            open_loggers(cfg, trainer, folder, 0, c)
+        else:
+            trainer.callbacks = [callback for callback in trainer.callbacks if isinstance(callback, StepClock)]
+            module.log_every = 0
+        trainer.callbacks.insert(0, moments)
+        trainer.fit(module, datamodule=StreamData(stream, cfg.batch_size, 0))
+    return moments.seen
+
+
+VARIANTS: dict[str, Callable[[DictConfig, Path], list[tuple[float, float]]]] = {
+    "bare loop": bare,
+    "Trainer, StepClock alone": lambda cfg, folder: trained(cfg, folder, default=False),
+    "Trainer, default callbacks and metrics.csv": lambda cfg, folder: trained(cfg, folder, default=True),
+}
+
+
+def per_step(moments: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """(wall, process) ms of every step but the first ones."""
+    steps = list(zip(moments[FIRST:-1], moments[FIRST + 1 :], strict=True))
+    return [((b[0] - a[0]) * 1e3, (b[1] - a[1]) * 1e3) for a, b in steps]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--every", type=int, default=10, help="steps between two lines of the log")
+    parser.add_argument("--profile", action="store_true", help="where the time of the last variant goes")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    found: dict[str, list[list[tuple[float, float]]]] = {name: [] for name in VARIANTS}
+    with tempfile.TemporaryDirectory() as top:
+        for round_ in range(arguments.rounds):
+            for name, run in VARIANTS.items():
+                folder = Path(top) / f"{round_}_{list(VARIANTS).index(name)}"
+                found[name].append(per_step(run(config(folder, arguments.steps, arguments.every), folder / "run")))
+        if arguments.profile:
+            folder = Path(top) / "profiled"
+            with cProfile.Profile() as profile:
+                trained(config(folder, arguments.steps, arguments.every), folder / "run", default=True)
+            pstats.Stats(profile, stream=sys.stdout).sort_stats("tottime").print_stats(45)
+    medians = {}
+    for name, rounds in found.items():
+        steps = [step for each in rounds for step in each]
+        wall, process = (statistics.median(values) for values in zip(*steps, strict=True))
+        by_round = [statistics.median(w for w, _ in each) for each in rounds]
+        mean = statistics.mean(p for _, p in steps)
+        medians[name] = {"wall_ms": wall, "cpu_ms": process, "mean_cpu_ms": mean, "wall_ms_by_round": by_round}
+    first = medians["bare loop"]
+    for name, m in medians.items():
+        over = " ".join(f"{m[k] - first[k]:+6.2f}" for k in ("wall_ms", "cpu_ms", "mean_cpu_ms"))
+        sys.stdout.write(
+            f"{name:44} wall {m['wall_ms']:6.2f} cpu {m['cpu_ms']:6.2f} mean cpu {m['mean_cpu_ms']:6.2f} ms"
+            f"   over {over}   ratio {m['wall_ms'] / first['wall_ms']:.2f}\n"
+        )
+    facts = {"steps": arguments.steps, "rounds": arguments.rounds, "log_every": arguments.every}
+    sys.stdout.write(json.dumps({**facts, "torch": torch.__version__, "ms": medians}) + "\n")
+
+
+if __name__ == "__main__":
+    main()
