@@ -93,7 +93,7 @@ class Recorded:
 
     def __init__(self, **answers: Tensor):
         self.answers = answers
-        self.positions = range(N)
+        self.positions, self.on_cpu = range(N), self
 
     def __getattr__(self, kind: str):
         return lambda purpose, *_: self.answers[purpose]

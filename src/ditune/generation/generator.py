@@ -97,7 +97,8 @@ class ImageGenerator:
         device = next(network.parameters()).device
         stream = NoiseStream(seed, indices, self.autoencoder.latent_shape(self.resolution))
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.bf16)
-        with memory_for(f"generating {len(indices)} images at once", FEWER), autocast:
+        shortage = memory_for(f"generating {len(indices)} images at once", FEWER)
+        with shortage, autocast, stream.on(device) as next_noise:
             latents = sample(
                 network,
                 self.process,
@@ -109,7 +110,7 @@ class ImageGenerator:
                 guidance_interval=self.guidance_interval,
                 guidance_channels=self.guidance_channels,
                 guidance_rescale=self.guidance_rescale,
-                next_noise=lambda: stream.next().to(device),
+                next_noise=next_noise,
                 on_step=lambda *_: check(),
                 cache=self.cache,
             )

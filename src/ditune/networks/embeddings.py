@@ -41,20 +41,27 @@ def sincos_2d(dim: int, grid_size: int, scale: float = 1.0) -> Tensor:
     return torch.cat([sincos_1d(dim // 2, column.flatten()), sincos_1d(dim // 2, row.flatten())], dim=1)
 
 
-def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
+def timestep_frequencies(dim: int, max_period: float = 10000.0) -> Tensor:
+    """Frequencies max_period^(-2i/dim) of an embedding of width `dim`, (dim/2,) float32."""
+    half = dim // 2
+    return torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32) / half)
+
+
+def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0, frequencies: Tensor | None = None) -> Tensor:
     """Cosines, then sines of timesteps at dim/2 frequencies max_period^(-2i/dim).
 
     Args:
         t: (N,) timesteps; fractions are allowed.
         dim: width of the embedding. If it is odd, the last column is zero.
         max_period: of the slowest frequency, over 2 pi.
+        frequencies: those of `timestep_frequencies` on the device of `t`; None = they are computed and moved there.
 
     Returns:
         (N, dim) float32.
     """
-    half = dim // 2
-    frequency = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32) / half).to(t.device)
-    angle = t[:, None].float() * frequency[None]
+    if frequencies is None:
+        frequencies = timestep_frequencies(dim, max_period).to(t.device)
+    angle = t[:, None].float() * frequencies[None]
     embedding = torch.cat([angle.cos(), angle.sin()], dim=1)
     return nn.functional.pad(embedding, (0, dim % 2))
 
@@ -90,11 +97,12 @@ class TimestepEmbedder(nn.Module):
     def __init__(self, hidden_size: int, frequency_size: int = 256):
         super().__init__()
         self.frequency_size = frequency_size
+        self.register_buffer("frequencies", timestep_frequencies(frequency_size), persistent=False)
         self.mlp = nn.Sequential(nn.Linear(frequency_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     def forward(self, t: Tensor) -> Tensor:  # (N,) -> (N, D)
         """Embed timesteps, or step sizes in the same unit."""
-        return self.mlp(timestep_embedding(t, self.frequency_size))
+        return self.mlp(timestep_embedding(t, self.frequency_size, frequencies=self.frequencies))
 
 
 class LabelEmbedder(nn.Module):

@@ -84,7 +84,7 @@ class GuidedVelocity:
         network: whose velocity it is.
         y: (N,) labels.
         scale: guidance scale; 1 = none.
-        guided: (N,) bool, the samples with guidance. The network runs a second time for these alone.
+        guided: (N,) bool on the CPU, the samples with guidance. The network runs a second time for these alone.
         null_class: label of the null class.
     """
 
@@ -98,7 +98,7 @@ class GuidedVelocity:
     def __call__(self, x: Tensor, t: Tensor, d: Tensor | None = None) -> Tensor:
         """Velocity (N, C, H, W) at x (N, C, H, W) and t (N,), averaged over the step size d (N,); None = 0."""
         conditional = self.process.velocity(self.network, x, t, self.y, d)
-        rows = self.guided.nonzero()[:, 0]
+        rows = self.guided.nonzero()[:, 0].to(x.device, non_blocking=True)
         if self.scale == 1 or len(rows) == 0:
             return conditional
         null = torch.full_like(self.y[rows], self.null_class)

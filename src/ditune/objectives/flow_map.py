@@ -86,12 +86,14 @@ class FlowMap(FlowObjective):
 
     def targets(self, network: Network, x0: Tensor, y: Tensor, random: StepRandom, state: State) -> Targets:
         """The guided velocity for d = 0 and `mean_velocity` for d > 0, see `FlowObjective.targets`."""
-        t, d = (value.to(x0) for value in self.sample_interval(random))
+        t, d = (value.to(x0.dtype) for value in self.sample_interval(random.on_cpu))
+        rows = (d > 0).nonzero()[:, 0].to(x0.device, non_blocking=True)
+        t, d = (value.to(x0.device, non_blocking=True) for value in (t, d))
         noise = random.normal("noise", x0.shape[1:]).to(x0)
         y = drop_labels(y, random, self.label_drop, network.num_classes)
         x_t = self.process.x_t(x0, noise, t)
         v = self.guided_target(network, x_t, self.process.target(x0, noise), t, y)
-        target, rows = v, (d > 0).nonzero()[:, 0]
+        target = v
         if len(rows):
             learned = self.mean_velocity(network, *(value[rows] for value in (x_t, v, t, d, y)), state)
             target = v.index_copy(0, rows, learned)
@@ -111,8 +113,10 @@ class FlowMap(FlowObjective):
         Returns:
             (N, C, H, W); w is `guidance`.
         """
-        rows = (y != network.num_classes).nonzero()[:, 0]
-        if self.guidance == 1 or len(rows) == 0:
+        if self.guidance == 1:
+            return v
+        rows = (y != network.num_classes).nonzero()[:, 0]  # waits for the device: images without a class may be in y
+        if len(rows) == 0:
             return v
         null = torch.full_like(y[rows], network.num_classes)
         unconditional = self.process.velocity(network, x_t[rows], t[rows], null)

@@ -75,6 +75,7 @@ class FlowMatching(FlowObjective):
 
     def targets(self, network: Network, x0: Tensor, y: Tensor, random: StepRandom, state: State) -> Targets:
         """epsilon - x_0 at sampled times, see `FlowObjective.targets`."""
-        t, noise = self.sample_times(random, state.batch_size).to(x0), random.normal("noise", x0.shape[1:]).to(x0)
+        t = self.sample_times(random.on_cpu, state.batch_size).to(x0.dtype).to(x0.device, non_blocking=True)
+        noise = random.normal("noise", x0.shape[1:]).to(x0)
         y = drop_labels(y, random, self.label_drop, network.num_classes)
         return Targets(self.process.x_t(x0, noise, t), t, y, self.process.target(x0, noise))

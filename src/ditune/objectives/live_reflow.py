@@ -47,13 +47,14 @@ class LiveReflow(FlowObjective):
         """Flow matching on images, or on generated ones, see `FlowObjective.targets`."""
         share = state.batch_size // self.reflow_every
         chosen = [p % self.reflow_every == 0 and p // self.reflow_every < share for p in random.positions]
-        reflowed = torch.tensor(chosen, device=x0.device)
+        rows = torch.tensor(chosen).nonzero()[:, 0].to(x0.device, non_blocking=True)
+        reflowed = torch.tensor(chosen).to(x0.device, non_blocking=True)
         base_steps, null = self.process.base_steps, network.num_classes
         t = 1 - (random.uniform("t").to(x0.device) * base_steps).floor().to(x0) / base_steps
         d = torch.where(reflowed, 1.0, 1 / base_steps)
         noise = random.normal("noise", x0.shape[1:]).to(x0)
         y = torch.where(reflowed & (self.label_drop < 1), y, drop_labels(y, random, self.label_drop, null))
-        target, rows = self.process.target(x0, noise), reflowed.nonzero()[:, 0]
+        target = self.process.target(x0, noise)
         if len(rows):
             generated = self.generate(network, noise[rows], y[rows], null)
             x0 = x0.index_copy(0, rows, generated)
@@ -76,7 +77,7 @@ class LiveReflow(FlowObjective):
         Returns:
             (N, C, H, W).
         """
-        velocity = GuidedVelocity(self.process, network, y, self.guidance, torch.ones_like(y), null_class)
+        velocity = GuidedVelocity(self.process, network, y, self.guidance, torch.ones(len(y)), null_class)
         for t in self.process.in_steps(self.steps).times()[:-1].tolist():
             x = x - velocity(x, torch.full((len(x),), t, device=x.device)) / self.steps
         return x

@@ -57,7 +57,7 @@ class ProgressiveDistillation(FlowObjective):
         d = torch.full((len(x0),), 2.0**-level, device=x0.device)
         t = 1 - (random.uniform("t").to(x0.device) * 2**level).floor().to(x0) * d
         x_t = self.process.x_t(x0, random.normal("noise", x0.shape[1:]).to(x0), t)
-        guided = torch.full_like(y, level == self.finest - 1, dtype=torch.bool)
+        guided = torch.full((len(y),), level == self.finest - 1)
         velocity = GuidedVelocity(self.process, state.teacher, y, self.guidance, guided, network.num_classes)
         target = mean_of_two_steps(velocity, x_t, t, d / 2, limit=self.clamp)
         return Targets(x_t, t, y, target, d)

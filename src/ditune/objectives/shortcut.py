@@ -98,7 +98,7 @@ class Shortcut(FlowObjective):
             share = size // every
             turns = {row: p // every for row, p in enumerate(random.positions) if p % every == 0 and p // every < share}
             listed = code_levels(share, self.finest, self.dt_bias)
-            uniform = random.integers("level", self.finest).tolist() if self.levels == "uniform" else None
+            uniform = random.on_cpu.integers("level", self.finest).tolist() if self.levels == "uniform" else None
             chosen = {row: listed[turn] if uniform is None else uniform[row] for row, turn in turns.items()}
         for row, level in chosen.items():
             levels[row] = level
@@ -106,7 +106,8 @@ class Shortcut(FlowObjective):
 
     def targets(self, network: Network, x0: Tensor, y: Tensor, random: StepRandom, state: State) -> Targets:
         """Flow matching, and the bootstrap target where it applies, see `FlowObjective.targets`."""
-        level = self.sample_levels(random, state).to(x0.device)
+        levels = self.sample_levels(random, state)  # on the CPU
+        level = levels.to(x0.device, non_blocking=True)
         d = torch.exp2(-level.to(x0.dtype))
         t = 1 - (random.uniform("t").to(x0.device) * 2**level).floor().to(x0) * d  # 1, 1 - d, ... d
         noise = random.normal("noise", x0.shape[1:]).to(x0)
@@ -114,10 +115,11 @@ class Shortcut(FlowObjective):
         null = network.num_classes
         y = torch.where(bootstrapped & (self.label_drop < 1), y, drop_labels(y, random, self.label_drop, null))
         x_t, target = self.process.x_t(x0, noise, t), self.process.target(x0, noise)
-        rows = bootstrapped.nonzero()[:, 0]
-        if len(rows):
+        chosen = (levels < self.finest).nonzero()[:, 0]
+        if len(chosen):
+            rows = chosen.to(x0.device, non_blocking=True)
             teacher = state.ema if self.target == "ema" else network
-            guided = level[rows] == self.finest - 1  # their half steps are flow matching, the others have learned it
+            guided = levels[chosen] == self.finest - 1  # their half steps are flow matching, the others have learned it
             velocity = GuidedVelocity(self.process, teacher, y[rows], self.guidance, guided, null)
             mean = mean_of_two_steps(velocity, x_t[rows], t[rows], d[rows] / 2, limit=self.clamp)
             target = target.index_copy(0, rows, clamp(mean, self.clamp))

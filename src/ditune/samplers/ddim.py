@@ -8,7 +8,7 @@ from torch import Tensor
 from ditune.errors import require
 from ditune.processes import GaussianProcess
 from ditune.samplers.base import NoiseFn, Sampler, Step
-from ditune.samplers.guidance import ModelFn
+from ditune.samplers.guidance import ModelFn, at_time
 
 
 class DDIM(Sampler):
@@ -33,15 +33,15 @@ class DDIM(Sampler):
     def walk(self, model_fn: ModelFn, process: GaussianProcess, x: Tensor, noise: NoiseFn) -> Iterator[Step]:
         """Take the process's steps, see `Sampler.walk`."""
         for step in reversed(range(process.steps)):
-            t = torch.full((len(x),), step, device=x.device)
-            prediction = process.predict(model_fn(x, process.network_time(t)), x, t, self.clip)
+            t, at = torch.full((len(x),), step, device=x.device), int(process.timestep_map[step])
+            prediction = process.predict(at_time(model_fn, at)(x, process.network_time(t)), x, t, self.clip)
             variance = self.eta**2 * process.at("posterior_variance", t, x)  # eq. 16, squared
             # A table gives 1 - alpha_bar: the difference taken in float32 can fall below the variance.
             direction = (process.at("variance_prev", t, x) - variance).sqrt()
             x = process.at("alpha_prev", t, x) * prediction.x0 + direction * prediction.epsilon  # eq. 12
             if self.eta > 0 and step > 0:
                 x = x + variance.sqrt() * noise().to(x)
-            yield int(process.timestep_map[step]), x, prediction.x0
+            yield at, x, prediction.x0
 
     @torch.inference_mode()
     def reverse(
@@ -63,9 +63,9 @@ class DDIM(Sampler):
             (N, C, H, W) noise.
         """
         for step in range(process.steps):
-            t = torch.full((len(x),), step, device=x.device)
-            prediction = process.predict(model_fn(x, process.network_time(t)), x, t, self.clip)
+            t, at = torch.full((len(x),), step, device=x.device), int(process.timestep_map[step])
+            prediction = process.predict(at_time(model_fn, at)(x, process.network_time(t)), x, t, self.clip)
             x = process.at("alpha_next", t, x) * prediction.x0 + process.at("sigma_next", t, x) * prediction.epsilon
             if on_step is not None:
-                on_step(int(process.timestep_map[step]), x, prediction.x0)
+                on_step(at, x, prediction.x0)
         return x

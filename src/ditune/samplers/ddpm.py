@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ditune.processes import GaussianProcess
 from ditune.samplers.base import NoiseFn, Sampler, Step
-from ditune.samplers.guidance import ModelFn
+from ditune.samplers.guidance import ModelFn, at_time
 
 
 class DDPM(Sampler):
@@ -27,9 +27,9 @@ class DDPM(Sampler):
     def walk(self, model_fn: ModelFn, process: GaussianProcess, x: Tensor, noise: NoiseFn) -> Iterator[Step]:
         """Take the process's steps, see `Sampler.walk`."""
         for step in reversed(range(process.steps)):
-            t = torch.full((len(x),), step, device=x.device)
-            prediction = process.predict(model_fn(x, process.network_time(t)), x, t, self.clip)
+            t, at = torch.full((len(x),), step, device=x.device), int(process.timestep_map[step])
+            prediction = process.predict(at_time(model_fn, at)(x, process.network_time(t)), x, t, self.clip)
             x = prediction.mean
             if step > 0:
                 x = x + (0.5 * prediction.log_variance).exp() * noise().to(x)  # algorithm 2, line 4
-            yield int(process.timestep_map[step]), x, prediction.x0
+            yield at, x, prediction.x0

@@ -9,7 +9,7 @@ from torch import Tensor
 from ditune.errors import require
 from ditune.processes import FlowProcess
 from ditune.samplers.base import NoiseFn, Sampler, Step
-from ditune.samplers.guidance import ModelFn
+from ditune.samplers.guidance import ModelFn, at_time
 
 
 class Euler(Sampler):
@@ -39,7 +39,9 @@ class Euler(Sampler):
     def walk(self, model_fn: ModelFn, process: FlowProcess, x: Tensor, noise: NoiseFn) -> Iterator[Step]:
         """Take the process's steps, see `Sampler.walk`."""
         for t, s in pairwise(process.times(self.shift).tolist()):
-            velocity = model_fn(x, *(torch.full((len(x),), value, device=x.device) for value in (t, self.told)))
+            velocity = at_time(model_fn, t)(
+                x, *(torch.full((len(x),), value, device=x.device) for value in (t, self.told))
+            )
             x0, epsilon = x - t * velocity, x + (1 - t) * velocity
             x = x - (t - s) * velocity
             if self.eta > 0 and s > 0:

@@ -9,7 +9,7 @@ from torch import Tensor
 from ditune.errors import UserError
 from ditune.processes import FlowProcess
 from ditune.samplers.base import NoiseFn, Sampler, Step
-from ditune.samplers.guidance import ModelFn
+from ditune.samplers.guidance import ModelFn, at_time
 
 
 class ShortcutSampler(Sampler):
@@ -45,7 +45,7 @@ class ShortcutSampler(Sampler):
     def walk(self, model_fn: ModelFn, process: FlowProcess, x: Tensor, noise: NoiseFn) -> Iterator[Step]:
         """Take the process's steps, see `Sampler.walk`."""
         for t, s in pairwise(process.times().tolist()):
-            velocity = model_fn(x, *(torch.full((len(x),), value, device=x.device) for value in (t, t - s)))
+            velocity = at_time(model_fn, t)(x, *(torch.full((len(x),), value, device=x.device) for value in (t, t - s)))
             x0, x = x - t * velocity, x - (t - s) * velocity
             yield t, x, x0
 
@@ -60,7 +60,7 @@ class ConsistencySampler(Sampler):
         """Take the process's steps, see `Sampler.walk`."""
         for t, s in pairwise(process.times().tolist()):
             times = torch.full((len(x),), t, device=x.device)
-            x0 = x - t * model_fn(x, times, times)
+            x0 = x - t * at_time(model_fn, t)(x, times, times)
             x = (1 - s) * x0 + s * noise().to(x) if s > 0 else x0
             yield t, x, x0
 

@@ -5,6 +5,7 @@ The paper's eq. 6 is (1 + w) conditional - w unconditional. Everywhere in this p
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -47,6 +48,18 @@ def guide(
     return conditional + torch.where(where, scale - 1.0, 0.0).to(difference.dtype).view(-1, 1, 1, 1) * difference
 
 
+def at_time(model_fn: ModelFn, time: float) -> ModelFn:
+    """The model at a time that all samples share.
+
+    A `guided` one decides by it whether to guide, and need not wait for the device that has the times.
+
+    Args:
+        model_fn: see `ModelFn`.
+        time: the number that fills its times.
+    """
+    return partial(model_fn, shared_time=time) if getattr(model_fn, "knows_shared_time", False) else model_fn
+
+
 def guided(
     network: Callable[..., Tensor],
     y: Tensor,
@@ -73,15 +86,21 @@ def guided(
             standard deviation of the conditional one.
 
     Returns:
-        (x, t) -> output, or (x, t, step) -> output.
+        (x, t) -> output, or (x, t, step) -> output; see `at_time` too.
     """
     low, high = interval
     everywhere = low <= 0 and high >= 1
     both_labels = torch.cat([y, torch.full_like(y, null_class)])  # (2N,)
 
-    def model_fn(x: Tensor, t: Tensor, *step: Tensor) -> Tensor:
-        inside = (low * timesteps <= t) & (t <= high * timesteps)  # (N,)
-        if scale == 1 or not (everywhere or inside.any()):
+    def is_inside(t: Tensor) -> Tensor:  # (N,) -> (N,)
+        return (low * timesteps <= t) & (t <= high * timesteps)
+
+    def model_fn(x: Tensor, t: Tensor, *step: Tensor, shared_time: float | None = None) -> Tensor:
+        inside = is_inside(t)
+        known = inside
+        if shared_time is not None:
+            known = is_inside(torch.full((1,), shared_time, dtype=t.dtype))  # on the CPU, likewise rounded
+        if scale == 1 or not (everywhere or known.any()):
             return network(x, t, y, *step)
         doubled = (torch.cat([value, value]) for value in step)
         both = network(torch.cat([x, x]), torch.cat([t, t]), both_labels, *doubled)  # (2N, C or 2C, H, W)
@@ -93,4 +112,5 @@ def guided(
             pushed = pushed * (1 + rescale * (wanted / spread - 1))
         return torch.cat([pushed, conditional[:, count:]], dim=1)
 
+    model_fn.knows_shared_time = True
     return model_fn

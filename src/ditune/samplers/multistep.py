@@ -12,7 +12,7 @@ from torch import Tensor
 from ditune.errors import UserError, require
 from ditune.processes import FlowProcess
 from ditune.samplers.base import NoiseFn, Sampler, Step
-from ditune.samplers.guidance import ModelFn
+from ditune.samplers.guidance import ModelFn, at_time
 
 METHODS = ("dpm_solver", "unipc")
 
@@ -75,7 +75,7 @@ class Multistep(Sampler):
         times = process.times(self.shift).numpy()
         scheduler = self.scheduler(times)
         for t, timestep in zip(times[:-1].tolist(), scheduler.timesteps, strict=True):
-            velocity = model_fn(x, torch.full((len(x),), t, device=x.device))
+            velocity = at_time(model_fn, t)(x, torch.full((len(x),), t, device=x.device))
             x0 = x - t * velocity
             x = scheduler.step(velocity, timestep, x, return_dict=False)[0]
             yield t, x, x0

@@ -9,7 +9,7 @@ from torch import Tensor
 from ditune.errors import require
 from ditune.processes import FlowProcess
 from ditune.samplers.base import NoiseFn, Sampler, Step
-from ditune.samplers.guidance import ModelFn
+from ditune.samplers.guidance import ModelFn, at_time
 
 METHODS = ("heun", "midpoint")
 
@@ -42,7 +42,7 @@ class RungeKutta(Sampler):
         """Take the process's steps, see `Sampler.walk`."""
 
         def velocity(x: Tensor, t: float) -> Tensor:
-            return model_fn(x, torch.full((len(x),), t, device=x.device))
+            return at_time(model_fn, t)(x, torch.full((len(x),), t, device=x.device))
 
         for t, s in pairwise(process.times(self.shift).tolist()):
             v = first = velocity(x, t)
