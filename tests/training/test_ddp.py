@@ -7,10 +7,14 @@ import sys
 import time
 
 import pytest
+import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from ditune.commands.train import train
+from ditune.training import GenerativeModule
+from ditune.training.callbacks import StopOnSignal
 from helpers import ROOT, SMALL, SMALL_FLOW, assert_same_bits, checkpoint, compose
 
 
@@ -116,3 +120,34 @@ def test_two_processes_stopped_by_a_signal_and_resumed(tmp_path, pictures):
     for part in ("state_dict", "ema", "optimizer_states", "lr_schedulers"):
         assert_same_bits(a[part], b[part], part)
     assert csv.read_text() == (whole / "metrics.csv").read_text()
+
+
+def test_only_what_trains_is_reduced_in_one_bucket(tmp_path, pictures, base, monkeypatch):
+    """Bytes that the processes exchange in each step, counted where they are handed over."""
+    buckets: list[list[int]] = []
+
+    def count(_, bucket):
+        buckets[-1].append(bucket.buffer().nbytes)
+        future = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    def on_train_start(self, trainer, module):
+        start(self, trainer, module)
+        trainer.strategy.model.register_comm_hook(None, count)
+
+    def training_step(self, *arguments):
+        buckets.append([])
+        return step(self, *arguments)
+
+    start, step = StopOnSignal.on_train_start, GenerativeModule.training_step
+    monkeypatch.setattr(StopOnSignal, "on_train_start", on_train_start)
+    monkeypatch.setattr(GenerativeModule, "training_step", training_step)
+    common = [*SMALL, f"data.root={pictures}", "peft=difffit", f"pretrained={base}", "max_steps=4"]
+    ddp = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=1"]
+    try:
+        assert train(compose(tmp_path / "run", *common, *ddp)) == 0
+    finally:
+        dist.destroy_process_group()
+    trained = json.loads((tmp_path / "run" / "result.json").read_text())["parameters"]["trainable"]
+    assert buckets == [[4 * trained]] * 4

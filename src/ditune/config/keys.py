@@ -59,6 +59,7 @@ KEYS = (
     Key("trainer.strategy.broadcast_buffers", bool),
     Key("trainer.strategy.find_unused_parameters", bool),
     Key("trainer.strategy.gradient_as_bucket_view", bool),
+    Key("trainer.strategy.bucket_cap_mb", float, above=0),
     Key("trainer.strategy.timeout.minutes", float, above=0),
     # what happens between the steps
     Key("callbacks.samples.n", int, at_least=0),

@@ -52,4 +52,4 @@ class Checkpoints(Checkpoint):
             if isinstance(logger, MetricsCsv):
                 if due and logged:
                     logger.log_metrics(logged, step=step - 1)
-                logger.save()
+                logger.write()

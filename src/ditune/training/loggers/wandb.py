@@ -16,6 +16,7 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from ditune.errors import UserError
 from ditune.files.atomic import atomic
+from ditune.training.loggers.metrics_csv import MetricsCsv
 
 log = logging.getLogger(__name__)
 
@@ -215,7 +216,10 @@ def close_loggers(trainer: pl.Trainer, result: dict[str, Any], exit_code: int) -
         exit_code: 0 = finished.
     """
     for logger in trainer.loggers:
-        logger.save()
+        if isinstance(logger, MetricsCsv):
+            logger.write()  # its save() may wait for more lines
+        else:
+            logger.save()
         if isinstance(logger, WandbRun) and trainer.is_global_zero:
             import wandb
 
