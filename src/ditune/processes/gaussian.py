@@ -67,6 +67,7 @@ class GaussianProcess:
             "respacing": respacing,
         }
         self.timesteps, self.prediction, self.variance = timesteps, prediction, variance
+        self._respaced: dict[str, GaussianProcess] = {}
         kept = kept_timesteps(respacing, timesteps)
         full_betas = BETAS[schedule](timesteps)
         if full_betas.max() >= 1:
@@ -85,7 +86,9 @@ class GaussianProcess:
 
     def respaced(self, respacing: str) -> "GaussianProcess":
         """The same process with other kept timesteps, counted on the full process; see `kept_timesteps`."""
-        return GaussianProcess(**{**self.config, "respacing": respacing})
+        if respacing not in self._respaced:  # its tables then stay on the device from one batch of images to the next
+            self._respaced[respacing] = GaussianProcess(**{**self.config, "respacing": respacing})
+        return self._respaced[respacing]
 
     @property
     def length(self) -> int:
