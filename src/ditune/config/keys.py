@@ -248,6 +248,7 @@ KEYS = (
     # of several entry points
     Key("run", str, null=True),
     Key("checkpoint", str, null=True),
+    Key("adapter", str, null=True),
     Key("out", str, null=True),
     Key("n", int, at_least=1),
     Key("steps", int, at_least=1, null=True),
@@ -288,6 +289,13 @@ APART = {
     ),
     "report": (Key("sweep", str), Key("metric", str, null=True)),
     "export": (Key("format", str),),
+    "publish": (
+        Key("repo", str, null=True),
+        Key("licence", str, null=True),
+        Key("data_licence", str, null=True),
+        Key("private", bool),
+        Key("push", bool),
+    ),
     "upcycle": (
         Key("num_experts", int, at_least=1),
         Key("top_k", int, at_least=1),
