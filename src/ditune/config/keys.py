@@ -292,6 +292,12 @@ APART = {
     ),
     "report": (Key("sweep", str), Key("metric", str, null=True)),
     "export": (Key("format", str),),
+    "app": (
+        Key("runs", str),
+        Key("sweeps", str),
+        Key("host", str),
+        Key("port", int, at_least=0, at_most=65535),
+    ),
     "publish": (
         Key("repo", str, null=True),
         Key("licence", str, null=True),
