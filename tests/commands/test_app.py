@@ -23,7 +23,7 @@ from run_results import write_run
 def cfg(tmp_path_factory, pictures, base):
     """Config of the app: a tiny base, a run on it, and a sweep."""
     folder = tmp_path_factory.mktemp("app")
-    adapted = [f"data.root={pictures}", "peft=difffit", f"pretrained={base}", "max_steps=8", "optimizer.lr=0.1"]
+    adapted = [f"data.root={pictures}", "peft=difffit", f"pretrained={base}", "max_steps=4", "optimizer.lr=0.1"]
     assert train(compose(folder / "runs" / "first", *SMALL, *adapted)) == 0
     for method, seed in (("DiffFit", 0), ("DiffFit", 1), ("BitFit", 0)):
         write_run(folder / "sweeps" / "table" / f"{method}_{seed}", method, seed)
