@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.installed
+EXTRAS = $(VENV)/.extras
 
-.PHONY: train test lint format clean-logs help
+.PHONY: train test lint format lock site clean-logs help
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -18,10 +19,14 @@ $(READY): requirements.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps -e .
 	@touch $@
 
+$(EXTRAS): $(READY) requirements-extras.txt
+	$(BIN)/python -m pip install --quiet -r requirements-extras.txt
+	@touch $@
+
 train: $(READY) ## set up .venv and run the main job: DiffFit adapts a small DiT to new pictures
 	$(BIN)/python src/train.py $(ARGS)
 
-test: $(READY) ## set up .venv and run the tests
+test: $(EXTRAS) ## set up .venv with the optional packages and run the tests
 	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal $(ARGS)
 
 lint: $(READY) ## ruff
@@ -29,6 +34,15 @@ lint: $(READY) ## ruff
 
 format: $(READY) ## ruff, changing files
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+lock: $(EXTRAS) ## write requirements.lock: the versions in .venv, which the tests ran with, of all packages
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/python -m pip list --format=freeze --exclude-editable | grep -v -E '^(uv|pip|setuptools)=' > $(VENV)/versions.txt
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-annotate --custom-compile-command "make lock" -c $(VENV)/versions.txt requirements.txt requirements-extras.txt -o requirements.lock
+
+site: $(READY) ## build the documentation as a site into build/site
+	$(BIN)/python -m pip install --quiet "zensical>=0.0.70,<1"
+	$(BIN)/zensical build
 
 clean-logs: ## delete all runs
 	find logs -mindepth 1 -not -name .gitkeep -delete

@@ -74,7 +74,7 @@ def load_run(folder: Path | str) -> Run:
             its config would call what is none of our classes.
     """
     folder = Path(folder).expanduser()
-    cfg = _read_config(folder)
+    cfg = read_config(folder)
     refuse_strangers(cfg, BUILT, folder / "config.yaml")
     if (folder / "adapter").is_dir():
         base = locate(cfg.pretrained, Path(cfg.paths.cache_dir) / "networks")
@@ -139,6 +139,26 @@ def load_checkpoint(
     return Trained(network.eval(), generator, stored["class_names"])
 
 
+def load_adapted(
+    base: Path | str, adapter: Path | str, autoencoder: DictConfig, sampler: DictConfig, bf16: bool
+) -> Trained:
+    """A base network with an adapter of ours, which says its process, classes and resolution.
+
+    Args:
+        base: network file; by its hash it must be the one that the adapter was trained on.
+        adapter: folder of the adapter.
+        autoencoder, sampler, bf16: as of `load_checkpoint`.
+
+    Raises:
+        UserError: a file is missing or damaged, does not fit, or is no adapter that says these facts.
+    """
+    network, stored = _load_adapted(Path(adapter), Path(base))
+    if None in (sampler.steps, sampler.guidance):
+        sampler = OmegaConf.merge(sampler, {key: value for key, value in OURS.items() if sampler[key] is None})
+    generator = _build_generator(Path(adapter), stored, instantiate(autoencoder, "autoencoder"), sampler, bf16)
+    return Trained(network.eval(), generator, stored["class_names"])
+
+
 def exactly_one(cfg: DictConfig, *keys: str) -> str:
     """The one key of `keys` that is set.
 
@@ -153,7 +173,12 @@ def exactly_one(cfg: DictConfig, *keys: str) -> str:
     return given[0]
 
 
-def _read_config(folder: Path) -> DictConfig:
+def read_config(folder: Path) -> DictConfig:
+    """The config of a run folder, as it stands there: nothing is built.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
     path = folder / "config.yaml"
     if not path.is_file():
         raise UserError(f"{folder} is no run folder: it has no config.yaml. Give a folder in logs/train/runs/.")
@@ -168,6 +193,11 @@ def _read_config(folder: Path) -> DictConfig:
 
 def _load_adapted(folder: Path, base: Path) -> tuple[DiT, dict[str, Any]]:
     config, _ = read_adapter(folder)
+    missing = [key for key in (*STORED, "network") if key not in config]
+    if missing:
+        raise UserError(
+            f"The adapter in {folder} does not say its {', '.join(missing)}. Give one that src/train.py has saved."
+        )
     if not base.exists():
         raise UserError(
             f"The run's base network {base} is missing. Put it back, or correct `pretrained` in the run's config.yaml."

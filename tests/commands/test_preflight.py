@@ -233,8 +233,8 @@ def test_addresses_are_tried_in_order_and_hashes_compared(server, tmp_path):
     (gone,) = with_reasons([replace(need, path=tmp_path / "z", addresses=(f"{url}/gone", f"file://{folder}/gone"))])
     assert gone.lost
     assert "HTTP 404" in str(gone)
-    with pytest.raises(UserError, match="names no file"):
-        bring(replace(need, path=tmp_path / "h", addresses=("hf://owner/name",)))
+    with pytest.raises(UserError, match="is no address of the hub"):
+        bring(replace(need, path=tmp_path / "h", addresses=("hf://owner",)))
 
 
 def test_a_hub_without_network_is_said(tmp_path, monkeypatch):

@@ -128,7 +128,8 @@ def test_a_published_network_is_found_by_name_and_remembered(tmp_path):
         locate("dit_xl_2_256", path.parent)
 
 
-def test_a_start_without_files_says_what_to_put_where(overrides, tmp_path):
+def test_a_start_without_files_says_what_to_put_where(overrides, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nor there
     cub = ["experiment=difffit_cub", *overrides, "addresses.archives=['http://127.0.0.1:9']"]  # nobody answers there
     with pytest.raises(UserError, match=r"missing\. No address answers .* Put .*data/CUB_200_2011\.tgz"):
         train(compose(tmp_path / "run", *cub))

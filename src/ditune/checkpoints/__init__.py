@@ -11,7 +11,7 @@ from ditune.checkpoints.networks import (
     read_network,
     save_network,
 )
-from ditune.checkpoints.published import locate
+from ditune.checkpoints.published import locate, locate_adapter
 from ditune.files.atomic import atomic, read_json, sha256, write_json
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "load_adapters",
     "load_network",
     "locate",
+    "locate_adapter",
     "network_like",
     "read_adapter",
     "read_header",

@@ -8,13 +8,13 @@ from omegaconf import DictConfig
 from safetensors.torch import save_file
 
 from ditune.autoencoders import KL
-from ditune.checkpoints import diffusers_dit, locate, save_network
+from ditune.checkpoints import diffusers_dit, locate, locate_adapter, save_network
 from ditune.errors import UserError
 from ditune.files.atomic import atomic, write_json
 from ditune.networks import DiT
 from ditune.peft import merge
 from ditune.processes import GaussianProcess
-from ditune.run import Trained, exactly_one, load_checkpoint, load_run
+from ditune.run import Trained, exactly_one, load_adapted, load_checkpoint, load_run
 
 log = logging.getLogger(__name__)
 
@@ -31,12 +31,18 @@ def export(cfg: DictConfig) -> Path:
     if cfg.format not in FORMATS:
         raise UserError(f"format is '{cfg.format}'. Choose one of {', '.join(FORMATS)}.")
     source = exactly_one(cfg, "run", "checkpoint")
+    if source == "run" and cfg.adapter is not None:
+        raise UserError("run= has its own adapter. Give adapter= with checkpoint=<its base network> instead.")
     if source == "run":
         trained = load_run(cfg.run)
     else:
         checkpoint = locate(cfg.checkpoint, f"{cfg.paths.cache_dir}/networks")
         given = (cfg.process, cfg.network_overrides)
-        trained = load_checkpoint(checkpoint, cfg.autoencoder, cfg.sampler, False, *given)
+        if cfg.adapter is None:
+            trained = load_checkpoint(checkpoint, cfg.autoencoder, cfg.sampler, False, *given)
+        else:
+            adapter = locate_adapter(cfg.adapter, f"{cfg.paths.cache_dir}/networks")
+            trained = load_adapted(checkpoint, adapter, cfg.autoencoder, cfg.sampler, False)
     merge(trained.network)
     out = Path(cfg.out).expanduser()
     path = to_diffusers(trained, out) if cfg.format == "diffusers" else to_dit(trained, out)

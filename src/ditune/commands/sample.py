@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from PIL import Image
 from torch import Tensor
 
-from ditune.checkpoints import locate
+from ditune.checkpoints import locate, locate_adapter
 from ditune.cli import CONFIGS
 from ditune.config import hardware
 from ditune.config.hardware import AUTO, BF16, FP32, bare_precision
@@ -25,7 +25,7 @@ from ditune.generation.generator import ImageGenerator
 from ditune.generation.grids import save_grid
 from ditune.progress import meter
 from ditune.rng import generator
-from ditune.run import Trained, exactly_one, load_checkpoint, load_run
+from ditune.run import Trained, exactly_one, load_adapted, load_checkpoint, load_run
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +50,7 @@ def sample(cfg: DictConfig) -> Path:
         images = generator.generate(network, labels, cfg.seed, indices, on_batch=progress.update)
     facts = {
         "source": str(cfg[source]),
+        **({} if cfg.adapter is None else {"adapter": cfg.adapter}),
         "seed": cfg.seed,
         "sampler": generator.sampler.kind,
         "steps": generator.steps,
@@ -69,13 +70,22 @@ def sample(cfg: DictConfig) -> Path:
 
 def load(cfg: DictConfig, source: str) -> Trained:
     if source == "run":
+        if cfg.adapter is not None:
+            raise UserError("run= has its own adapter. Give adapter= with checkpoint=<its base network> instead.")
         run = load_run(cfg.run)
         return replace(run, generator=in_precision(run.generator, cfg))
     # a bare network has no sampler of its own, as a run has; this is the one that all configs begin with
     sampler = load_option(Path(CONFIGS) / "sampler" / "auto.yaml")
     checkpoint = locate(cfg.checkpoint, f"{cfg.paths.cache_dir}/networks")
     bf16 = bare_precision(cfg.precision, cfg.bf16)
+    if cfg.adapter is not None:
+        return load_adapted(checkpoint, adapter_of(cfg), cfg.autoencoder, sampler, bf16)
     return load_checkpoint(checkpoint, cfg.autoencoder, sampler, bf16, cfg.process, cfg.network_overrides)
+
+
+def adapter_of(cfg: DictConfig) -> Path:
+    """Folder of the adapter that the config names; one of the hub is fetched."""
+    return locate_adapter(cfg.adapter, Path(cfg.paths.cache_dir) / "networks")
 
 
 def in_precision(generator: ImageGenerator, cfg: DictConfig) -> ImageGenerator:

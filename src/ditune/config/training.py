@@ -182,14 +182,17 @@ def tell_ranks(folder: Path) -> None:
 
 
 def open_loggers(cfg: DictConfig, trainer: pl.Trainer, folder: Path, first_step: int, c: Components) -> None:
-    """metrics.csv and the logger of the config."""
-    chosen = instantiate(cfg.logger, "logger")
-    table = chosen if isinstance(chosen, MetricsCsv) else MetricsCsv(folder)
+    """metrics.csv and the loggers of the config."""
+    built = instantiate(cfg.logger, "logger")
+    chosen = built if isinstance(built, list) else [built]
+    table = next((logger for logger in chosen if isinstance(logger, MetricsCsv)), None) or MetricsCsv(folder)
     table.keep_until(first_step)
-    trainer.loggers = [table] if chosen is table else [table, chosen]
-    if trainer.is_global_zero:
-        if isinstance(chosen, WandbRun):
-            chosen.keep_id()
-        chosen.log_hyperparams(plain(cfg))
-        if isinstance(chosen, WandbRun):
-            chosen.describe([(kind, *sizes) for kind, sizes in parameter_kinds(c.network).items()])
+    trainer.loggers = [table, *(logger for logger in chosen if logger is not table)]
+    if not trainer.is_global_zero:
+        return
+    for logger in chosen:
+        if isinstance(logger, WandbRun):
+            logger.keep_id()
+        logger.log_hyperparams(plain(cfg))
+        if isinstance(logger, WandbRun):
+            logger.describe([(kind, *sizes) for kind, sizes in parameter_kinds(c.network).items()])

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from ditune.data.annotations import AGAIN
 from ditune.data.archives import Archive, install
-from ditune.data.copies import Facts, find_copy, read_copy
+from ditune.data.copies import COPY, Facts, fetch_copy, find_copy, read_copy
 from ditune.data.images import ImageDataset
 from ditune.data.places import find_top, listing, locate
 from ditune.data.published_archives import needs_of
@@ -54,6 +54,7 @@ class Benchmark(ImageDataset):
     licence    a sentence or two, shown before the first download
     archives   the files that are published; unpacked, they make the layout below `root`
     by_hand    what to do if no address works; "" = nothing to add
+    on_hub     address of a copy in Parquet files on the Hugging Face hub, for where archives have no address; "" = none
     tops       names that its top folder may have below `root`, the usual one first; "" = the root itself
     marker     a path below the top folder by which it is recognised
     deeper     a path that must be there too where its name is another, if other datasets have the marker
@@ -78,6 +79,7 @@ class Benchmark(ImageDataset):
     licence: ClassVar[str]
     archives: ClassVar[tuple[Archive, ...]]
     by_hand: ClassVar[str] = ""
+    on_hub: ClassVar[str] = ""
     tops: ClassVar[tuple[str, ...]]
     marker: ClassVar[str]
     deeper: ClassVar[str] = ""
@@ -221,12 +223,23 @@ class Benchmark(ImageDataset):
         if cls.is_complete(root):
             return
         absent = [archive.at(mirrors) for archive in cls.absent(root)]
-        if any(archive.find(root) is None and archive.urls for archive in absent) and download:
+        fetched = any(archive.find(root) is None and archive.urls for archive in absent)
+        if download and (fetched or (cls.on_hub and cls.lost(absent, root))):
             log.warning("%s will be fetched. %s See %s.", cls.title, cls.licence, cls.homepage)
-        for archive in absent:
-            install(archive, root, download)
-        if cls.find(root) is None:
+        if cls.on_hub and download and not mirrors and cls.lost(absent, root):
+            log.warning("%s has no official address any more; a copy on the hub is fetched", cls.title)
+            fetch_copy(cls.on_hub, root / COPY)
+        else:
+            for archive in absent:
+                install(archive, root, download)
+        if cls.find(root) is None and (cls.ends is None or cls.find_copy(root) is None):
             raise UserError(cls.missing(root))
+
+    @classmethod
+    def lost(cls, absent: Sequence[Archive], root: Path) -> bool:
+        """Whether the dataset cannot be read, and needs an archive that lies nowhere and has no address."""
+        lacking = (a for a in absent if a.needed and not a.urls and a.find(root) is None)
+        return cls.find(root) is None and any(lacking)
 
     @classmethod
     def is_complete(cls, root: Path) -> bool:
@@ -252,6 +265,7 @@ class Benchmark(ImageDataset):
         files = [f"{root / a.file}" + (f" (from {a.urls[0]})" if a.urls else "") for a in cls.archives if a.needed]
         top = root / cls.tops[0] / cls.marker
         hand = f" {cls.by_hand}" if cls.by_hand else ""
+        hand += f" With download=true it fetches the copy {cls.on_hub}." if cls.on_hub else ""
         if root.is_file():
             return f"data.root is the file {root}. Give the folder that holds it, in which archives are unpacked."
         command = f"python src/prepare.py data={cls.config}"

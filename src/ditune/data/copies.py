@@ -15,6 +15,9 @@ from ditune.data.places import folders_below, folders_in
 from ditune.data.sources import PARQUET, Item, Source, open_source
 from ditune.data.splits import is_split, settle
 from ditune.errors import UserError
+from ditune.files.download import fetch, record_first_use
+
+COPY = "copy"  # folder below the root that a copy of the hub is fetched into
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,17 @@ class Facts:
     def is_class(self, name: str) -> bool:
         """Whether a folder or label is a class."""
         return _key(name) not in map(_key, self.left_out)
+
+
+def fetch_copy(address: str, folder: Path) -> None:
+    """Fetch a copy of the hub; size and hash of its first use are kept in `<folder>.json` and compared.
+
+    Raises:
+        UserError: it cannot be fetched, or is not what was fetched first.
+    """
+    if not folder.exists():
+        address = fetch(address, folder)
+    record_first_use(folder, address)
 
 
 def find_copy(root: Path, facts: Facts) -> Path | None:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ditune.data.copies import COPY
 from ditune.files.needs import Need
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ def needs_of(cls: type["Benchmark"], root: Path, mirrors: Sequence[str] = ()) ->
     absent = [archive.at(mirrors) for archive in cls.absent(root)]
     lacking = [archive for archive in absent if archive.find(root) is None]
     by_hand = [archive for archive in lacking if archive.needed and not archive.urls]
+    if cls.on_hub and not mirrors and cls.lost(absent, root):
+        return [_copy_need(cls, root)]
     if by_hand and cls.find(root) is None:
         return [Need(what, root, present=False, licence=cls.licence, remedy=cls.missing(root))]
     there = [archive for archive in absent if archive not in lacking]
@@ -42,6 +45,18 @@ def needs_of(cls: type["Benchmark"], root: Path, mirrors: Sequence[str] = ()) ->
         *(Need(f"{what}, {a.file} to be unpacked", root / a.file, present=True) for a in there),
         *(_need(cls, archive, root) for archive in lacking if archive.urls),
     ]
+
+
+def _copy_need(cls: type["Benchmark"], root: Path) -> Need:
+    return Need(
+        f"dataset {cls.title}, a copy on the hub",
+        root / COPY,
+        present=False,
+        addresses=(cls.on_hub,),
+        licence=cls.licence,
+        remedy=cls.missing(root),
+        unpacked=0,  # its dataset fetches it, and reads it as it is
+    )
 
 
 def _need(cls: type["Benchmark"], archive: "Archive", root: Path) -> Need:

@@ -40,6 +40,8 @@ class StanfordCars(Benchmark):
         "cars_annos.mat is read too, and so are folders of classes, as in "
         "https://www.kaggle.com/datasets/cyizhuo/stanford-cars-by-classes-folder."
     )
+    # repository and commit: the same in several public repositories that pin them, with 8,144 and 8,041 images
+    on_hub = "hf://datasets/tanganke/stanford_cars@9abf6cf7d6dfa7b95152a0d6e791ea9435b47a40"
     tops = ("stanford_cars",)
     marker = "devkit/cars_meta.mat"
     published = {"train": 8144, "test": 8041, "classes": 196}

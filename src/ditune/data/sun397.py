@@ -35,6 +35,8 @@ class SUN397(Benchmark):
         "Princeton's address, http://vision.princeton.edu/projects/2010/SUN/SUN397.tar.gz, has been dead since 2025: "
         "get SUN397.tar.gz, or the unpacked folder SUN397, from a copy of your institute or a mirror on Kaggle."
     )
+    # repository and commit: mteb's tasks SUN397 and SUN397ZeroShot; all images, with a split of its own
+    on_hub = "hf://datasets/dpdl-benchmark/sun397@7e6af6a2499ad708618be868e1471eac0aca1168"
     tops = ("SUN397",)
     marker = "ClassName.txt"
     deeper = A_CLASS

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import shutil
 import time
 from collections.abc import Sequence
 from http.client import HTTPException
@@ -12,8 +11,9 @@ from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
 from ditune.errors import UserError
-from ditune.files import atomic
+from ditune.files import atomic, hub
 from ditune.files.atomic import write_json
+from ditune.files.hub import HUB
 from ditune.progress import meter
 
 log = logging.getLogger(__name__)
@@ -22,18 +22,20 @@ ATTEMPTS, PAUSE, TIMEOUT = 5, 2.0, 30.0  # pauses grow: 2, 4, 6, ... seconds
 BLOCK = 1 << 20
 PROBE = 10.0  # seconds to wait for an answer before anything is fetched
 GONE = (401, 403, 404, 410)  # HTTP's answers that trying again does not change
-HUB = "hf://"
 AGENT = {"User-Agent": "ditune"}
 
 
-def fetch(url: str, path: Path, md5: str | None = None, sha256: str | None = None) -> None:
-    """Download a file; resume from `<path>.part`, if an earlier try has left it.
+def fetch(url: str, path: Path, md5: str | None = None, sha256: str | None = None) -> str:
+    """Download a file, or a repository of the hub; resume from `<path>.part`, if an earlier try has left it.
 
     Args:
-        url: address: https://, http://, file://, or hf://<owner>/<repository>[@<revision>]/<path there>.
-        path: of the file.
+        url: address: https://, http://, file://, or of the hub, see `ditune.files.hub`.
+        path: of the file; of a folder where the address is that of a repository.
         md5: that it must have (hex); None = not checked.
         sha256: likewise.
+
+    Returns:
+        The address; of the hub, with the commit.
 
     Raises:
         UserError: it cannot be reached, or its hash is another; the message says what to put where by hand.
@@ -41,7 +43,7 @@ def fetch(url: str, path: Path, md5: str | None = None, sha256: str | None = Non
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     if url.startswith(HUB):
-        _from_the_hub(url, path, part)
+        url = _from_the_hub(url, path, part)
     else:
         _from_the_web(url, path, part)
     try:
@@ -53,6 +55,7 @@ def fetch(url: str, path: Path, md5: str | None = None, sha256: str | None = Non
         part.unlink()  # going on from wrong bytes can never end well
         raise
     part.rename(path)
+    return url
 
 
 def fetch_any(addresses: Sequence[str], path: Path, md5: str | None = None, sha256: str | None = None) -> str:
@@ -66,18 +69,16 @@ def fetch_any(addresses: Sequence[str], path: Path, md5: str | None = None, sha2
     """
     for address in addresses[:-1]:
         try:
-            fetch(address, path, md5, sha256)
-            return address
+            return fetch(address, path, md5, sha256)
         except UserError as error:
             log.warning("%s Trying the next address.", error)
-    fetch(addresses[-1], path, md5, sha256)
-    return addresses[-1]
+    return fetch(addresses[-1], path, md5, sha256)
 
 
 def reachable(url: str) -> str | None:
     """Why an address does not answer, in a few words; None = it does. Nothing is fetched."""
     if url.startswith(HUB):
-        return _hub_answers(url)
+        return hub.answers(url)
     try:
         with urlopen(Request(url, headers=AGENT, method="HEAD"), timeout=PROBE):
             return None
@@ -107,36 +108,14 @@ def _unfetched(url: str, path: Path, reason: object) -> UserError:
     )
 
 
-def _from_the_hub(url: str, path: Path, part: Path) -> None:
+def _from_the_hub(url: str, path: Path, part: Path) -> str:
     """By huggingface_hub, which knows the hub's mirrors, tokens and cache."""
-    from huggingface_hub import hf_hub_download
-
-    folder = path.with_name(f".{path.name}.hub")  # beside the file, so that a rename is enough; kept to go on from
     try:
-        found = Path(hf_hub_download(**_on_the_hub(url), local_dir=folder))
+        return hub.download(url, part)
+    except UserError:
+        raise
     except Exception as error:  # its errors are of many kinds
         raise _unfetched(url, path, " ".join(str(error).split())[:300]) from error
-    found.replace(part)
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def _hub_answers(url: str) -> str | None:
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
-
-    try:
-        get_hf_file_metadata(hf_hub_url(**_on_the_hub(url)), timeout=PROBE)
-    except Exception as error:  # noqa: BLE001 - its errors are of many kinds, and what they say is passed on
-        return " ".join(str(error).split())[:200]
-    return None
-
-
-def _on_the_hub(url: str) -> dict[str, str | None]:
-    """Repository, revision and file of an address hf://<owner>/<repository>[@<revision>]/<file>."""
-    parts = url.removeprefix(HUB).split("/", 2)
-    if len(parts) < 3:
-        raise UserError(f"{url} names no file. Write hf://<owner>/<repository>/<file>.")
-    name, _, revision = parts[1].partition("@")
-    return {"repo_id": f"{parts[0]}/{name}", "revision": revision or None, "filename": parts[2]}
 
 
 def _download(url: str, part: Path) -> None:
@@ -192,22 +171,23 @@ def check_sha256(path: Path, expected: str) -> None:
 
 
 def record_first_use(path: Path, url: str | None = None) -> dict[str, str | int]:
-    """Record size and hash of a file in `<path>.json` at its first use, and compare them later.
+    """Record size and hash of a file or folder in `<path>.json` at its first use, and compare them later.
 
     This is for files whose hash is not published.
 
     Args:
-        path: of the file.
+        path: of the file or folder.
         url: where it came from.
 
     Returns:
-        "bytes" and "sha256" of the file.
+        "bytes" and "sha256" of it.
 
     Raises:
         UserError: the file has changed since its first use.
     """
     note = path.with_name(path.name + ".json")
-    found = {"bytes": path.stat().st_size, "sha256": atomic.sha256(path)}
+    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+    found = {"bytes": sum(file.stat().st_size for file in files), "sha256": atomic.sha256(path)}
     if note.is_file():
         recorded = json.loads(note.read_text(encoding="utf-8"))
         if any(recorded.get(key) != value for key, value in found.items()):

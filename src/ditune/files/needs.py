@@ -100,7 +100,7 @@ def bring(need: Need) -> None:
         UserError: no address works, or the file has another hash.
     """
     with locked(need.path.with_name(f".{need.path.name}.lock")):
-        if need.path.is_file():
+        if need.path.exists():
             return
         url = fetch_any(need.addresses, need.path, sha256=need.sha256)
         if need.sha256 is None:

@@ -8,8 +8,6 @@ from typing import Any
 import pytorch_lightning as pl
 from PIL import Image, UnidentifiedImageError
 from pytorch_lightning.callbacks import Callback
-from pytorch_lightning.loggers import WandbLogger
-from torchvision.transforms.functional import pil_to_tensor
 
 from ditune.data import ImageDataset
 from ditune.files.atomic import atomic, set_aside
@@ -18,7 +16,7 @@ from ditune.generation.generator import ImageGenerator, example_plan
 from ditune.generation.grids import grid, side_by_side
 from ditune.progress import meter
 from ditune.stopping import Interrupted, interruptible
-from ditune.training.loggers.tensorboard import SparedTensorBoard
+from ditune.training.loggers.images import log_image
 from ditune.training.outlook import Outlook
 
 AT_THE_END = "before_after.png"
@@ -104,11 +102,7 @@ class SampleGrids(Callback):
         self.outlook.image_seconds = (time.perf_counter() - start) / len(labels)
         sheet = grid(images, self.columns)
         save(sheet, path)
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.log_image("samples", [sheet], caption=[f"step {trainer.global_step}"])
-            elif isinstance(logger, SparedTensorBoard):
-                logger.add_image("samples", pil_to_tensor(sheet), trainer.global_step)
+        log_image(trainer.loggers, "samples", sheet, trainer.global_step)
 
 
 def save(image: Image.Image, path: Path) -> None:

@@ -9,8 +9,6 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
-from pytorch_lightning.loggers import WandbLogger
-from torchvision.transforms.functional import pil_to_tensor
 
 from ditune.data import ImageDataset
 from ditune.errors import UserError
@@ -20,7 +18,7 @@ from ditune.rng import StepRandom
 from ditune.samplers import ShortcutSampler, check
 from ditune.stopping import Interrupted, interruptible
 from ditune.training.callbacks.samples import save
-from ditune.training.loggers.tensorboard import SparedTensorBoard
+from ditune.training.loggers.images import log_image
 
 
 class StepGrids(Callback):
@@ -100,10 +98,7 @@ class StepGrids(Callback):
         save(rows, self._path(trainer))
         for logger in trainer.loggers:
             logger.log_metrics({"samples/step_dependence": dependence}, step=step)
-            if isinstance(logger, WandbLogger):
-                logger.log_image("strips", [rows], caption=[f"step {step}"])
-            elif isinstance(logger, SparedTensorBoard):
-                logger.add_image("strips", pil_to_tensor(rows), step)
+        log_image(trainer.loggers, "strips", rows, step)
 
     def _grid(self, module: pl.LightningModule):
         labels = self.images.labels[self.rows]

@@ -16,6 +16,7 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from ditune.errors import UserError
 from ditune.files.atomic import atomic
+from ditune.training.loggers.closing import Closing
 from ditune.training.loggers.metrics_csv import MetricsCsv
 
 log = logging.getLogger(__name__)
@@ -225,3 +226,5 @@ def close_loggers(trainer: pl.Trainer, result: dict[str, Any], exit_code: int) -
 
             logger.summarise(result)
             wandb.finish(exit_code=exit_code)
+        elif isinstance(logger, Closing) and trainer.is_global_zero:
+            logger.close(summary_of(result), exit_code)
