@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.installed
 
-.PHONY: train test lint format clean-logs help
+.PHONY: train test bench lint format clean-logs help
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -23,6 +23,9 @@ train: $(READY) ## set up .venv and run the main job: DiffFit adapts a small DiT
 
 test: $(READY) ## set up .venv and run the tests
 	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal $(ARGS)
+
+bench: $(READY) ## set up .venv and measure speed: tables of ratios on this machine's device
+	$(BIN)/python benchmarks/all.py $(ARGS)
 
 lint: $(READY) ## ruff
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -237,24 +237,29 @@ def traced(step: Step, device: str, path: Path) -> None:
 
 
 def deliver(
-    benchmark: str, given: argparse.Namespace, columns: dict[str, tuple[str, str]], rows: list[dict[str, Any]]
+    benchmark: str,
+    given: argparse.Namespace,
+    columns: dict[str, tuple[str, str]],
+    rows: list[dict[str, Any]],
+    suffix: str = "",
 ) -> dict[str, Any]:
     """Print the table, and write the JSON where --out says.
 
     Args:
-        benchmark: name of the file, without .py and device.
+        benchmark: name of its file, without .py.
         given: the options.
         columns: key of the rows -> (heading, one of `FORMATS`).
         rows: see `measured`.
+        suffix: of the JSON file's name, for a second table of the same benchmark.
     """
-    leave_out = ("out", "trace", "device", "tables")
-    settings = {name: str(v) for name, v in vars(given).items() if name not in leave_out and v is not None}
+    leave_out = ("out", "trace", "device")
+    settings = {name: str(v) for name, v in vars(given).items() if name not in leave_out and v not in (None, False)}
     result = {"benchmark": benchmark, "device": device_facts(given.device), "settings": settings}
     result |= {"columns": columns, "rows": rows}
     sys.stdout.write(f"{benchmark}: {described(result)}\n{table(result)}")
     if given.out is not None:
         given.out.mkdir(parents=True, exist_ok=True)
-        path = given.out / f"{benchmark}_{given.device}.json"
+        path = given.out / f"{benchmark}{suffix}_{given.device}.json"
         path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return result
 

@@ -208,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> dict:
             for key in ("ratio", "least", "most", "memory", "peak_mib"):
                 row.pop(key, None)
     size = "" if given.pixels == 256 else f"_{given.pixels}px"
-    return deliver(f"train_step{size}", given, COLUMNS, rows)
+    return deliver("train_step", given, COLUMNS, rows, size)
 
 
 if __name__ == "__main__":
