@@ -18,7 +18,7 @@ from train_step import CLASSES, forward_flops, made_batch, moved_network
 
 from ditune.networks import build_network
 from ditune.processes import GaussianProcess
-from ditune.samplers import DDIM, DDPM, Fora, Sampler, sample
+from ditune.samplers import DDIM, DDPM, Sampler, sample
 
 DEFAULTS = {"cpu": ("dit_s_2", 2, 2), "cuda": ("dit_xl_2", 32, 10)}  # network, images, steps
 GUIDANCE = 4.0
@@ -55,7 +55,6 @@ def product(
     given: argparse.Namespace,
     sampler: Sampler,
     guidance: float = GUIDANCE,
-    cache: Fora | None = None,
     bf16: bool = False,
 ) -> Step:
     """Sampling by `ditune.samplers.sample`; on a GPU with compiled blocks."""
@@ -75,7 +74,6 @@ def product(
                 steps=given.steps,
                 guidance=guidance,
                 guidance_channels=3,
-                cache=cache,
             )
 
     return step
@@ -105,7 +103,6 @@ def main(arguments: Sequence[str] | None = None) -> dict:
             Variant(f"DDPM, {dtype}", partial(ours, DDPM()), given.n, 2 * once, dtype),
             Variant(f"DDIM, {dtype}", partial(ours, DDIM()), given.n, 2 * once, dtype),
             Variant(f"DDIM without guidance, {dtype}", partial(ours, DDIM(), 1.0), given.n, once, dtype),
-            Variant(f"DDIM, fora with interval 2, {dtype}", partial(ours, DDIM(), cache=Fora(2)), given.n, 0, dtype),
         ]
     if given.device == "cpu":
         variants = [variant for variant in variants if variant.dtype != "tf32"]
