@@ -120,7 +120,7 @@ def rank(number: int, world: int, port: int, found: Path) -> None:
     method.apply(network)
     exchanged = []
 
-    def count(_: object, bucket: dist.GradBucket) -> torch.futures.Future:
+    def count(_: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         exchanged.append(bucket.buffer().nbytes)
         return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda done: done.value()[0])
 
