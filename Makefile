@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.installed
 EXTRAS = $(VENV)/.extras
 
-.PHONY: train test lint format lock site clean-logs help
+.PHONY: train test bench lint format lock site clean-logs help
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -28,6 +28,9 @@ train: $(READY) ## set up .venv and run the main job: DiffFit adapts a small DiT
 
 test: $(EXTRAS) ## set up .venv with the optional packages and run the tests
 	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal $(ARGS)
+
+bench: $(READY) ## set up .venv and measure speed: tables of ratios on this machine's device
+	$(BIN)/python benchmarks/all.py $(ARGS)
 
 lint: $(READY) ## ruff
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -4,19 +4,15 @@
 
 The original's layer is written here after its description (feizc/DiT-MoE, arXiv 2407.11633): every token repeated k
 times, a mask for each expert, results put into place by mask, matrices in two slices. `dense` is one SwiGLU as wide as
-what a token activates, gate and up in one matrix. On CPUs processor time, which other work on a machine hardly changes
-(with one thread), on GPUs time; variants are timed in turn, in rounds, and medians are shown.
+what a token activates, gate and up in one matrix. Speed-ups are against the original's layer in fp32.
 """
 
 import argparse
-import json
-import statistics
-import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
+from measuring import Step, Variant, deliver, measured, parser
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 
@@ -25,7 +21,16 @@ from ditune.networks.moe import MoE, SwiGLU, by_grouped_mm, by_slices
 from ditune.networks.routing import balance_loss
 
 D, E, K, F, SHARED = 384, 8, 2, 1536, 768  # DiT-MoE-S/2-8E2A
-GPU_STEPS = 10  # that are timed together, so that launches overlap as in a training
+COLUMNS = {
+    "name": ("", "text"),
+    "ms": ("ms", "ms"),
+    "of_original": ("of the original", "float"),
+    "of_dense": ("of dense", "float"),
+    "ratio": ("speed-up", "x"),
+    "least": ("least", "x"),
+    "most": ("most", "x"),
+    "peak_mib": ("peak MiB", "int"),
+}
 
 
 class SlicedSwiGLU(SwiGLU):
@@ -100,52 +105,46 @@ def ours() -> MoE:
     return layer
 
 
-def timed(step: Callable[[], None], device: str) -> float:
-    if device == "cpu":
-        start = time.process_time()
-        step()
-        return time.process_time() - start
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(GPU_STEPS):
-        step()
-    torch.cuda.synchronize()
-    return (time.perf_counter() - start) / GPU_STEPS
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    arguments = parser.parse_args()
-    build = partial(step_function, tokens=arguments.tokens, device=arguments.device)
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
-    width = K * F + SHARED
-    for bf16 in (True, False):
-        variants = {
-            "original's layer": build(OriginalLayer(), bf16=bf16),
-            "ours, slices": build(ours(), bf16=bf16, back_end=by_slices),
-            "ours, grouped_mm": build(ours(), bf16=bf16, back_end=by_grouped_mm),
-            "dense of the same work": build(DenseSwiGLU(width), bf16=bf16),
+def variants(given: argparse.Namespace) -> list[Variant]:
+    """Rows of both tables."""
+    place = {"tokens": given.tokens, "device": given.device}
+    made = []
+    for dtype in ("fp32", "bf16"):
+        bf16 = dtype == "bf16"
+        layers = {
+            "original's layer": (OriginalLayer, None),
+            "ours, slices": (ours, by_slices),
+            "ours, grouped_mm": (ours, by_grouped_mm),
+            "dense of the same work": (partial(DenseSwiGLU, K * F + SHARED), None),
         }
-        seconds: dict[str, list[float]] = {name: [] for name in variants}
-        for round_ in range(arguments.rounds + 1):
-            for name, step in variants.items():
-                taken = timed(step, arguments.device)
-                if round_:  # the first one allocates
-                    seconds[name].append(taken)
-        medians = {name: statistics.median(values) for name, values in seconds.items()}
-        original, dense = medians["original's layer"], medians["dense of the same work"]
-        where = f"{arguments.threads} thread(s)" if arguments.device == "cpu" else torch.cuda.get_device_name()
-        sys.stdout.write(f"{arguments.tokens} tokens, {'bf16' if bf16 else 'fp32'}, {where}\n")
-        for name, s in medians.items():
-            sys.stdout.write(
-                f"  {name:24} {s * 1e3:9.2f} ms   {s / original:.2f} of original   {s / dense:.2f} of dense\n"
-            )
-        sys.stdout.write(json.dumps({"torch": torch.__version__, **medians}) + "\n")
+        for name, (layer, end) in layers.items():
+
+            def build(layer: Callable[[], nn.Module] = layer, end: Callable | None = end, bf16: bool = bf16) -> Step:
+                return step_function(layer(), bf16=bf16, back_end=end, **place)
+
+            made.append(Variant(f"{name}, {dtype}", build, dtype=dtype))
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> dict:
+    """Measure, print, and write; returns the result."""
+    options = parser(__doc__, seconds=60, rounds=7)
+    options.add_argument("--tokens", type=int, default=4096)
+    options.add_argument("--threads", type=int, default=1)
+    given = options.parse_args(arguments)
+    torch.set_num_threads(given.threads)
+    torch.manual_seed(0)
+    chosen = moe.back_end
+    try:
+        rows = measured(variants(given), given, "original's layer, fp32", memory=True)
+    finally:
+        moe.back_end = chosen
+    times = {row["name"]: row.get("ms") for row in rows}
+    for row in rows:
+        if "ms" in row:
+            row["of_original"] = row["ms"] / times[f"original's layer, {row['dtype']}"]
+            row["of_dense"] = row["ms"] / times[f"dense of the same work, {row['dtype']}"]
+    return deliver("moe_layer", given, COLUMNS, rows)
 
 
 if __name__ == "__main__":

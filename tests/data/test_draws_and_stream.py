@@ -76,7 +76,7 @@ def test_draws_have_their_distributions():
 
 
 def test_every_pass_shows_every_image_once(stream):
-    orders = [stream._permutation(epoch) for epoch in range(3)]
+    orders = [stream._permutation(epoch).tolist() for epoch in range(3)]
     assert all(sorted(order) == list(range(N)) for order in orders)
     assert orders[0] != orders[1] != orders[2]
     shown, _, positions = stream.__getitems__(range(7, 17))  # the last 3 of a pass, the first 7 of the next

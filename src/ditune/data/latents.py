@@ -3,7 +3,7 @@
 latents.npy  of images to train on, float16 (N, 2, M, C, h, w): image, plain or mirrored, mean and log-variance (M = 1:
              mean only); of held-out images float32 (N, C, h, w): the means, as they are when nothing is cached
 labels.npy   int64 (N,)
-checksums.npy  uint32 (N, 2) or (N,), CRC-32 of each image and side; they are compared whenever a row is read
+checksums.npy  uint32 (N, 2) or (N,), CRC-32 of each image and side; a process compares a row when it first reads it
 header.json  the images (hash of manifest), transform and autoencoder that it was made from; SHA-256 of the small files
 """
 
@@ -82,32 +82,44 @@ class Cache:
         # caches of earlier versions have none
         self._sums = np.load(folder / SUMS, allow_pickle=False) if SUMS in found.get("sha256", {}) else None
         self.labels = torch.from_numpy(np.load(folder / LABELS, allow_pickle=False))  # (N,)
-        self._array: np.memmap | None = None
+        self._array: np.ndarray | None = None
+        self._compared: np.ndarray | None = None  # of each checksum, whether this process has done it
 
     def __len__(self) -> int:
         return self.shape[0]
 
     @property
-    def array(self) -> np.memmap:
+    def array(self) -> np.ndarray:
         """All rows, mapped from the file; every process maps it for itself."""
-        if self._array is None:
-            self._array = np.lib.format.open_memmap(self.folder / ARRAY, mode="r")
+        if self._array is None:  # np.memmap would look at every result that is taken from it
+            self._array = np.lib.format.open_memmap(self.folder / ARRAY, mode="r").view(np.ndarray)
         return self._array
 
     def _rows(self, *where: np.ndarray) -> Tensor:
-        """Rows (B, ...) at positions in the first axes of the array, compared with their checksums."""
+        """Rows (B, ...) at positions in the first axes of the array, compared with their checksums when first read."""
         rows = self.array[where]
         if self._sums is not None:
-            for position, row, expected in zip(where[0], rows, self._sums[where], strict=True):
-                if zlib.crc32(row) != expected:
-                    raise UserError(
-                        f"The latent cache {self.folder} is damaged: row {position} of {ARRAY} is not what was "
-                        f"written. {ANEW}"
-                    )
+            self._compare(rows, where)
         return torch.from_numpy(rows)
 
+    def _compare(self, rows: np.ndarray, where: tuple[np.ndarray, ...]) -> None:
+        """Later passes read what the system keeps in memory, and a checksum takes longer than reading the row."""
+        if self._compared is None:
+            self._compared = np.zeros(self._sums.shape, dtype=bool)
+        new = np.flatnonzero(~self._compared[where])
+        if not len(new):
+            return
+        expected = self._sums[where]
+        for i in new:
+            if zlib.crc32(rows[i]) != expected[i]:
+                raise UserError(
+                    f"The latent cache {self.folder} is damaged: row {where[0][i]} of {ARRAY} is not what was "
+                    f"written. {ANEW}"
+                )
+        self._compared[where] = True
+
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_array": None}
+        return {**self.__dict__, "_array": None, "_compared": None}
 
 
 class Latents(Cache):

@@ -4,6 +4,7 @@ import signal
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -30,8 +31,8 @@ class ImageStream(Dataset):
         self.dataset, self.seed, self.flip, self.augment = dataset, seed, flip, augment
         self._order = lru_cache(maxsize=2)(self._permutation)
 
-    def _permutation(self, epoch: int) -> list[int]:
-        return torch.randperm(len(self.dataset), generator=generator(self.seed, epoch)).tolist()
+    def _permutation(self, epoch: int) -> np.ndarray:
+        return torch.randperm(len(self.dataset), generator=generator(self.seed, epoch)).numpy()
 
     def __getstate__(self) -> dict:  # a worker process builds its own cache
         return {k: v for k, v in self.__dict__.items() if k != "_order"}
@@ -55,8 +56,12 @@ class ImageStream(Dataset):
 
     def indices(self, positions: Sequence[int]) -> list[int]:
         """Numbers in the dataset of the images at these positions."""
-        passes = [divmod(position, len(self.dataset)) for position in positions]
-        return [self._order(epoch)[item] for epoch, item in passes]
+        epochs, items = np.divmod(np.asarray(positions, dtype=np.int64), len(self.dataset))
+        found = np.empty_like(items)
+        for epoch in np.unique(epochs).tolist():
+            inside = epochs == epoch
+            found[inside] = self._order(epoch)[items[inside]]
+        return found.tolist()
 
     def blank(self, positions: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """A batch of these positions with its real shapes and types and zeros for content; no file is read."""
