@@ -21,6 +21,7 @@ from ditune.config.guides import build_guide
 from ditune.config.hardware import bare_precision, settle_numbers
 from ditune.config.instantiate import instantiate
 from ditune.config.keys import check
+from ditune.config.references import reference_images
 from ditune.data import ImageDataset
 from ditune.distributed import best_device, rank, world_size
 from ditune.errors import UserError
@@ -73,6 +74,7 @@ def of_run(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
     if cfg.metrics_of == "this":
         judge = OmegaConf.to_container(cfg.metrics.judge, resolve=True)
         asked = {"judge": judge, "n": cfg.metrics.n, "seed": cfg.metrics.seed, "record": None}
+        asked["reference_split"] = cfg.metrics.get("reference_split")
         settings.metrics = OmegaConf.to_container(settings.metrics) | asked  # another judge has other keys
     elif cfg.metrics_of != "run":
         raise UserError(
@@ -140,7 +142,7 @@ def of_network(
     cfg: DictConfig, trained: Trained, facts: dict[str, Any], checkpoint: Path | None = None
 ) -> tuple[Path, dict[str, Any]]:
     """A network by the metrics of the command; `checkpoint` is its file, whose values go into the record."""
-    reference = instantiate(cfg.metrics.reference, "metrics")
+    reference = reference_images(cfg)
     check_reference(trained, reference)
     record, folder, start = Record(cfg.record), Path(cfg.out).expanduser(), time.perf_counter()
     evaluation = build_evaluation(cfg, trained.generator, reference, store=folder / "evaluation")
@@ -184,7 +186,7 @@ def of_npz(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
 
 
 def of_set(cfg: DictConfig, images: ImageSet, facts: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
-    suite, reference = instantiate(cfg.metrics.judge, "metrics"), instantiate(cfg.metrics.reference, "metrics")
+    suite, reference = instantiate(cfg.metrics.judge, "metrics"), reference_images(cfg)
     check_counts(len(images), len(reference))
     suite.extractor.to(best_device())
     folder = Path(cfg.out).expanduser()

@@ -8,6 +8,7 @@ from ditune.config import rules
 from ditune.config.base_network import build_network, match_process
 from ditune.config.guides import build_sampling, needs_base
 from ditune.config.instantiate import instantiate, refuse_missing
+from ditune.config.references import reference_images
 from ditune.data import ImageDataset
 from ditune.errors import UserError
 from ditune.evaluation.comparison import Comparison
@@ -122,7 +123,7 @@ def build_evaluation(
 
 def build_comparison(cfg: DictConfig, generator: ImageGenerator, store: Path | None = None) -> Comparison:
     """The protocol of a run's `metrics`; built before a training, so that what is missing shows before it."""
-    evaluation = build_evaluation(cfg, generator, instantiate(cfg.metrics.reference, "metrics"), store=store)
+    evaluation = build_evaluation(cfg, generator, reference_images(cfg), store=store)
     own = None
     if cfg.metrics.base_reference is not None:
         reference = instantiate(cfg.metrics.base_reference, "metrics")

@@ -237,6 +237,9 @@ KEYS = (
     Key("metrics.judge.statistics", str, null=True),
     Key("metrics.judge.cache", str),
     Key("metrics.judge.extractor.sha256", str),
+    Key("metrics.judge.extractor.resize", str, choices=("tensorflow", "torch", "clean")),
+    Key("metrics.judge.reference_split", str, choices=("all", "train"), null=True),
+    Key("metrics.reference_split", str, choices=("all", "train"), null=True),
     Key("metrics.judge.extractor.architecture", str),
     # whatever the group
     Key("*.weights", str, null=True),
