@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,9 @@ from ditune.checkpoints import (
     read_header,
     read_network,
 )
+from ditune.checkpoints.sums import apply_sum, read_terms
 from ditune.config.base_network import check_latents, given_process
+from ditune.config.guides import build_sampling, needs_base
 from ditune.config.instantiate import instantiate, refuse_strangers
 from ditune.errors import UserError
 from ditune.generation.generator import ImageGenerator
@@ -66,21 +68,34 @@ class Run(Trained):
     reshaped: bool  # whether it has other classes than the base, or another resolution
 
 
-def load_run(folder: Path | str) -> Run:
+def load_run(folder: Path | str, strength: float | None = None, keep_base: bool = False) -> Run:
     """The network of a run folder, with the run's own autoencoder and sampler.
 
+    Args:
+        folder: of the run.
+        strength: of its adapter, 0 = the base and 1 = the adapter, see `ditune.peft.dial`; None = 1.
+        keep_base: keep what guides and `network.adaptation.dial` need of the base; the run's own guide keeps it anyway.
+
     Raises:
-        UserError: the run is not there, has not finished or is damaged; its base network is missing or another one; or
-            its config would call what is none of our classes.
+        UserError: the run is not there, has not finished or is damaged; its base network is missing or another one; its
+            method has no such strength; or its config would call what is none of our classes.
     """
     folder = Path(folder).expanduser()
     cfg = read_config(folder)
     refuse_strangers(cfg, BUILT, folder / "config.yaml")
     if (folder / "adapter").is_dir():
         base = locate(cfg.pretrained, Path(cfg.paths.cache_dir) / "networks")
-        network, stored = _load_adapted(folder / "adapter", base)
+        kept = keep_base or strength is not None or needs_base(cfg.sampler)
+        network, stored = _load_adapted(folder / "adapter", base, kept)
+        if strength is not None:
+            network.adaptation.dial.set(strength)
     elif (folder / "network.safetensors").is_file():
         base = None
+        if strength is not None or keep_base or needs_base(cfg.sampler):
+            raise UserError(
+                f"The run {folder} was trained from scratch, so it has no base network. Leave strength= out and set "
+                "guide=null_class or checkpoint."
+            )
         path = folder / "network.safetensors"
         network, stored = load_network(path), _stored(path, read_header(path))
     else:
@@ -91,9 +106,28 @@ def load_run(folder: Path | str) -> Run:
     bf16 = str(cfg.trainer.precision).startswith("bf16")
     cache = instantiate(cfg.get("cache"), "cache")
     autoencoder = instantiate(cfg.autoencoder, "autoencoder")
-    generator = _build_generator(folder, stored, autoencoder, cfg.sampler, bf16, cache)
+    generator = _build_generator(folder, stored, autoencoder, cfg.sampler, bf16, cfg.paths.cache_dir, cache)
     reshaped = base is not None and (stored["base"].get("classes") or stored["base"]["network"] != stored["network"])
     return Run(network.eval(), generator, stored["class_names"], folder, cfg, base, bool(reshaped))
+
+
+def load_sum(weights: Mapping[str | Path, float]) -> Run:
+    """The sum of several runs' adapters on their one base: theta_0 + sum_i w_i (theta_i - theta_0).
+
+    Args:
+        weights: w_i by run folder. Sampler and data are those of the first run.
+
+    Raises:
+        UserError: a run is missing or damaged; or the adapters cannot be added up, see `ditune.checkpoints.sums`.
+    """
+    folders = {Path(folder).expanduser(): weight for folder, weight in weights.items()}
+    for folder in folders:
+        if not (folder / "adapter").is_dir():
+            raise UserError(f"{folder} is no run with an adapter. Give adapters=[<run>:0.7,<run>:0.3].")
+    terms = read_terms({folder / "adapter": weight for folder, weight in folders.items()})
+    run = load_run(next(iter(folders)), strength=0)
+    apply_sum(run.network, terms)
+    return replace(run, network=run.network.eval())
 
 
 def load_checkpoint(
@@ -117,6 +151,11 @@ def load_checkpoint(
         UserError: the file is missing or damaged, or the autoencoder is another.
     """
     path, autoencoder = Path(path), instantiate(autoencoder, "autoencoder")
+    if needs_base(sampler):
+        raise UserError(
+            f"sampler.guide is {sampler.guide}, and {path} is a network without an adapter that could be taken out. "
+            "Give run=<run>, or set sampler.guide=null_class or checkpoint."
+        )
     given = {key: value for key, value in (overrides or {}).items() if value is not None}
     read = read_network(path, given_process(process, "process"), **given)
     network = read.network
@@ -124,7 +163,7 @@ def load_checkpoint(
     if None in (sampler.steps, sampler.guidance):
         theirs = OURS | read.sampling
         sampler = OmegaConf.merge(sampler, {key: value for key, value in theirs.items() if sampler[key] is None})
-    generator = _build_generator(path, stored, autoencoder, sampler, bf16)
+    generator = _build_generator(path, stored, autoencoder, sampler, bf16, path.parent)
     if read.header is None:
         scales = ", ".join(f"{scale:g}" for scale in sorted(set(autoencoder.scale.tolist())))
         log.info(
@@ -152,7 +191,7 @@ def load_adapted(
     Raises:
         UserError: a file is missing or damaged, does not fit, or is no adapter that says these facts.
     """
-    network, stored = _load_adapted(Path(adapter), Path(base))
+    network, stored = _load_adapted(Path(adapter), Path(base), keep_base=False)
     if None in (sampler.steps, sampler.guidance):
         sampler = OmegaConf.merge(sampler, {key: value for key, value in OURS.items() if sampler[key] is None})
     generator = _build_generator(Path(adapter), stored, instantiate(autoencoder, "autoencoder"), sampler, bf16)
@@ -191,7 +230,7 @@ def read_config(folder: Path) -> DictConfig:
     return cfg
 
 
-def _load_adapted(folder: Path, base: Path) -> tuple[DiT, dict[str, Any]]:
+def _load_adapted(folder: Path, base: Path, keep_base: bool) -> tuple[DiT, dict[str, Any]]:
     config, _ = read_adapter(folder)
     missing = [key for key in (*STORED, "network") if key not in config]
     if missing:
@@ -206,7 +245,7 @@ def _load_adapted(folder: Path, base: Path) -> tuple[DiT, dict[str, Any]]:
     resolution = {key: config["network"][key] for key in ("input_size", "pos_embed_scale")}
     known = (config.get("base") or {}).get("network") or config["network"]
     network = load_network(base, known, **resolution, **build_process(config["process"]).network)
-    load_adapter(network, folder)
+    load_adapter(network, folder, keep_base)
     return network, config
 
 
@@ -240,13 +279,14 @@ def _build_generator(
     autoencoder: Autoencoder,
     sampler: DictConfig,
     bf16: bool,
+    cache_dir: Path | str,
     cache: Cache | None = None,
 ) -> ImageGenerator:
     check_latents(f"network of {source}", stored, autoencoder)
     process = build_process(stored["process"])
-    drawing = instantiate(sampler, "sampler")
+    drawing = build_sampling(sampler, cache_dir)
     if isinstance(drawing["sampler"], str):
         drawing["sampler"] = getattr(samplers, drawing["sampler"])()
     generator = ImageGenerator(process, autoencoder, stored["resolution"], bf16=bf16, cache=cache, **drawing)
-    samplers.check(generator.sampler, process, generator.steps, cache)
+    samplers.check(generator.sampler, process, generator.steps, cache, generator.guide)
     return generator

@@ -12,11 +12,12 @@ from ditune.checkpoints import diffusers_dit
 from ditune.checkpoints.published import PUBLISHED, locate
 from ditune.commands.train import train
 from ditune.config.instantiate import instantiate
+from ditune.config.references import reference_images
 from ditune.errors import UserError
 from ditune.networks import build_network
 from ditune.peft import METHODS
 from ditune.run import load_run
-from helpers import ROOT, compose
+from helpers import ROOT, SMALL, compose
 from miniatures import MINIATURES
 from small_vae import small_vae
 
@@ -144,3 +145,24 @@ def test_the_head_of_an_experiment_is_evidence(name):
     for part in ("arXiv 2304.06648", "Expected:", "not found", "Ours: not run", "Hardware:", "Hours:"):
         assert part in head
     assert f"Command: python src/train.py experiment=difffit_{name}" in head
+
+
+def test_the_preset_of_transfer_is_the_one_of_reruns_by_another_protocol(tmp_path):
+    cub = ["experiment=difffit_cub", "peft=difffit"]
+    reruns, transfer = (compose(tmp_path, *cub, f"preset={name}") for name in ("difffit_reruns", "transfer"))
+    assert (reruns.batch_size, transfer.batch_size) == (64, 32)
+    assert (transfer.sampler.guidance_channels, transfer.sampler.steps, transfer.sampler.guidance) == (3, 50, 1.5)
+    assert (transfer.max_steps, transfer.ema.decay, transfer.metrics.n) == (24000, 0.9999, 10000)
+    assert transfer.metrics.judge.extractor.resize == "clean"
+    assert transfer.metrics.judge.reference_split == transfer.metrics.reference_split == "all"
+    same = {"max_steps", "ema", "scheduler", "optimizer", "peft", "network", "data", "pretrained"}
+    assert all(reruns[key] == transfer[key] for key in same)
+
+
+def test_the_split_of_the_reference_is_a_key(tmp_path, pictures):
+    local = [*SMALL, f"data.root={pictures}", "metrics=fid_clean"]
+    whole = reference_images(compose(tmp_path, *local))
+    train_split = reference_images(compose(tmp_path, *local, "metrics.reference_split=train"))
+    usual = reference_images(compose(tmp_path, *local[:-1]))
+    assert (len(whole), len(train_split), len(usual)) == (12, 10, 10)
+    assert train_split.fingerprint == usual.fingerprint != whole.fingerprint

@@ -30,6 +30,7 @@ from ditune.metrics import (
     precision_recall,
     statistics,
 )
+from ditune.metrics.clean import clean_resize
 from ditune.metrics.dinov2 import resize_positions
 from ditune.metrics.inception import read_statistics
 
@@ -224,6 +225,68 @@ def test_weights_that_would_execute_something_are_refused(tmp_path: Path):
     assert not (tmp_path / "executed").exists()
 
 
+# The clean resize
+
+
+def keys_cubic(size: int, side: int) -> np.ndarray:  # (side, size)
+    """Weights of Keys' cubic kernel with a = -1/2, widened where it shrinks; by its definition, in float64."""
+    scale = max(size / side, 1.0)
+    centre = (np.arange(side) + 0.5) * size / side
+    x = np.abs((np.arange(size) + 0.5 - centre[:, None]) / scale)
+    near, far = 1.5 * x**3 - 2.5 * x**2 + 1, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+    weights = np.where(x < 1, near, np.where(x < 2, far, 0))
+    return weights / weights.sum(1, keepdims=True)
+
+
+@pytest.mark.parametrize(("size", "side"), [(256, 299), (256, 224), (64, 299), (299, 299)])
+def test_the_clean_resize_is_the_antialiased_cubic_kernel_on_floats(size: int, side: int):
+    picture = torch.randint(
+        0, 256, (2, 3, size, size + 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    found = clean_resize(picture, side)
+    rows, columns = keys_cubic(size, side), keys_cubic(size + 8, side)
+    expected = (rows @ picture.double().numpy() @ columns.T).clip(0, 255)
+    assert np.abs(found.numpy() - expected).max() < 1e-2  # Pillow sums in float32 between its two passes
+    torchs = nn.functional.interpolate(picture.float(), (side, side), mode="bicubic", antialias=True).clamp(0, 255)
+    assert (found - torchs).abs().max() < 1e-2
+    assert size == side or not torch.equal(found, found.round()), "floats, not bytes"
+
+
+def test_the_layers_by_name_are_torch_fidelitys_network(weights: Path):
+    """On images of 299 pixels its own resize does nothing, and bytes become (x - 128) / 128."""
+    batch = nn.functional.interpolate(images(2, 0).float(), 299).to(torch.uint8)
+    extractor = Inception2015(weights, sha256(weights), resize="clean")
+    with torch.inference_mode():
+        ours, theirs = extractor.of_pixels((batch.float() - 128) / 128), extractor.network(batch)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_clean_metrics_have_names_of_their_own(weights: Path, tmp_path: Path):
+    generated, real = images(7, 0), images(8, 1)
+    extractor = Inception2015(weights, sha256(weights), resize="clean")
+    x, y = (extract(extractor, batch, 8) for batch in (generated, real))
+    usual = extract(Inception2015(weights, sha256(weights)), generated, 8)
+    assert not torch.equal(x, usual)
+    with torch.inference_mode():
+        pool, _ = extractor.of_pixels(clean_resize(generated, 299) / 127.5 - 1)
+    torch.testing.assert_close(x[:, extractor.columns["features"]], pool, rtol=1e-4, atol=1e-5)
+    suites = {split: InceptionMetrics(extractor, reference_split=split) for split in ("all", "train")}
+    values = {split: suite.compare(x, y) for split, suite in suites.items()}
+    assert {"fid_clean_7", "sfid_clean_7", "is_clean_7", "kid_inception_clean"} <= values["all"].keys()
+    assert {"fid_clean_train_7", "kid_inception_clean_train"} <= values["train"].keys()
+    assert values["all"]["fid_clean_7"] == values["train"]["fid_clean_train_7"]
+    assert not any(name.startswith(("fd_", "fid_7")) for name in values["all"])
+    assert suites["all"].identity["reference_split"] == "all"
+    assert suites["all"].identity != suites["train"].identity
+    # statistics as dgm-eval has them: numpy's mean and covariance, and the roots of the eigenvalues of S_x S_y
+    few = [batch[:, ::512][:, :4].double().numpy() for batch in (x, y)]
+    covariances = [np.cov(batch, rowvar=False) for batch in few]
+    roots = np.real(np.linalg.eigvals(covariances[0] @ covariances[1]).astype(complex) ** 0.5).sum()
+    expected = np.square(few[0].mean(0) - few[1].mean(0)).sum() + sum(map(np.trace, covariances)) - 2 * roots
+    assert frechet_distance(*map(torch.from_numpy, few)) == pytest.approx(expected, rel=1e-6, abs=1e-7)
+
+
 # DINOv2: the authors' file layout with random weights of a small network
 
 
@@ -242,6 +305,10 @@ def test_dinov2_reads_the_authors_layout(tmp_path: Path):
     assert features.shape == (3, 384)
     assert features.isfinite().all()
     assert features.std(0).mean() > 1e-4  # images are told apart
+    clean = DINOv2(path, sha256(path), "vit_small_patch14_dinov2", resize="clean")
+    assert clean.name == "dinov2_clean"
+    assert clean.identity["resize"] != extractor.identity["resize"]
+    torch.testing.assert_close(clean(images(3, 0)), features, rtol=1e-3, atol=1e-3)  # both are of one kernel
 
 
 def test_positions_are_resized_as_dinov2_does():

@@ -17,7 +17,7 @@ from ditune.errors import UserError
 from ditune.files.atomic import atomic, read_json, sha256, write_json
 from ditune.peft import Adapters, PeftMethod, build_peft, from_peft_config
 from ditune.peft.label_table import resize_labels
-from ditune.peft.slots import all_or_nothing
+from ditune.peft.slots import all_or_nothing, slots
 
 log = logging.getLogger(__name__)
 
@@ -97,12 +97,13 @@ def read_adapter(folder: Path | str) -> tuple[dict[str, Any], dict[str, Tensor]]
     return config, tensors
 
 
-def load_adapter(network: nn.Module, folder: Path | str) -> PeftMethod:
+def load_adapter(network: nn.Module, folder: Path | str, keep_base: bool = False) -> PeftMethod:
     """Apply the adapter's method to a base network and load its tensors.
 
     Args:
         network: the base; changed in place.
         folder: of the adapter.
+        keep_base: whether `method.dial` can lead back to the base, which the adapter's own weights then do not replace.
 
     Returns:
         The method.
@@ -111,13 +112,32 @@ def load_adapter(network: nn.Module, folder: Path | str) -> PeftMethod:
         UserError: the adapter is damaged or was trained on another network; the network is as it was.
     """
     config, tensors = read_adapter(folder)
+    return apply_adapter(network, config, tensors, folder, keep_base)
+
+
+def apply_adapter(
+    network: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], folder: Path | str, keep_base: bool = False
+) -> PeftMethod:
+    """Apply an adapter that has been read, see `load_adapter`.
+
+    Args:
+        network: the base; changed in place.
+        config, tensors: of the adapter.
+        folder: of the adapter, for messages.
+        keep_base: see `load_adapter`.
+
+    Raises:
+        UserError: see `load_adapter`.
+    """
     check_network(network, config, folder)
     check_rank(network, config, tensors, folder)
     method = build_method(config, folder)
+    before = slots(network) if keep_base else None
+    new_classes = (config.get("base") or {}).get("classes") is not None
     with all_or_nothing(network):
         if _num_classes(network, config) != network.num_classes:
             resize_labels(network, _num_classes(network, config))
-        method.apply(network)
+        method.apply(network, before, new_classes)
         method.from_file(network, tensors)
     return method
 

@@ -14,11 +14,14 @@ from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
 from ditune.checkpoints import locate
+from ditune.commands.adapted import load_weighted, refuse_strength
 from ditune.commands.evaluate_sweep import number_given
 from ditune.config.components import build_comparison, build_evaluation
+from ditune.config.guides import build_guide
 from ditune.config.hardware import bare_precision, settle_numbers
 from ditune.config.instantiate import instantiate
 from ditune.config.keys import check
+from ditune.config.references import reference_images
 from ditune.data import ImageDataset
 from ditune.distributed import best_device, rank, world_size
 from ditune.errors import UserError
@@ -27,10 +30,11 @@ from ditune.evaluation.image_files import ImageFiles
 from ditune.evaluation.image_shards import ImageShards
 from ditune.evaluation.protocol import Record, evaluate_images
 from ditune.files.atomic import read_json, sha256, write_json
+from ditune.generation.generator import ImageGenerator
 from ditune.launch.run_folder import owned
 from ditune.metrics import ImageSet, check_counts
 from ditune.progress import console
-from ditune.run import Trained, exactly_one, load_checkpoint, load_run
+from ditune.run import Trained, exactly_one, load_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -62,13 +66,16 @@ def evaluate(cfg: DictConfig) -> Path:
 
 
 def of_run(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
-    """A run by its own protocol, or by another one besides."""
-    run = load_run(cfg.run)
+    """A run by its own protocol, or by another one besides: of other metrics, guidance or strength of the adapter."""
+    run = load_weighted(cfg)
     path, settings = run.folder / "result.json", run.cfg
+    generator = guided(run.generator, cfg)
+    own = cfg.metrics_of == "run" and generator is run.generator and cfg.strength is None
     if cfg.metrics_of == "this":
         judge = OmegaConf.to_container(cfg.metrics.judge, resolve=True)
-        own = {"judge": judge, "n": cfg.metrics.n, "seed": cfg.metrics.seed, "record": None}
-        settings.metrics = OmegaConf.to_container(settings.metrics) | own  # another judge has other keys
+        asked = {"judge": judge, "n": cfg.metrics.n, "seed": cfg.metrics.seed, "record": None}
+        asked["reference_split"] = cfg.metrics.get("reference_split")
+        settings.metrics = OmegaConf.to_container(settings.metrics) | asked  # another judge has other keys
     elif cfg.metrics_of != "run":
         raise UserError(
             f"metrics_of is {cfg.metrics_of}. Set metrics_of=run for the run's metrics, or =this for metrics=."
@@ -83,43 +90,73 @@ def of_run(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
     device = best_device()
     settle_numbers(settings.trainer.precision, device.type)  # the protocol is the run's, emulated or not
     network, start = run.network.to(device), time.perf_counter()
-    comparison = build_comparison(settings, run.generator, run.folder / "evaluation")
+    comparison = build_comparison(settings, generator, run.folder / "evaluation")
     metrics = comparison(network, None if run.reshaped else run.base, run.folder / "samples")
     if rank() != 0:
         return path, metrics
     speed = finish_shards(comparison.evaluation.shards(network), run.folder / "samples.npz", start)
     shutil.rmtree(run.folder / "evaluation")
     result = read_json(path) | {"evaluation": speed}
-    if cfg.metrics_of == "run":
+    if own:
         result["metrics"] = result.get("metrics", {}) | metrics
     else:
-        result.setdefault("other_protocols", {})[comparison.evaluation.key] = metrics
+        key = comparison.evaluation.key
+        if cfg.strength is not None:
+            key, metrics["strength"] = f"{key}_strength_{cfg.strength:g}", cfg.strength
+        result.setdefault("other_protocols", {})[key] = metrics
     write_json(path, result)
     return path, metrics
 
 
+def guided(generator: ImageGenerator, cfg: DictConfig) -> ImageGenerator:
+    """The generator with `guidance=` and `guide=` of the command; the same object where neither is given."""
+    if cfg.guidance is not None:
+        generator = replace(generator, guidance=cfg.guidance)
+    if cfg.guide is not None:
+        generator = replace(generator, guide=build_guide(cfg, cfg.paths.cache_dir))
+    return generator
+
+
+def of_adapters(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
+    """The sum of several runs' adapters, by the sampler of the first run and the metrics of the command."""
+    run = load_weighted(cfg)
+    generator = guided(run.generator, cfg)
+    facts = {"adapters": list(cfg.adapters)} | ({} if cfg.strength is None else {"strength": cfg.strength})
+    return of_network(cfg, replace(run, generator=generator), facts)
+
+
 def of_checkpoint(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
     """A network file."""
+    refuse_strength(cfg)
+    if cfg.guide is not None or cfg.guidance is not None:
+        raise UserError("guide= and guidance= are of run= and adapters=. Set sampler.guide and sampler.guidance.")
     checkpoint = locate(cfg.checkpoint, f"{cfg.paths.cache_dir}/networks")
     bf16 = bare_precision(cfg.precision, cfg.bf16)
     given = (cfg.process, cfg.network_overrides)
     trained = load_checkpoint(checkpoint, cfg.autoencoder, cfg.sampler, bf16, *given)
-    generator = replace(trained.generator, cache=instantiate(cfg.cache, "cache"))
-    reference = instantiate(cfg.metrics.reference, "metrics")
+    trained = replace(trained, generator=replace(trained.generator, cache=instantiate(cfg.cache, "cache")))
+    return of_network(cfg, trained, {"checkpoint": str(cfg.checkpoint), "sha256": sha256(checkpoint)}, checkpoint)
+
+
+def of_network(
+    cfg: DictConfig, trained: Trained, facts: dict[str, Any], checkpoint: Path | None = None
+) -> tuple[Path, dict[str, Any]]:
+    """A network by the metrics of the command; `checkpoint` is its file, whose values go into the record."""
+    reference = reference_images(cfg)
     check_reference(trained, reference)
     record, folder, start = Record(cfg.record), Path(cfg.out).expanduser(), time.perf_counter()
-    evaluation = build_evaluation(cfg, generator, reference, store=folder / "evaluation")
+    evaluation = build_evaluation(cfg, trained.generator, reference, store=folder / "evaluation")
     network = trained.network.to(best_device())
     values = evaluation(network, folder)
     if rank() != 0:
         return folder / "result.json", {}
     speed = finish_shards(evaluation.shards(network), folder / "samples.npz", start)
     shutil.rmtree(folder / "evaluation")
-    if cfg.record is not None:
+    if cfg.record is not None and checkpoint is not None:
         record.add(checkpoint, evaluation, values)
     metrics = {"protocol": evaluation.protocol, "values": values}
-    facts = {"checkpoint": str(cfg.checkpoint), "sha256": sha256(checkpoint), "protocol_key": evaluation.key}
-    write_json(folder / "result.json", facts | {"evaluation": speed, "metrics": metrics})
+    facts = facts | {"protocol_key": evaluation.key, "evaluation": speed, "metrics": metrics}
+    write_json(folder / "result.json", facts)
     return folder / "result.json", metrics
 
 
@@ -149,7 +186,7 @@ def of_npz(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
 
 
 def of_set(cfg: DictConfig, images: ImageSet, facts: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
-    suite, reference = instantiate(cfg.metrics.judge, "metrics"), instantiate(cfg.metrics.reference, "metrics")
+    suite, reference = instantiate(cfg.metrics.judge, "metrics"), reference_images(cfg)
     check_counts(len(images), len(reference))
     suite.extractor.to(best_device())
     folder = Path(cfg.out).expanduser()
@@ -165,7 +202,7 @@ def of_set(cfg: DictConfig, images: ImageSet, facts: dict[str, Any]) -> tuple[Pa
     return folder / "result.json", metrics
 
 
-SOURCES = {"run": of_run, "checkpoint": of_checkpoint, "images": of_images, "npz": of_npz}
+SOURCES = {"run": of_run, "adapters": of_adapters, "checkpoint": of_checkpoint, "images": of_images, "npz": of_npz}
 
 
 def check_reference(trained: Trained, reference: ImageDataset) -> None:

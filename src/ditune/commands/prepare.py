@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from ditune.autoencoders import Autoencoder
 from ditune.config.instantiate import instantiate, missing_keys
 from ditune.config.needs import addresses_of, needs_of
+from ditune.config.references import reference_images
 from ditune.data import Benchmark, ImageDataset
 from ditune.data import prepare as data
 from ditune.data.latents import Latents
@@ -148,7 +149,7 @@ def statistics(cfg: DictConfig) -> None:
     suite, cache = instantiate(cfg.metrics.judge, "metrics"), Path(cfg.paths.cache_dir)
     suite.extractor.to(best_device())
     with data.writing(cache, "paths.cache_dir"), locked(cache / ".statistics.lock"):
-        suite.reference(instantiate(cfg.metrics.reference, "metrics"))
+        suite.reference(reference_images(cfg))
 
 
 def _prepared(cfg: DictConfig) -> Path:

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from ditune.checkpoints import locate, locate_adapter
 from ditune.cli import CONFIGS
+from ditune.commands.adapted import load_weighted, refuse_strength
 from ditune.config import hardware
+from ditune.config.guides import build_guide, build_sampling, needs_base
 from ditune.config.hardware import AUTO, BF16, FP32, bare_precision
 from ditune.config.instantiate import instantiate
 from ditune.config.keys import check
@@ -25,7 +27,7 @@ from ditune.generation.generator import ImageGenerator
 from ditune.generation.grids import save_grid
 from ditune.progress import meter
 from ditune.rng import generator
-from ditune.run import Trained, exactly_one, load_adapted, load_checkpoint, load_run
+from ditune.run import Trained, exactly_one, load_adapted, load_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +41,7 @@ def sample(cfg: DictConfig) -> Path:
         UserError: the settings or a file are wrong.
     """
     check(cfg, "sample")
-    source = exactly_one(cfg, "run", "checkpoint")
+    source = exactly_one(cfg, "run", "checkpoint", "adapters")
     trained = load(cfg, source)
     generator = with_settings(trained.generator, cfg)
     names = trained.class_names or [str(k) for k in range(trained.network.num_classes)]
@@ -51,10 +53,12 @@ def sample(cfg: DictConfig) -> Path:
     facts = {
         "source": str(cfg[source]),
         **({} if cfg.adapter is None else {"adapter": cfg.adapter}),
+        **({} if cfg.strength is None else {"strength": cfg.strength}),
         "seed": cfg.seed,
         "sampler": generator.sampler.kind,
         "steps": generator.steps,
         "guidance": generator.guidance,
+        **({} if generator.guide is None else {"guide": generator.guide.kind, **generator.guide.settings}),
         **({} if generator.cache is None else {"cache": generator.cache.kind, **generator.cache.settings}),
         "precision": BF16 if generator.bf16 else FP32,
         "pictures": [
@@ -69,11 +73,17 @@ def sample(cfg: DictConfig) -> Path:
 
 
 def load(cfg: DictConfig, source: str) -> Trained:
-    if source == "run":
+    if source != "checkpoint":
         if cfg.adapter is not None:
-            raise UserError("run= has its own adapter. Give adapter= with checkpoint=<its base network> instead.")
-        run = load_run(cfg.run)
+            raise UserError(f"{source}= has its own adapter. Give adapter= with checkpoint=<its base network> instead.")
+        run = load_weighted(cfg)
         return replace(run, generator=in_precision(run.generator, cfg))
+    refuse_strength(cfg)
+    if needs_base(cfg) or needs_base(cfg.sampler or {}):
+        raise UserError(
+            f"A guide needs the base of {cfg.checkpoint}, a network without an adapter that could be taken out. "
+            "Give run=<run>, or set guide=null_class or checkpoint."
+        )
     # a bare network has no sampler of its own, as a run has; this is the one that all configs begin with
     sampler = load_option(Path(CONFIGS) / "sampler" / "auto.yaml")
     checkpoint = locate(cfg.checkpoint, f"{cfg.paths.cache_dir}/networks")
@@ -99,9 +109,11 @@ def in_precision(generator: ImageGenerator, cfg: DictConfig) -> ImageGenerator:
 
 
 def with_settings(generator: ImageGenerator, cfg: DictConfig) -> ImageGenerator:
-    """The generator with what the config sets of sampler, steps and guidance."""
+    """The generator with what the config sets of sampler, steps, guidance and guide."""
     if cfg.sampler is not None:
-        generator = replace(generator, **instantiate(cfg.sampler, "sampler"))
+        generator = replace(generator, **build_sampling(cfg.sampler, cfg.paths.cache_dir))
+    if cfg.guide is not None:
+        generator = replace(generator, guide=build_guide(cfg, cfg.paths.cache_dir))
     if cfg.cache is not None:
         generator = replace(generator, cache=instantiate(cfg.cache, "cache"))
     return replace(generator, **{key: cfg[key] for key in ("steps", "guidance") if cfg[key] is not None})

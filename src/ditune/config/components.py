@@ -6,15 +6,18 @@ from omegaconf import DictConfig
 
 from ditune.config import rules
 from ditune.config.base_network import build_network, match_process
+from ditune.config.guides import build_sampling, needs_base
 from ditune.config.instantiate import instantiate, refuse_missing
+from ditune.config.references import reference_images
 from ditune.data import ImageDataset
 from ditune.errors import UserError
 from ditune.evaluation.comparison import Comparison
 from ditune.evaluation.protocol import Evaluation, Record
 from ditune.generation.generator import ImageGenerator
 from ditune.networks import DiT
+from ditune.peft.slots import slots
 from ditune.rng import seeded
-from ditune.samplers import check
+from ditune.samplers import BaseGuide, check
 from ditune.training.components import Components, Settings
 
 
@@ -43,8 +46,9 @@ def build_components(cfg: DictConfig) -> Components:
         settings=settings_of(cfg),
     )
     rules.check(components, rules.OF_THE_BASE)
+    before = slots(network) if base is not None and needs_base(cfg.sampler) else None
     with seeded(cfg.seed):
-        method.apply(network)
+        method.apply(network, before, new_classes=cfg.classes is not None)
     if components.settings.bf16:
         freeze_in_bf16(network)
     network.gradient_checkpointing = cfg.gradient_checkpointing
@@ -92,9 +96,14 @@ def build_generator(cfg: DictConfig, components: Components, sampler: DictConfig
         resolution=components.settings.resolution,
         bf16=components.settings.bf16,
         cache=instantiate(cfg.cache, "cache"),
-        **instantiate(cfg.sampler if sampler is None else sampler, "sampler"),
+        **build_sampling(cfg.sampler if sampler is None else sampler, cfg.paths.cache_dir),
     )
-    check(generator.sampler, generator.process, generator.steps, generator.cache)
+    check(generator.sampler, generator.process, generator.steps, generator.cache, generator.guide)
+    if isinstance(generator.guide, BaseGuide) and components.base is None:
+        raise UserError(
+            f"sampler.guide is {generator.guide.kind}, and the network starts from scratch. Set pretrained=<file>, or "
+            "sampler.guide=null_class or checkpoint."
+        )
     if generator.guidance != 1 and components.network.config["class_dropout_prob"] <= 0:
         raise UserError("The network has no null class to be guided away from. Set sampler.guidance=1.")
     return generator
@@ -114,7 +123,7 @@ def build_evaluation(
 
 def build_comparison(cfg: DictConfig, generator: ImageGenerator, store: Path | None = None) -> Comparison:
     """The protocol of a run's `metrics`; built before a training, so that what is missing shows before it."""
-    evaluation = build_evaluation(cfg, generator, instantiate(cfg.metrics.reference, "metrics"), store=store)
+    evaluation = build_evaluation(cfg, generator, reference_images(cfg), store=store)
     own = None
     if cfg.metrics.base_reference is not None:
         reference = instantiate(cfg.metrics.base_reference, "metrics")

@@ -97,9 +97,12 @@ NEUTRAL_BELOW = {
     "data.pictures.partition": None,
     "metrics.reference.limit": None,
     "metrics.reference.partition": None,
+    "sampler.guide": "null_class",
+    "sampler.guide_checkpoint": None,
+    "sampler.guide_strength": 0.5,
 }
 # Of an evaluation's protocol: keys that are newer than records of values.
-NEUTRAL_IN_PROTOCOLS = {"guidance_rescale": 0.0, "cache": None}
+NEUTRAL_IN_PROTOCOLS = {"guidance_rescale": 0.0, "cache": None, "guide": None}
 
 
 def role_of(key: str) -> Role:

@@ -7,6 +7,7 @@ import pytorch_lightning as pl
 from omegaconf import DictConfig
 
 from ditune.config.instantiate import instantiate
+from ditune.config.references import reference_images
 from ditune.errors import UserError
 from ditune.evaluation.comparison import Comparison
 from ditune.evaluation.denoising_loss import HeldOutLoss
@@ -123,7 +124,7 @@ def small_evaluation(
         UserError: the images are too few for metrics, or the extractor's weights are missing.
     """
     small, suite, features = cfg.callbacks.metrics, None, None
-    reference = instantiate(cfg.metrics.reference, "metrics") if comparison is None else comparison.evaluation.reference
+    reference = reference_images(cfg) if comparison is None else comparison.evaluation.reference
     check_counts(small.n, len(reference))
     if trainer.is_global_zero:
         with seeded(cfg.seed):  # extractors are built with random weights before their own are read

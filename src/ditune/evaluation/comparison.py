@@ -58,6 +58,6 @@ class Comparison:
             metrics["base_domain"], metrics["base_domain_is"] = self.record.or_measure(base, self.own, load)
             if rank() != 0:
                 return metrics  # only the first process has values
-            key = f"kid_{self.evaluation.suite.extractor.name}"
+            key = f"kid_{self.evaluation.suite.name}"
             metrics |= gap(metrics["before"][key], metrics["after"][key], metrics["base_domain"][key])
         return metrics

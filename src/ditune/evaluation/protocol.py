@@ -77,6 +77,8 @@ class Evaluation:
         }
         cache = generator.cache
         values["cache"] = None if cache is None else f"{cache.kind} {cache.settings}"
+        guide = generator.guide
+        values["guide"] = None if guide is None else f"{guide.kind} {guide.settings}"
         return significant(values, NEUTRAL_IN_PROTOCOLS)
 
     @property

@@ -11,7 +11,7 @@ from ditune.data import to_uint8
 from ditune.memory import memory_for
 from ditune.processes import Process
 from ditune.rng import mix
-from ditune.samplers import Cache, NoiseStream, Sampler, ShortcutSampler, default_sampler, sample
+from ditune.samplers import Cache, Guide, NoiseStream, Sampler, ShortcutSampler, default_sampler, sample
 from ditune.stopping import check
 
 FEWER = "Set sampler.batch_size lower; of src/sample.py, set n= lower and generate the rest with first=."
@@ -31,6 +31,7 @@ class ImageGenerator:
         batch_size: images at once, at most.
         bf16: the network runs under bf16 autocast.
         cache: reuse of block outputs between steps; None = none.
+        guide: what guidance pushes away from; None = the network's own null class.
     """
 
     process: Process
@@ -45,6 +46,7 @@ class ImageGenerator:
     batch_size: int = 64
     bf16: bool = True
     cache: Cache | None = None
+    guide: Guide | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sampler", self.sampler or default_sampler(self.process))
@@ -113,6 +115,7 @@ class ImageGenerator:
                 next_noise=next_noise,
                 on_step=lambda *_: check(),
                 cache=self.cache,
+                guide=self.guide,
             )
         with memory_for(f"decoding {len(indices)} images at once", TILES):
             return to_uint8(self.autoencoder.to(device).to_pixels(latents.float()))

@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ditune.errors import require
 from ditune.files.needs import Addresses, Need
+from ditune.metrics.clean import CLEAN, clean_resize
 from ditune.metrics.features import FrozenExtractor, check_file, read_tensors, remedy_of, weights_need
 
 RESOLUTION, PATCH = 224, 14
@@ -24,9 +26,10 @@ class DINOv2(FrozenExtractor):
         weights: the authors' .pth file, whose tensors are read; no pickle is executed.
         sha256: of that file.
         architecture: timm's name of the network.
+        resize: "torch" as above; "clean" by `clean_resize`, as dgm-eval has it. The name is dinov2_clean then.
 
     Raises:
-        UserError: the file is missing or another one.
+        UserError: the file is missing or another one, or there is no such resize.
 
     Source: Oquab et al. 2023, arXiv 2304.07193.
     """
@@ -34,8 +37,18 @@ class DINOv2(FrozenExtractor):
     name = "dinov2"
     width = 1024  # of ViT-L/14
 
-    def __init__(self, weights: str | Path, sha256: str, architecture: str = "vit_large_patch14_dinov2") -> None:
+    def __init__(
+        self,
+        weights: str | Path,
+        sha256: str,
+        architecture: str = "vit_large_patch14_dinov2",
+        resize: str = "torch",
+    ) -> None:
         super().__init__()
+        require(resize in ("torch", "clean"), "metrics.judge.extractor.resize", resize, "Choose torch or clean.")
+        self.resize = resize
+        if resize == "clean":
+            self.name = "dinov2_clean"
         check_file(Path(weights), sha256, remedy_of("dinov2"))
         self.sha256, self.architecture = sha256, architecture
         state = read_tensors(Path(weights))
@@ -59,12 +72,18 @@ class DINOv2(FrozenExtractor):
     def identity(self) -> dict[str, str | int]:
         """Everything that changes the features; kept in the header of cached features."""
         identity = {"extractor": self.name, "sha256": self.sha256, "architecture": self.architecture}
-        return identity | {"resolution": RESOLUTION, "resize": "bicubic, antialiased"}
+        return identity | {
+            "resolution": RESOLUTION,
+            "resize": "bicubic, antialiased" if self.resize == "torch" else CLEAN,
+        }
 
     def features(self, images: Tensor) -> Tensor:
         """uint8 (N, 3, H, W) -> float32 (N, D)."""
-        size = (RESOLUTION, RESOLUTION)
-        x = F.interpolate(images.float() / 255, size, mode="bicubic", align_corners=False, antialias=True)
+        if self.resize == "clean":
+            x = clean_resize(images, RESOLUTION) / 255
+        else:
+            size = (RESOLUTION, RESOLUTION)
+            x = F.interpolate(images.float() / 255, size, mode="bicubic", align_corners=False, antialias=True)
         return self.network.forward_features((x.clamp(0, 1) - self.mean) / self.std)[:, 0]  # (N, D)
 
 

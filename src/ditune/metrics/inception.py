@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ditune.errors import UserError
+from ditune.errors import UserError, require
 from ditune.files.arrays import refuse_absurd
 from ditune.files.atomic import sha256 as hash_of
 from ditune.files.needs import Addresses, Need
+from ditune.metrics.clean import CLEAN, clean_resize
 from ditune.metrics.distances import frechet_distance, frechet_from_statistics, statistics
 from ditune.metrics.features import FrozenExtractor, check_file, read_tensors, remedy_of, weights_need
 from ditune.metrics.suite import MetricSuite
@@ -22,6 +23,10 @@ from ditune.metrics.suite import MetricSuite
 # what numpy, zipfile and the file system raise for files that are damaged or something else
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, MemoryError)
 UNREADABLE += (zipfile.BadZipFile, zlib.error)
+SIDE = 299  # pixels of the network's input
+LAYERS = ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "MaxPool_1", "Conv2d_3b_1x1", "Conv2d_4a_3x3", "MaxPool_2")
+LAYERS += tuple(f"Mixed_{name}" for name in ("5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e", "7a", "7b", "7c"))
+LAYERS += ("AvgPool",)
 SPATIAL_CHANNELS = 7  # of sFID: 7 x 17 x 17 = 2023 numbers, about as many as pool3 has
 
 
@@ -34,9 +39,11 @@ class Inception2015(FrozenExtractor):
     Args:
         weights: torch-fidelity's file; its tensors are read, no pickle is executed.
         sha256: of that file.
+        resize: "tensorflow" as above; "clean" by `clean_resize`, and pixels to 2 x / 255 - 1, as pytorch-fid's port and
+            dgm-eval have them. The name is inception_clean then.
 
     Raises:
-        UserError: the file is missing or another one.
+        UserError: the file is missing or another one, or there is no such resize.
 
     Source: Szegedy et al. 2015, arXiv 1512.00567; sFID: Nash et al. 2021, arXiv 2103.03841, as in ADM's evaluator.
     """
@@ -45,10 +52,14 @@ class Inception2015(FrozenExtractor):
     width = 5079
     columns = {"features": slice(0, 2048), "spatial": slice(2048, 4071), "logits": slice(4071, 5079)}  # noqa: RUF012
 
-    def __init__(self, weights: str | Path, sha256: str) -> None:
+    def __init__(self, weights: str | Path, sha256: str, resize: str = "tensorflow") -> None:
         super().__init__()
+        remedy = "Choose tensorflow or clean."
+        require(resize in ("tensorflow", "clean"), "metrics.judge.extractor.resize", resize, remedy)
         check_file(Path(weights), sha256, remedy_of("inception"))
-        self.sha256 = sha256
+        self.sha256, self.resize = sha256, resize
+        if resize == "clean":
+            self.name = "inception_clean"
         # torch-fidelity unpickles what it is given, so it is given a copy of the tensors that are here already
         copy = io.BytesIO()
         torch.save(read_tensors(Path(weights)), copy)
@@ -71,12 +82,24 @@ class Inception2015(FrozenExtractor):
     @property
     def identity(self) -> dict[str, str | int]:
         """Everything that changes the features; kept in the header of cached features."""
-        return {"extractor": self.name, "sha256": self.sha256, "resolution": 299, "resize": "bilinear of TensorFlow 1"}
+        resize = "bilinear of TensorFlow 1" if self.resize == "tensorflow" else CLEAN
+        return {"extractor": self.name, "sha256": self.sha256, "resolution": SIDE, "resize": resize}
 
     def features(self, images: Tensor) -> Tensor:
         """uint8 (N, 3, H, W) -> float32 (N, 5079)."""
-        pool, logits = self.network(images)  # the hook keeps the spatial features
+        if self.resize == "clean":
+            pool, logits = self.of_pixels(clean_resize(images, SIDE) / 255 * 2 - 1)
+        else:
+            pool, logits = self.network(images)
+        # the hook has kept the spatial features
         return torch.cat([pool, self._spatial, logits], dim=1)  # (N, 2048 + 2023 + 1008)
+
+    def of_pixels(self, x: Tensor) -> tuple[Tensor, Tensor]:  # (N, 3, 299, 299) -> (N, 2048), (N, 1008)
+        """pool3 and logits without bias of pixels in -1..1; the network itself takes bytes and resizes them."""
+        for name in LAYERS:
+            x = getattr(self.network, name)(x)
+        pool = x.flatten(1)
+        return pool, pool @ self.network.fc.weight.T
 
 
 class InceptionMetrics(MetricSuite):
@@ -88,6 +111,7 @@ class InceptionMetrics(MetricSuite):
         batch_size: images per batch.
         statistics: a reference file of ADM's (.npz with mu, sigma and mu_s, sigma_s), such as the literature's
             VIRTUAL_imagenet256_labeled.npz; FID and sFID are then to it. None = to the reference's images.
+        reference_split: see `MetricSuite`.
 
     Raises:
         UserError: the file is missing or holds something else.
@@ -99,8 +123,9 @@ class InceptionMetrics(MetricSuite):
         cache: str | Path | None = None,
         batch_size: int = 64,
         statistics: str | Path | None = None,
+        reference_split: str | None = None,
     ) -> None:
-        super().__init__(extractor, cache, batch_size)
+        super().__init__(extractor, cache, batch_size, reference_split)
         self.statistics = None if statistics is None else read_statistics(Path(statistics))
         self._sha256 = None if statistics is None else hash_of(Path(statistics))
 
@@ -125,13 +150,15 @@ class InceptionMetrics(MetricSuite):
         """Metrics of outputs x (N, 5079) of generated images and y (M, 5079) of the reference.
 
         Returns:
-            For N = 10,000: {fid_10k, sfid_10k, is_10k, kid_inception, precision_inception, ...}.
+            For N = 10,000: {fid_10k, sfid_10k, is_10k, kid_inception, precision_inception, ...}; with the clean resize
+            {fid_clean_10k, ..., kid_inception_clean, ...}.
 
         Raises:
             UserError: there are too few images; see `MetricSuite.compare`.
         """
-        values, columns, count = super().compare(x, y), self.extractor.columns, format_count(len(x))
-        fid = values.pop(f"fd_{self.extractor.name}")
+        values, columns = super().compare(x, y), self.extractor.columns
+        fid = values.pop(f"fd_{self.name}")
+        count = f"{self.name}_{format_count(len(x))}".removeprefix("inception_")  # 10k, clean_10k, clean_train_10k
         if self.statistics is None:
             sfid = frechet_distance(x[:, columns["spatial"]], y[:, columns["spatial"]])
         else:

@@ -57,21 +57,38 @@ class MetricSuite:
         extractor: makes features of images.
         cache: folder for the features of references; None = they are computed every time.
         batch_size: images per batch.
+        reference_split: "all" or "train", where the caller takes that part of the reference's dataset; a part of the
+            header of cached features, and "train" of the metrics' names. None = neither.
 
     Raises:
         RuntimeError: the machine's linear algebra gives wrong results.
     """
 
-    def __init__(self, extractor: Extractor, cache: str | Path | None = None, batch_size: int = 64) -> None:
+    def __init__(
+        self,
+        extractor: Extractor,
+        cache: str | Path | None = None,
+        batch_size: int = 64,
+        reference_split: str | None = None,
+    ) -> None:
         self_test()
-        self.extractor = extractor
+        self.extractor, self.reference_split = extractor, reference_split
         self.cache = None if cache is None else Path(cache)
         self.batch_size = batch_size
 
     @property
     def identity(self) -> dict[str, str | int]:
         """Everything that changes the values, except the images and the reference."""
-        return dict(self.extractor.identity)
+        return dict(self.extractor.identity) | self._split
+
+    @property
+    def name(self) -> str:
+        """In the names of the metrics: the extractor's, and the split of the reference where it is not as usual."""
+        return f"{self.extractor.name}_train" if self.reference_split == "train" else self.extractor.name
+
+    @property
+    def _split(self) -> dict[str, str]:
+        return {} if self.reference_split is None else {"reference_split": self.reference_split}
 
     def __call__(self, images: Tensor | ImageSet, reference: ImageSet) -> dict[str, float | int]:
         """Metrics of images against a reference dataset; see `compare`.
@@ -110,7 +127,7 @@ class MetricSuite:
             progress.advance()
             frechet = frechet_distance(x, y)
             progress.advance()
-        name = self.extractor.name
+        name = self.name
         return {
             f"kid_{name}": value,
             f"kid_{name}_std": deviation,
@@ -152,6 +169,7 @@ class MetricSuite:
             "data": images.fingerprint,
             "n": len(images),
             **self.extractor.identity,
+            **self._split,
         }
         key = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()[:16]
         path = self.cache / f"{self.extractor.name}-{key}.safetensors"

@@ -45,8 +45,7 @@ class Adapters:
         try:
             if num_classes not in (None, self.network.num_classes):
                 resize_labels(self.network, num_classes)
-            method.apply(self.network)
-            self._separate()
+            method.apply(self.network, base=self.base)
             method.from_file(self.network, tensors)
             self.network.requires_grad_(False)
             self.changes[name] = difference(self.network, self.base)
@@ -82,9 +81,3 @@ class Adapters:
             yield self.network
         finally:
             self.use(before)
-
-    def _separate(self) -> None:
-        """Replace the base's own parameters that train by copies for the adapter."""
-        for (module, kind, name), value in self.base.items():
-            if kind == "_parameters" and value is not None and value.requires_grad:
-                module._parameters[name] = nn.Parameter(value.detach().clone())

@@ -2,13 +2,14 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ditune.errors import UserError
-from ditune.peft.slots import all_or_nothing
+from ditune.peft.dial import Dial
+from ditune.peft.slots import Slots, all_or_nothing, separate
 
 LABELS = "y_embedder"  # name of the label table's module in every network
 
@@ -25,10 +26,16 @@ class PeftMethod(ABC):
     forward_mode = True  # the adapted network can be differentiated by torch.func.jvp
     starts_as_identity = True  # the adapted network first has the output of the base
     unmergeable: str | None = None  # why an adapted network cannot become a plain one; None = it can
+    # parts of the names of injected parameters that move along the dial, see `dial`; None = there is no path
+    path: tuple[str, ...] | None = ()
+    no_path = "what it adds is not zero anywhere"  # the reason, where `path` is None
+    # how adapters are added up: their parameters, the ranks of their factors, or None = they cannot be
+    sums: Literal["parameters", "ranks"] | None = None
 
     def __init__(self, lr: float, weight_decay: float = 0.0, train_labels: bool = True):
         self.lr, self.weight_decay, self.train_labels = lr, weight_decay, train_labels
         self.arguments: dict[str, Any] = {}  # name and keyword arguments of `build_peft`
+        self.dial: Dial | None = None  # between the base and the adapter, where `apply` keeps the base
 
     @property
     def title(self) -> str:
@@ -58,17 +65,26 @@ class PeftMethod(ABC):
             network: changed in place; its output stays.
         """
 
-    def apply(self, network: nn.Module) -> None:
+    def moves(self, name: str) -> bool:
+        """Whether the injected parameter of this full name moves along the dial."""
+        return any(part in name for part in self.path or ())
+
+    def apply(self, network: nn.Module, base: Slots | None = None, new_classes: bool = False) -> None:
         """Adapt a network: inject, then freeze every parameter that the method does not select.
 
         Args:
             network: changed in place.
+            base: `slots(network)` of the base, which is kept with them: what trains is copied, `self.dial` leads back.
+                None = the base's values are overwritten.
+            new_classes: whether the label table is of other classes than the base's.
 
         Raises:
             UserError: the method does not fit the network or trains nothing of it; the network is as it was.
         """
         if getattr(network, "adaptation", None) is not None:
             raise UserError("The network is adapted already. Merge it first, or load the base network again.")
+        if base is not None:
+            self.check_base_stays()
         with all_or_nothing(network):
             self.inject(network)
             names = [name for name, _ in network.named_parameters()]
@@ -81,6 +97,16 @@ class PeftMethod(ABC):
             parameter.requires_grad_(name in chosen)
         network.train(network.training)  # the injected modules too
         network.adaptation = self
+        if base is not None:
+            separate(base)
+            self.dial = Dial(network, self, base, new_classes)
+
+    def check_base_stays(self) -> None:  # noqa: B027, most methods leave its frozen weights alone
+        """Refuse to keep the base where the method changes weights that do not train.
+
+        Raises:
+            UserError: it does.
+        """
 
     def _is_label(self, name: str) -> bool:
         return self.train_labels and name.startswith(f"{LABELS}.")
@@ -138,7 +164,7 @@ class PeftMethod(ABC):
         network.float()
         self.fold(network)
         network.requires_grad_(True)
-        network.adaptation = None
+        network.adaptation = self.dial = None
 
     # For methods that do something in training, or have a file format of their own
 

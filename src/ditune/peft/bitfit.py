@@ -6,6 +6,8 @@ from ditune.peft.base import PeftMethod
 class BitFit(PeftMethod):
     """Every bias of the network trains. Arguments: see `PeftMethod`."""
 
+    sums = "parameters"
+
     def selects(self, name: str) -> bool:
         """Every bias."""
         return "bias" in name

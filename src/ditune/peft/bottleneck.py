@@ -76,6 +76,7 @@ class AdaptFormer(PeftMethod):
     """
 
     wrapper: type[Parallel] = Parallel
+    path = (".adapter.up.",)
     unmergeable = "its adapters are not linear"
 
     def __init__(

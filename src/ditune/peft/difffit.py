@@ -28,6 +28,9 @@ class DiffFit(PeftMethod):
         UserError: an unknown place.
     """
 
+    path = ("gamma", "norm")
+    sums = "parameters"
+
     def __init__(
         self,
         lr: float,

@@ -30,6 +30,8 @@ def moe_layers(network: nn.Module) -> Iterator[MoE]:
 class Router(PeftMethod):
     """Only the routers train: the choice of a token's experts, and the weights of their outputs."""
 
+    sums = "parameters"
+
     def selects(self, name: str) -> bool:
         """The routers."""
         return ".router." in name
@@ -49,6 +51,8 @@ class FullExperts(Router):
 
 class DiffFitExperts(Router):
     """Scales per channel on the sum of the routed experts and on the shared output of every layer, initially 1."""
+
+    path = ("gamma_",)
 
     def selects(self, name: str) -> bool:
         """The scales."""

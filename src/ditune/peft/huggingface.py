@@ -33,6 +33,22 @@ HUGGINGFACE: dict[str, tuple[str, dict[str, Any]]] = {
     "shira": ("SHIRA", {}),
     "miss": ("MISS", {}),
 }
+# What moves along the dial, by peft's type: of each product the factor that begins at zero. HRA's reflections do not
+# become the identity along any path of their vectors; a type that is missing here has no path either.
+PATHS: dict[str, tuple[str, ...]] = {
+    "LORA": ("lora_B.", "lora_magnitude_vector."),
+    "ADALORA": ("lora_E.",),
+    "LOHA": ("hada_w2_b.",),
+    "LOKR": ("lokr_w1.", "lokr_w1_a."),
+    "IA3": ("ia3_l.",),
+    "VERA": ("vera_lambda_b.",),
+    "OFT": ("oft_R.",),  # the generator of the rotation
+    "BOFT": ("boft_R.", "boft_s."),
+    "FOURIERFT": ("fourierft_spectrum.",),
+    "SHIRA": ("shira_weight.",),
+    "MISS": ("miss_block.",),
+}
+ADDED = ("IA3", "FOURIERFT", "SHIRA", "MISS")  # by their parameters: the weights are linear in them
 CHANGES_THE_BASE = ("pissa", "olora")  # initial values of LoRA that are subtracted from the base weight
 PREFIX = "base_model.model."  # of every key in peft's files
 ADAPTER = "default"  # peft's name of the adapter inside the network
@@ -76,12 +92,29 @@ class HuggingFace(PeftMethod):
             raise UserError(f"peft refuses these arguments: {first_line(error)}. See configs/peft/.") from error
         self.saved = [*(self.config.modules_to_save or ()), *([LABELS] if train_labels else ())]
         self.config.modules_to_save = None  # they train in place, without peft's copies
+        self.path = PATHS.get(peft_type)
+        self.no_path = f"none is known for peft's {peft_type}"
+        self.sums = "parameters" if peft_type in ADDED else None
+        if peft_type == "LORA" and not arguments.get("use_dora") and not arguments.get("target_parameters"):
+            self.sums = "ranks"
         self.injected: set[str] = set()
         self.constants: dict[str, Tensor] = {}  # read from a file, and written to the next one
 
     def selects(self, name: str) -> bool:
         """peft's own parameters, and those of `modules_to_save`."""
         return name in self.injected or any(f".{module}." in f".{name}" for module in self.saved)
+
+    def check_base_stays(self) -> None:
+        """Refuse PiSSA and OLoRA, which subtract from the frozen weights; adapters that they have written do not.
+
+        Raises:
+            UserError: the method changes frozen weights.
+        """
+        if self._changes_the_base:
+            raise UserError(
+                f"{self.title} changes the base's frozen weights while it trains, so the base is not there to guide. "
+                "Set sampler.guide=null_class here; src/sample.py of the finished run can take guide=base."
+            )
 
     def inject(self, network: nn.Module) -> None:
         """Put peft's layers around those that `target_modules` names.

@@ -14,6 +14,9 @@ class NormTuning(PeftMethod):
         adaln: the adaLN layers train too, weights and biases (a third of DiT's parameters).
     """
 
+    path = ("norm",)
+    sums = "parameters"
+
     def __init__(self, lr: float, weight_decay: float = 0.0, train_labels: bool = True, adaln: bool = False):
         super().__init__(lr, weight_decay, train_labels)
         self.adaln = adaln

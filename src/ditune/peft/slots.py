@@ -50,6 +50,14 @@ def undo(change: Slots, before: Slots) -> None:
             del getattr(module, kind)[name]
 
 
+def separate(before: Slots) -> None:
+    """Replace the parameters of `before` that train by copies, so that the originals keep their values."""
+    for (module, kind, name), value in before.items():
+        if kind == "_parameters" and value is not None and value.requires_grad and module._parameters[name] is value:
+            module._parameters[name] = nn.Parameter(value.detach().clone())
+            value.requires_grad_(False)
+
+
 @contextmanager
 def all_or_nothing(network: nn.Module) -> Iterator[None]:
     """Undo every change of the network's structure in the block if it raises an error."""

@@ -71,6 +71,8 @@ class VPT(PeftMethod):
 
     starts_as_identity = False
     unmergeable = "its prompts are tokens, not weights"
+    path = None
+    no_path = "prompts get a share of the attention at any value"
 
     def __init__(
         self,

@@ -3,6 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 
+from ditune.report.comparability import warnings
 from ditune.report.pivot import Pivot
 from ditune.report.results import PRECISION, Run
 
@@ -44,7 +45,8 @@ def notes(table: Pivot, runs: Sequence[Run]) -> list[str]:
     found = [seeds(table), BOLD]
     if len(table.data) > 1:
         found += [RANK, RANGE]
-    return found + differences([run for run in runs if run.finished], table.metric)
+    finished = [run for run in runs if run.finished]
+    return found + differences(finished, table.metric) + warnings(finished, table.metric)
 
 
 def seeds(table: Pivot) -> str:

@@ -1,4 +1,4 @@
-"""Sampling from a network: samplers, guidance, and noise per image."""
+"""Sampling from a network: samplers, guidance and guides, and noise per image."""
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -15,6 +15,7 @@ from ditune.samplers.ddpm import DDPM
 from ditune.samplers.euler import Euler
 from ditune.samplers.few_step import ConsistencySampler, Jumps, Renoise, ShortcutSampler
 from ditune.samplers.guidance import ModelFn, guide, guided
+from ditune.samplers.guides import BaseGuide, CheckpointGuide, Guide, InterpolatedGuide
 from ditune.samplers.multistep import Multistep
 from ditune.samplers.noise import NoiseStream
 from ditune.samplers.runge_kutta import RungeKutta
@@ -24,11 +25,15 @@ NAMES = {GaussianProcess: "a diffusion", FlowProcess: "a flow"}
 __all__ = [
     "DDIM",
     "DDPM",
+    "BaseGuide",
     "Cache",
+    "CheckpointGuide",
     "ConsistencySampler",
     "Delta",
     "Euler",
     "Fora",
+    "Guide",
+    "InterpolatedGuide",
     "Jumps",
     "ModelFn",
     "Multistep",
@@ -55,7 +60,9 @@ def default_sampler(process: Process) -> Sampler:
     return DDIM()
 
 
-def check(sampler: Sampler, process: Process, steps: int, cache: Cache | None = None) -> None:
+def check(
+    sampler: Sampler, process: Process, steps: int, cache: Cache | None = None, guide: Guide | None = None
+) -> None:
     """Refuse a sampler, a number of steps or a cache that does not suit the process.
 
     Args:
@@ -63,10 +70,11 @@ def check(sampler: Sampler, process: Process, steps: int, cache: Cache | None = 
         process: the process that the network was trained on.
         steps: number of steps.
         cache: of block outputs; None = none.
+        guide: of guidance; None = the null class.
 
     Raises:
-        UserError: the sampler cannot sample from the process in this number of steps, or calls the network more than
-            once in each and a cache is asked for.
+        UserError: the sampler cannot sample from the process in this number of steps; or a cache is asked for, and the
+            network is called more than once in each step.
     """
     if not isinstance(process, sampler.process):
         fitting = "euler" if isinstance(process, FlowProcess) else "ddim or ddpm"
@@ -86,6 +94,11 @@ def check(sampler: Sampler, process: Process, steps: int, cache: Cache | None = 
             f"{sampler.kind} calls the network {sampler.calls_per_step} times in each step, at other times, and a "
             "cache would mix them. Set cache=none, or choose a sampler of one call in each step."
         )
+    if cache is not None and guide is not None:
+        raise UserError(
+            f"sampler.guide={guide.kind} calls two networks in each step, and a cache would mix them. Set cache=none, "
+            "or sampler.guide=null_class."
+        )
 
 
 @torch.inference_mode()
@@ -104,6 +117,7 @@ def sample(
     next_noise: Callable[[], Tensor] | None = None,
     on_step: Callable[[float, Tensor, Tensor], None] | None = None,
     cache: Cache | None = None,
+    guide: Guide | None = None,
 ) -> Tensor:  # (N, C, H, W)
     """Generate one image per label.
 
@@ -114,13 +128,14 @@ def sample(
         y: (N,) int64 labels.
         sampler: a sampler that suits the process.
         steps: number of steps from noise to data. A diffusion takes 2..`process.timesteps`.
-        guidance: scale of classifier-free guidance; 1 = none.
+        guidance: scale of guidance; 1 = none.
         guidance_interval: part of the process in which guidance is on, 0 = data and 1 = noise.
         guidance_channels: number of leading channels that are guided; None = all.
         guidance_rescale: phi of arXiv 2305.08891, in [0, 1]; 0 = off.
         next_noise: returns the noise (N, C, H, W) of each step of a random sampler; None = torch's global generator.
         on_step: called after every step with (time at its beginning, x, predicted x_0).
         cache: reuse of block outputs between steps; None = everything is computed in every step.
+        guide: what guidance pushes away from; None = the network's own null class.
 
     Returns:
         (N, C, H, W) data or latents.
@@ -128,7 +143,8 @@ def sample(
     Raises:
         UserError: the sampler, the steps or the cache do not suit the process.
     """
-    check(sampler, process, steps, cache)
+    check(sampler, process, steps, cache, guide)
+    weaker = None if guide is None or guidance == 1 else guide.bind(network, process, y)
     in_steps = process.in_steps(steps)
     with nullcontext(network) if cache is None else cache.used(network, in_steps.steps) as called:
         model_fn = guided(
@@ -140,5 +156,6 @@ def sample(
             channels=guidance_channels,
             timesteps=process.length,
             rescale=guidance_rescale,
+            weaker=weaker,
         )
         return sampler(model_fn, in_steps, noise, next_noise or (lambda: torch.randn_like(noise)), on_step)

@@ -69,8 +69,9 @@ def guided(
     channels: int | None = None,
     timesteps: float = 1000,
     rescale: float = 0.0,
+    weaker: ModelFn | None = None,
 ) -> ModelFn:
-    """Bind a network to labels, with classifier-free guidance.
+    """Bind a network to labels, with guidance away from the null class or from a weaker network.
 
     Args:
         network: (x, t, y) -> output; (x, t, y, step) -> output for step-conditioned networks.
@@ -84,6 +85,8 @@ def guided(
         timesteps: length of the network's time, which turns t into a part of the process.
         rescale: phi of arXiv 2305.08891, section 3.4, in [0, 1]: how far the guided output is scaled back to the
             standard deviation of the conditional one.
+        weaker: gives the unconditional prediction in a call of its own, see `guides`; None = the network's null class,
+            in one call of 2N.
 
     Returns:
         (x, t) -> output, or (x, t, step) -> output; see `at_time` too.
@@ -95,6 +98,13 @@ def guided(
     def is_inside(t: Tensor) -> Tensor:  # (N,) -> (N,)
         return (low * timesteps <= t) & (t <= high * timesteps)
 
+    def branches(x: Tensor, t: Tensor, *step: Tensor) -> Sequence[Tensor]:
+        if weaker is not None:
+            return network(x, t, y, *step), weaker(x, t, *step)
+        doubled = (torch.cat([value, value]) for value in step)
+        both = network(torch.cat([x, x]), torch.cat([t, t]), both_labels, *doubled)  # (2N, C or 2C, H, W)
+        return both.chunk(2)
+
     def model_fn(x: Tensor, t: Tensor, *step: Tensor, shared_time: float | None = None) -> Tensor:
         inside = is_inside(t)
         known = inside
@@ -102,9 +112,7 @@ def guided(
             known = is_inside(torch.full((1,), shared_time, dtype=t.dtype))  # on the CPU, likewise rounded
         if scale == 1 or not (everywhere or known.any()):
             return network(x, t, y, *step)
-        doubled = (torch.cat([value, value]) for value in step)
-        both = network(torch.cat([x, x]), torch.cat([t, t]), both_labels, *doubled)  # (2N, C or 2C, H, W)
-        conditional, unconditional = both.chunk(2)
+        conditional, unconditional = branches(x, t, *step)
         count = x.shape[1] if channels is None else channels
         pushed = guide(conditional[:, :count], unconditional[:, :count], scale, where=inside)
         if rescale > 0:  # arXiv 2305.08891, section 3.4

@@ -1,0 +1,47 @@
+"""What sample.py and evaluate.py share: a run at a strength of its adapter, or a sum of runs' adapters."""
+
+from omegaconf import DictConfig
+
+from ditune.config.guides import needs_base
+from ditune.errors import UserError
+from ditune.run import Run, load_run, load_sum
+
+
+def load_weighted(cfg: DictConfig) -> Run:
+    """The network of `run=` at `strength=`, or of `adapters=`.
+
+    Raises:
+        UserError: a run is missing or damaged, or there is no such strength or sum.
+    """
+    if cfg.adapters is not None:
+        run = load_sum(weights(cfg.adapters))
+        if cfg.strength is not None:
+            run.network.adaptation.dial.set(cfg.strength)
+        return run
+    return load_run(cfg.run, cfg.strength, keep_base=needs_base(cfg) or needs_base(cfg.get("sampler") or {}))
+
+
+def weights(adapters: list[str]) -> dict[str, float]:
+    """Weight of each run in `adapters=[<run>:<weight>,...]`.
+
+    Raises:
+        UserError: an entry is none, or a run stands there twice.
+    """
+    found: dict[str, float] = {}
+    for entry in adapters:
+        run, _, weight = str(entry).rpartition(":")
+        try:
+            value = float(weight)
+        except ValueError:
+            run = ""
+        if not run or run in found:
+            what = "names a run twice" if run else f"has the entry {entry!r}, which is no <run>:<weight>"
+            raise UserError(f"adapters {what}. Give it as adapters=[<run>:0.7,<run>:0.3].")
+        found[run] = value
+    return found
+
+
+def refuse_strength(cfg: DictConfig) -> None:
+    """Raises UserError where `strength=` is given and there is no adapter."""
+    if cfg.strength is not None:
+        raise UserError(f"strength is {cfg.strength:g}, and only run= and adapters= have an adapter. Leave it out.")
