@@ -229,6 +229,7 @@ KEYS = (
     Key("metrics.n", int, at_least=0),
     Key("metrics.loss_split", str, null=True),
     Key("metrics.record", str, null=True),
+    Key("metrics.keep_images", bool),
     Key("metrics.reference", dict, null=True),
     Key("metrics.base_reference", dict, null=True),
     Key("metrics.judge.statistics", str, null=True),

@@ -96,6 +96,7 @@ NEUTRAL_BELOW = {
     "data.pictures.partition": None,
     "metrics.reference.limit": None,
     "metrics.reference.partition": None,
+    "metrics.keep_images": False,
 }
 # Of an evaluation's protocol: keys that are newer than records of values.
 NEUTRAL_IN_PROTOCOLS = {"guidance_rescale": 0.0, "cache": None}
@@ -137,7 +138,7 @@ def deciding(callbacks: Mapping[str, Any]) -> dict[str, Any]:
 # fmt: off
 ROUNDING = "changes rounding only"
 WHERE = "says where files lie"
-WHEN = "says when something is shown or written"
+WHEN = "says when something is shown or written, or whether it is"
 SPEED = "says how fast images come"
 SAME_RESULT: dict[str, str] = {
     "gradient_checkpointing": ROUNDING,
@@ -158,6 +159,7 @@ SAME_RESULT: dict[str, str] = {
     "data.*.manifest": WHERE,
     "metrics.*reference.manifest": WHERE,
     "metrics.judge.cache": WHERE,
+    "metrics.keep_images": WHEN,
     "callbacks.samples.every_n_steps": WHEN,
     "callbacks.checkpoint.every_n_steps": WHEN,
     "callbacks.checkpoint.keep": WHEN,
