@@ -200,6 +200,7 @@ KEYS = (
     Key("*.sources", str, many=True),
     Key("*.split", str, null=True),
     Key("*.limit", int, at_least=1, null=True),
+    Key("data.fraction", float, above=0, at_most=1, null=True),
     Key("*.partition", int, at_least=1, at_most=10, null=True),
     Key("*.class_column", str, null=True),
     Key("*.classes", str, null=True),  # a file

@@ -92,6 +92,7 @@ REFERRED_TO = ("paths", "rates", "labels_train", "reruns_batch")  # by other key
 # Below the top level: keys that are newer than finished runs, with the value at which they are left out.
 NEUTRAL_BELOW = {
     "trainer.num_nodes": 1,
+    "data.fraction": None,
     "data.pictures.limit": None,
     "data.pictures.partition": None,
     "metrics.reference.limit": None,
