@@ -40,7 +40,7 @@ CONFIGS = str(Path(__file__).resolve().parent / "configs")
 DO = ("measure", "keep", "restore", "sheet")
 APART["styles"] = (
     Key("do", str, choices=DO),
-    Key("sweep", str),
+    Key("folder", str),
     Key("kept", str),
     Key("apart", str),
     Key("base", str),
@@ -70,13 +70,13 @@ def finished(folder: Path) -> list[Path]:
     """
     found = [run.folder for run in runs_of(folder) if run.finished]
     if not found:
-        raise UserError(f"There is no finished run in {folder}. Give the folder of a sweep as sweep=.")
+        raise UserError(f"There is no finished run in {folder}. Give that of a sweep as folder=.")
     return found
 
 
 def measure(cfg: DictConfig) -> None:
     """Losses of single held-out images, drift, forgotten classes and images to show, of the runs that lack them."""
-    for folder in finished(Path(cfg.sweep)):
+    for folder in finished(Path(cfg.folder)):
         if (folder / MEASURED).is_file():
             continue
         log.info("measuring %s", folder)
@@ -141,7 +141,7 @@ def strip(images: Tensor) -> Image.Image:
 
 def keep(cfg: DictConfig) -> None:
     """Copy the small files of finished runs to where git keeps them."""
-    for folder in finished(Path(cfg.sweep)):
+    for folder in finished(Path(cfg.folder)):
         result = read_json(folder / "result.json")
         target = Path(cfg.apart if result["data"]["name"] == SHARE_ALIKE else cfg.kept) / name_of(result)
         if (target / "result.json").is_file():
@@ -166,7 +166,7 @@ def name_of(result: dict) -> str:
 
 def restore(cfg: DictConfig) -> None:
     """Copy kept runs into the sweep's folder, but for jobs that it has."""
-    sweep = Path(cfg.sweep)
+    sweep = Path(cfg.folder)
     there = {run.identity for run in runs_of(sweep)} if sweep.is_dir() else set()
     for folder in kept_runs(cfg):
         if read_json(folder / "result.json")["job_identity"] not in there:
