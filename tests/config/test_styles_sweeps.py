@@ -79,9 +79,7 @@ def kept() -> Iterator[tuple[str, dict]]:
 
 def test_kept_results_are_finished_jobs_of_the_table(tmp_path):
     """So that a sweep into whose folder they are restored runs none of them again."""
-    found = list(kept())
-    assert found
-    for name, result in found:
+    for name, result in kept():
         keys = {"data": result["data"]["name"], "peft": result["peft"]["name"], "seed": result["seed"]}
         cfg = compose(tmp_path, "sweep=styles_table", "experiment=styles", *(f"{k}={v}" for k, v in keys.items()))
         assert result["status"] == "finished", name
