@@ -93,6 +93,7 @@ REFERRED_TO = ("paths", "rates", "labels_train", "reruns_batch")  # by other key
 NEUTRAL_BELOW = {
     "trainer.num_nodes": 1,
     "trainer.strategy.bucket_cap_mb": 25,
+    "data.fraction": None,
     "data.pictures.limit": None,
     "data.pictures.partition": None,
     "metrics.reference.limit": None,
@@ -100,6 +101,7 @@ NEUTRAL_BELOW = {
     "sampler.guide": "null_class",
     "sampler.guide_checkpoint": None,
     "sampler.guide_strength": 0.5,
+    "metrics.keep_images": False,
 }
 # Of an evaluation's protocol: keys that are newer than records of values.
 NEUTRAL_IN_PROTOCOLS = {"guidance_rescale": 0.0, "cache": None, "guide": None}
@@ -141,7 +143,7 @@ def deciding(callbacks: Mapping[str, Any]) -> dict[str, Any]:
 # fmt: off
 ROUNDING = "changes rounding only"
 WHERE = "says where files lie"
-WHEN = "says when something is shown or written"
+WHEN = "says when something is shown or written, or whether it is"
 SPEED = "says how fast images come"
 SAME_RESULT: dict[str, str] = {
     "gradient_checkpointing": ROUNDING,
@@ -162,6 +164,7 @@ SAME_RESULT: dict[str, str] = {
     "data.*.manifest": WHERE,
     "metrics.*reference.manifest": WHERE,
     "metrics.judge.cache": WHERE,
+    "metrics.keep_images": WHEN,
     "callbacks.samples.every_n_steps": WHEN,
     "callbacks.checkpoint.every_n_steps": WHEN,
     "callbacks.checkpoint.keep": WHEN,
