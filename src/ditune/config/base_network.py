@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 def build_network(
-    cfg: DictConfig, class_names: list[str], autoencoder: Autoencoder, process: Process
+    cfg: DictConfig, class_names: list[str], autoencoder: Autoencoder, inputs: Mapping[str, bool]
 ) -> tuple[DiT, Base | None]:
     """The network of the config: read from its pretrained file, or with seeded initial weights.
 
@@ -32,7 +32,7 @@ def build_network(
         cfg: of a training.
         class_names: of the data.
         autoencoder: decides the shape of the latents.
-        process: of the objective; decides whether the network is conditioned on the step size.
+        inputs: arguments for the network's further inputs, see `Objective.inputs`.
 
     Raises:
         UserError: the file is missing, damaged or of an unknown kind.
@@ -41,15 +41,15 @@ def build_network(
     shape = {"in_channels": channels, "input_size": side, "num_classes": len(class_names)}
     if cfg.pretrained is None:
         with seeded(cfg.seed):
-            return instantiate(cfg.network, "network", **shape, **process.network), None
+            return instantiate(cfg.network, "network", **shape, **inputs), None
     path = locate(cfg.pretrained, Path(cfg.paths.cache_dir) / "networks", download=not cfg.dry_run)
     source = Source(path)
     opened = {"source": source} if "checkpoint" in cfg.network else {}  # network=as_pretrained takes its sizes from it
     with unfilled():
-        ours = instantiate(cfg.network, "network", **shape, **process.network, **opened).config
+        ours = instantiate(cfg.network, "network", **shape, **inputs, **opened).config
     given = given_process(cfg.get("pretrained_process"), "pretrained_process")
     with seeded(cfg.seed):
-        read = read_network(source, given, ours, "pretrained_process", **process.network)
+        read = read_network(source, given, ours, "pretrained_process", **inputs)
     loaded, config = read.network, read.network.config
     if cfg.new_resolution:
         loaded = at_resolution(loaded, ours["input_size"], ours["pos_embed_scale"])

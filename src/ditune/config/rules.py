@@ -157,6 +157,15 @@ def forward_mode_suits_the_method(c: Components) -> str | None:
     )
 
 
+def transfer_needs_a_base(c: Components) -> str | None:
+    """Objectives for transfer call the pretrained network."""
+    if c.base is not None or not c.objective.needs_base:
+        return None
+    return (
+        "transfer= needs a pretrained network in its loss, and there is none. Set pretrained=<file>, or transfer=none."
+    )
+
+
 def null_class_is_there(c: Components) -> str | None:
     """Dropped labels, guidance in the objective and augmented images need the null class."""
     needed = c.objective.needs_null_class or c.settings.augmented
@@ -220,6 +229,7 @@ OF_A_TRAINING: tuple[Rule, ...] = (
     balance_needs_experts,
     adapters_have_no_router_biases,
     forward_mode_suits_the_method,
+    transfer_needs_a_base,
     null_class_is_there,
     latents_are_not_augmented,
 )

@@ -149,6 +149,12 @@ class FlowProcess:
         """The network's own time of t in [0, 1]."""
         return self.time_scale * (1 - t if self.data_at else t)
 
+    def part(self, time: Tensor) -> Tensor:  # (N,) -> (N,) in [0, 1]
+        """Part of the process of the network's time, the inverse of `network_time`; of a diffusion, the diffusion's."""
+        if self.diffused is not None:
+            return self.diffused.process.part(time)
+        return 1 - time / self.time_scale if self.data_at else time / self.time_scale
+
     def network_step(self, d: Tensor) -> Tensor:  # (N,) -> (N,)
         """What is fed to a step-conditioned network for the step size d in [0, 1]."""
         if self.step == "log2":
