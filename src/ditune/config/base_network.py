@@ -16,7 +16,7 @@ from ditune.files.atomic import sha256
 from ditune.networks import DiT
 from ditune.networks.unfilled import unfilled
 from ditune.peft import adapt_labels
-from ditune.processes import GaussianProcess, Process, build_process
+from ditune.processes import GaussianProcess, Process, build_process, is_flow
 from ditune.rng import seeded
 from ditune.training.components import Base
 
@@ -57,7 +57,7 @@ def build_network(
         names = read.header and read.header["provenance"]["class_names"]
         with seeded(cfg.seed):
             adapt_labels(loaded, cfg.classes, class_names, names)
-    theirs = read.process if read.process.get("kind") == "flow" else GaussianProcess(**read.process).config
+    theirs = read.process if is_flow(read.process) else GaussianProcess(**read.process).config
     return loaded, Base(
         path=path,
         sha256=sha256(path),
@@ -86,11 +86,13 @@ def match_process(ours: Process, theirs: Mapping[str, Any]) -> Process:
         ours: of the objective.
         theirs: config of the base's process.
     """
-    if ours.config.get("kind") != "flow":
+    if not is_flow(ours.config):
         return ours
-    diffusion = theirs.get("diffusion") if theirs.get("kind") == "flow" else dict(theirs)
+    diffusion = theirs.get("diffusion") if is_flow(theirs) else dict(theirs)
     if not diffusion:
         return ours
+    if is_flow(theirs):  # as it was read before
+        ours = ours.changed(bridge="path" if theirs["kind"] == "diffusion_path" else "aligned")
     log.info("the base network was trained on a diffusion and is read as a flow")
     return ours.on_diffusion(diffusion)
 

@@ -147,6 +147,7 @@ KEYS = (
     Key("objective.process.prediction", str),
     Key("objective.process.variance", str),
     Key("objective.process.step", str),
+    Key("objective.process.bridge", str, choices=("aligned", "path")),
     Key("objective.label_drop", float, at_least=0, at_most=1),
     Key("objective.share", float, at_least=0, at_most=1),
     Key("objective.begin", float, at_least=0, at_most=1),

@@ -98,6 +98,7 @@ NEUTRAL_BELOW = {
     "data.pictures.partition": None,
     "metrics.reference.limit": None,
     "metrics.reference.partition": None,
+    "objective.process.bridge": "aligned",
     "sampler.noise_awareness": 0.0,
     "sampler.guidance_input": None,
 }

@@ -53,7 +53,7 @@ def resume_key(cfg: DictConfig, c: Components) -> dict[str, Any]:
     known_by = {
         "network": {"network": c.network.config},
         "objective": {
-            "objective": plain(cfg.objective) | transfer,
+            "objective": without_neutral(plain(cfg.objective)) | transfer,
             "max_steps": cfg.max_steps if c.objective.scheduled else None,
         },
         "autoencoder": {"autoencoder": c.autoencoder.latent_fingerprint},
@@ -74,6 +74,14 @@ def resume_key(cfg: DictConfig, c: Components) -> dict[str, Any]:
             value = cfg[name]
             key |= known_by.get(name, {name: plain(value) if isinstance(value, DictConfig) else value})
     return key
+
+
+def without_neutral(objective: dict[str, Any]) -> dict[str, Any]:
+    """The values of an objective without a key that is newer than stored checkpoints, at its neutral value."""
+    process = objective.get("process")
+    if not isinstance(process, dict) or process.get("bridge") != "aligned":
+        return objective
+    return objective | {"process": {key: value for key, value in process.items() if key != "bridge"}}
 
 
 def build_module(cfg: DictConfig, c: Components, key: dict[str, Any]) -> GenerativeModule:

@@ -79,6 +79,7 @@ class Objective(ABC):
     scheduled = False  # the target at a step depends on `max_steps`
     forward_mode = False  # the network is differentiated with respect to its input by torch.func.jvp
     guidance = 1.0  # classifier-free guidance of the target; 1 = none
+    any_path = False  # a flow's path need not be straight
     needs_base = False  # the loss calls the pretrained network
     process: Process
 

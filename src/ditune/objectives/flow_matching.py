@@ -31,6 +31,8 @@ class FlowMatching(FlowObjective):
         UserError: an unknown name, or a number out of range.
     """
 
+    any_path = True
+
     def __init__(
         self,
         process: FlowProcess,
@@ -77,4 +79,4 @@ class FlowMatching(FlowObjective):
         """epsilon - x_0 at sampled times, see `FlowObjective.targets`."""
         t, noise = self.sample_times(random, state.batch_size).to(x0), random.normal("noise", x0.shape[1:]).to(x0)
         y = drop_labels(y, random, self.label_drop, network.num_classes)
-        return Targets(self.process.x_t(x0, noise, t), t, y, self.process.target(x0, noise))
+        return Targets(self.process.x_t(x0, noise, t), t, y, self.process.target(x0, noise, t))

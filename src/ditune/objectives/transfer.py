@@ -37,7 +37,7 @@ class Transfer(Objective):
                 f"transfer= cannot be used with {type(objective).__name__}, whose target has other networks or times. "
                 "Set objective=diffusion, diffusion_v or flow_matching, or transfer=none."
             )
-        self.objective = objective
+        self.objective, self.any_path = objective, objective.any_path
 
     @property
     def process(self) -> Process:
