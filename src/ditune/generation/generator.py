@@ -32,6 +32,7 @@ class ImageGenerator:
         bf16: the network runs under bf16 autocast.
         cache: reuse of block outputs between steps; None = none.
         guide: what guidance pushes away from; None = the network's own null class.
+        noise_awareness, guidance_input: see `ditune.samplers.sample`.
     """
 
     process: Process
@@ -47,6 +48,8 @@ class ImageGenerator:
     bf16: bool = True
     cache: Cache | None = None
     guide: Guide | None = None
+    noise_awareness: float = 0.0
+    guidance_input: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sampler", self.sampler or default_sampler(self.process))
@@ -116,6 +119,8 @@ class ImageGenerator:
                 on_step=lambda *_: check(),
                 cache=self.cache,
                 guide=self.guide,
+                noise_awareness=self.noise_awareness,
+                guidance_input=self.guidance_input,
             )
         with memory_for(f"decoding {len(indices)} images at once", TILES):
             return to_uint8(self.autoencoder.to(device).to_pixels(latents.float()))
