@@ -16,12 +16,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path += [str(ROOT / "tests" / "support"), str(ROOT / "src")]
+sys.path[:0] = [str(ROOT / "tests" / "support"), str(ROOT / "src")]
 DATASETS = ("cub", "flowers102")
 
 
@@ -93,8 +93,15 @@ def large_vae(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def walk(folder: Path, network: str, resolution: int) -> Iterator[Part]:
-    """The parts, one after the other."""
+def walk(folder: Path, network: str, resolution: int, run_part: Callable[..., Part] = measured) -> Iterator[Part]:
+    """The parts, one after the other.
+
+    Args:
+        folder: for files, runs and logs.
+        network: a size of configs/network.
+        resolution: in pixels.
+        run_part: runs a command as `measured` does.
+    """
     run, sweep = folder / "run", folder / "sweep"
     places = [f"paths.data_dir={folder}/data", f"paths.cache_dir={folder}/cache", f"paths.log_dir={folder}/logs"]
     small = [f"network={network}", f"data.resolution={resolution}", "metrics=efflite0", "metrics.n=4"]
@@ -117,11 +124,10 @@ def walk(folder: Path, network: str, resolution: int) -> Iterator[Part]:
             *places,
         ),
         "export to diffusers": ("src/export.py", f"run={run}", "format=diffusers", f"out={folder}/export"),
-        "sweep: 2 experiments x 2 methods": (
+        "sweep of 2 experiments, 1 step each": (
             "src/train.py",
             "-m",
             "experiment=difffit_cub,difffit_flowers102",
-            "peft=difffit,lora",
             *small,
             "max_steps=1",
             "metrics.n=0",
@@ -131,11 +137,11 @@ def walk(folder: Path, network: str, resolution: int) -> Iterator[Part]:
         "evaluate the sweep": ("src/evaluate.py", f"sweep={sweep}", "metrics_of=this", "metrics.n=4", *places),
         "report of the sweep": ("src/report.py", f"sweep={sweep}"),
     }
-    yield measured(
+    yield run_part(
         "(make the files)", __file__, "--make", str(folder), *_given(network, resolution), log=folder / "0.log"
     )
     for number, (name, command) in enumerate(commands.items(), start=1):
-        yield measured(name, *command, log=folder / f"{number}.log")
+        yield run_part(name, *command, log=folder / f"{number}.log")
 
 
 def _given(network: str, resolution: int) -> list[str]:
