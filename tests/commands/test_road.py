@@ -62,27 +62,28 @@ def read(folder: Path) -> dict:
 
 
 def test_the_road_from_bare_archives_to_a_report(tmp_path: Path) -> None:
-    parts = []
-    for part in road.walk(tmp_path, "dit_s_8", 64, run_part=forked):
-        assert part.code == 0, f"{part.name}:\n{(tmp_path / f'{len(parts)}.log').read_text()[-3000:]}"
+    parts, logs = [], {}
+    for part in road.walk(tmp_path, "tiny", 64, run_part=forked):
+        logs[part.name] = (tmp_path / f"{part.name}.log").read_text()
+        assert part.code == 0, f"{part.name}:\n{logs[part.name][-3000:]}"
         parts.append(part)
     assert len(parts) == 11
-    logs = [(tmp_path / f"{number}.log").read_text() for number in range(len(parts))]
 
     assert not (tmp_path / "nothing" / "data_dir").exists()  # the plan fetches nothing
-    assert "CUB_200_2011.tgz: to be fetched" in logs[1]
+    assert "CUB_200_2011.tgz: to be fetched" in logs["plan with nothing on disk"]
     assert (tmp_path / "data" / "cub" / "CUB_200_2011").is_dir()
     run = read(tmp_path / "run")
     assert (run["status"], run["steps"]) == ("finished", 3)
-    assert "going on from step 2 of 3" in logs[4]
+    assert "going on from step 2 of 3" in logs["resume by 1 step, evaluate"]
     assert list((tmp_path / "run" / "adapter").glob("*.safetensors"))
     assert math.isfinite(run["denoising"]["after"])
     assert (run["metrics"]["after"]["n"], math.isfinite(run["metrics"]["after"]["kid_efflite0"])) == (4, True)
     assert [found["after"]["n"] for found in run["other_protocols"].values()] == [5]
     assert len(list((tmp_path / "samples").rglob("grid.png"))) == 1
     for part in ("transformer", "vae"):
-        with safe_open(tmp_path / "export" / part / "diffusion_pytorch_model.safetensors", "pt") as file:
-            assert len(list(file.keys())) > 50
+        weights = tmp_path / "export" / part / "diffusion_pytorch_model.safetensors"
+        with safe_open(weights, "pt") as file:
+            assert len(list(file.keys())) > 20
     results = [read(path.parent) for path in sorted((tmp_path / "sweep").glob("*/result.json"))]
     assert [(result["name"], result["status"]) for result in results] == [
         ("difffit_cub", "finished"),
