@@ -74,7 +74,7 @@ def make_files(folder: Path, network: str, resolution: int) -> None:
         small_vae(vae)
     else:
         large_vae(vae)
-    md5s = make_archives(folder / "data", images_per_class=2, classes=4, names=DATASETS)
+    md5s = make_archives(folder / "data", images_per_class=3, classes=4, names=DATASETS)
     for name in DATASETS:
         CLASSES[name].archives = use_hashes(CLASSES[name], md5s[name])  # not the published ones
         CLASSES[name].fetch(folder / "data" / name, download=False)
@@ -108,13 +108,10 @@ def walk(
     """
     run, sweep = folder / "run", folder / "sweep"
     places = [f"paths.data_dir={folder}/data", f"paths.cache_dir={folder}/cache", f"paths.log_dir={folder}/logs"]
-    small = [
-        f"network={network}",
-        "network.learn_sigma=true",
-        f"data.resolution={resolution}",
-        "metrics=efflite0",
-        "metrics.n=4",
-    ]
+    features = "+metrics.judge.batch_size=8"  # images at once
+    judged = ["metrics_of=this", features, *places]
+    small = [f"network={network}", "network.learn_sigma=true", f"data.resolution={resolution}"]
+    small += ["metrics=efflite0", "metrics.n=4", features]
     small += ["batch_size=2", "sampler.batch_size=1", "sampler.steps=2", "callbacks.samples.n=1", "data.num_workers=0"]
     small += ["callbacks.checkpoint.every_n_steps=1"]
     small += ["trainer=cpu", "trainer.precision=32-true", "trainer.accumulate_grad_batches=2", *places]
@@ -127,13 +124,7 @@ def walk(
         "train 2 steps, evaluate": ("src/train.py", cub, *small, *trained, "max_steps=2"),
         "resume by 1 step, evaluate": ("src/train.py", cub, *small, *trained, "max_steps=3"),
         "sample 1 image, 2 steps": ("src/sample.py", f"run={run}", "n=1", f"out={folder}/samples"),
-        "evaluate by another protocol": (
-            "src/evaluate.py",
-            f"run={run}",
-            "metrics_of=this",
-            "metrics.n=5",
-            *places,
-        ),
+        "evaluate by another protocol": ("src/evaluate.py", f"run={run}", *judged, "metrics.n=5"),
         "export to diffusers": ("src/export.py", f"run={run}", "format=diffusers", f"out={folder}/export"),
         "sweep of 2 experiments, 1 step each": (
             "src/train.py",
@@ -145,7 +136,7 @@ def walk(
             "launcher.slots=1",
             f"sweep_dir={sweep}",
         ),
-        "evaluate the sweep": ("src/evaluate.py", f"sweep={sweep}", "metrics_of=this", "metrics.n=4", *places),
+        "evaluate the sweep": ("src/evaluate.py", f"sweep={sweep}", *judged, "metrics.n=4"),
         "report of the sweep": ("src/report.py", f"sweep={sweep}"),
     }
     for name, command in commands.items():

@@ -12,10 +12,13 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
+import timm  # noqa: F401 - this and what follows is imported once, for all parts that are forked
 import torch
+from diffusers import AutoencoderKL, DDIMScheduler  # noqa: F401
 from safetensors import safe_open
 
-from ditune.commands import train  # noqa: F401 - imported once, for all parts that are forked
+from ditune.commands import evaluate, export, prepare_trainings, sample, train  # noqa: F401
+from ditune.report import write  # noqa: F401
 from helpers import ROOT
 
 
