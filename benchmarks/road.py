@@ -74,7 +74,7 @@ def make_files(folder: Path, network: str, resolution: int) -> None:
         small_vae(vae)
     else:
         large_vae(vae)
-    md5s = make_archives(folder / "data", images_per_class=3, classes=4, names=DATASETS)
+    md5s = make_archives(folder / "data", images_per_class=4, classes=4, names=DATASETS)
     for name in DATASETS:
         CLASSES[name].archives = use_hashes(CLASSES[name], md5s[name])  # not the published ones
         CLASSES[name].fetch(folder / "data" / name, download=False)
