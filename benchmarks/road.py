@@ -1,7 +1,8 @@
 """Walks the road of the papers' tables on random files of real size, and prints time and memory of each part.
 
     python benchmarks/road.py                                 # DiT-XL/2, 256 px; needs 12 GB of disk
-    python benchmarks/road.py --network dit_s_8 --resolution 64 # the same parts in minutes
+    python benchmarks/road.py --network tiny --resolution 64 # the same parts in two minutes
+    python benchmarks/road.py --parts files sweep             # only the parts whose names hold one of these words
 
 It makes the network file in the official format and the autoencoder's folder with random weights, and archives of CUB
 and Flowers-102 with four classes each in the published layouts. Then it runs the commands of the README: pre-flight,
@@ -16,12 +17,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path += [str(ROOT / "tests" / "support"), str(ROOT / "src")]
+sys.path[:0] = [str(ROOT / "tests" / "support"), str(ROOT / "src")]
 DATASETS = ("cub", "flowers102")
 
 
@@ -93,53 +94,54 @@ def large_vae(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def walk(folder: Path, network: str, resolution: int) -> Iterator[Part]:
-    """The parts, one after the other."""
+def walk(
+    folder: Path, network: str, resolution: int, words: Sequence[str] = ("",), run_part: Callable[..., Part] = measured
+) -> Iterator[Part]:
+    """The parts, one after the other.
+
+    Args:
+        folder: for files, runs and logs.
+        network: a size of configs/network.
+        resolution: in pixels.
+        words: a part runs if its name holds one of them.
+        run_part: runs a command as `measured` does.
+    """
     run, sweep = folder / "run", folder / "sweep"
     places = [f"paths.data_dir={folder}/data", f"paths.cache_dir={folder}/cache", f"paths.log_dir={folder}/logs"]
-    small = [f"network={network}", f"data.resolution={resolution}", "metrics=efflite0", "metrics.n=4"]
+    features = "+metrics.judge.batch_size=8"  # images at once
+    judged = ["metrics_of=this", features, *places]
+    small = [f"network={network}", "network.learn_sigma=true", f"data.resolution={resolution}"]
+    small += ["metrics=efflite0", "metrics.n=4", features]
     small += ["batch_size=2", "sampler.batch_size=1", "sampler.steps=2", "callbacks.samples.n=1", "data.num_workers=0"]
     small += ["callbacks.checkpoint.every_n_steps=1"]
     small += ["trainer=cpu", "trainer.precision=32-true", "trainer.accumulate_grad_batches=2", *places]
     cub, trained = "experiment=difffit_cub", [f"run_dir={run}", "resume=auto"]
     bare = [f"paths.{name}={folder}/nothing/{name}" for name in ("data_dir", "cache_dir")]
     commands = {
+        "(make the files)": (__file__, "--make", str(folder), "--network", network, "--resolution", str(resolution)),
         "plan with nothing on disk": ("src/train.py", cub, *small, *bare, "dry_run=true"),
         "pre-flight, latents, statistics": ("src/prepare.py", cub, *small),
         "train 2 steps, evaluate": ("src/train.py", cub, *small, *trained, "max_steps=2"),
         "resume by 1 step, evaluate": ("src/train.py", cub, *small, *trained, "max_steps=3"),
         "sample 1 image, 2 steps": ("src/sample.py", f"run={run}", "n=1", f"out={folder}/samples"),
-        "evaluate by another protocol": (
-            "src/evaluate.py",
-            f"run={run}",
-            "metrics_of=this",
-            "metrics.n=5",
-            *places,
-        ),
+        "evaluate by another protocol": ("src/evaluate.py", f"run={run}", *judged, "metrics.n=5"),
         "export to diffusers": ("src/export.py", f"run={run}", "format=diffusers", f"out={folder}/export"),
-        "sweep: 2 experiments x 2 methods": (
+        "sweep of 2 experiments, 1 step each": (
             "src/train.py",
             "-m",
             "experiment=difffit_cub,difffit_flowers102",
-            "peft=difffit,lora",
             *small,
             "max_steps=1",
             "metrics.n=0",
             "launcher.slots=1",
             f"sweep_dir={sweep}",
         ),
-        "evaluate the sweep": ("src/evaluate.py", f"sweep={sweep}", "metrics_of=this", "metrics.n=4", *places),
+        "evaluate the sweep": ("src/evaluate.py", f"sweep={sweep}", *judged, "metrics.n=4"),
         "report of the sweep": ("src/report.py", f"sweep={sweep}"),
     }
-    yield measured(
-        "(make the files)", __file__, "--make", str(folder), *_given(network, resolution), log=folder / "0.log"
-    )
-    for number, (name, command) in enumerate(commands.items(), start=1):
-        yield measured(name, *command, log=folder / f"{number}.log")
-
-
-def _given(network: str, resolution: int) -> list[str]:
-    return ["--network", network, "--resolution", str(resolution)]
+    for name, command in commands.items():
+        if any(word in name for word in words):
+            yield run_part(name, *command, log=folder / f"{name}.log")
 
 
 def table(parts: list[Part]) -> str:
@@ -156,6 +158,7 @@ def main() -> int:
     parser.add_argument("--resolution", type=int, default=256, help="pixels")
     parser.add_argument("--folder", type=Path, help="for the files and logs, which stay; default: one that is removed")
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
+    parser.add_argument("--parts", nargs="+", default=[""], metavar="WORD", help="parts with one of these words")
     parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.make is not None:
@@ -165,11 +168,11 @@ def main() -> int:
         folder = (given.folder or Path(scratch)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         parts = []
-        for part in walk(folder, given.network, given.resolution):
+        for part in walk(folder, given.network, given.resolution, given.parts):
             parts.append(part)
             sys.stderr.write(f"{part.name}: {part.seconds:.0f} s, {part.peak_gb:.2f} GB, exit {part.code}\n")
             if part.code:
-                log = folder / f"{len(parts) - 1}.log"
+                log = folder / f"{part.name}.log"
                 sys.stderr.write(log.read_text(errors="replace")[-3000:])
                 break
     sys.stdout.write(table(parts))

@@ -44,6 +44,7 @@ def prepare() -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT / "src"), os.environ.get("PYTHONPATH"))))
     for talker in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
         logging.getLogger(f"pytorch_lightning.{talker}").addFilter(_is_worth_reading)
+    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own: errors would be shown twice
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # between Lightning and torch
     warnings.filterwarnings("ignore", message="This DataLoader will create")  # data.num_workers is for larger machines
     warnings.filterwarnings("ignore", message=".*module\\(s\\) in eval mode.*")  # the autoencoder is, on purpose

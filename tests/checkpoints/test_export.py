@@ -45,6 +45,8 @@ def load(folder) -> DiffusionPipeline:
 
 def test_diffusers_computes_what_dit_computes(trained, tmp_path):
     folder = to_diffusers(trained, tmp_path / "out")
+    modes = {path.stat().st_mode for path in folder.rglob("*") if path.is_file()}
+    assert len(modes) == 1  # who may read one file may read all
     inputs, expected = golden("tiny_dit_forward"), golden("diffusers_tiny_forward")
     shipped = DiTTransformer2DModel.from_pretrained(folder / "transformer").eval()
     pipeline = load(folder)

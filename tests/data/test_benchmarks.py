@@ -194,6 +194,15 @@ def test_bad_annotations_are_refused(read, tmp_path, name, file, content, messag
         read(name, tmp_path)
 
 
+def test_a_species_with_another_author_is_a_warning(read, tmp_path, caplog):
+    MINIATURES["df20m_mini"](tmp_path)
+    path = tmp_path / "DF20M-public_test_metadata_PROD.csv"
+    path.write_text(path.read_text().replace('"Boletus edulis",1', '"Boletus edulis Bull.",1'))
+    assert read("df20m_mini", tmp_path).class_names == ["Amanita muscaria", "Boletus edulis", "Cortinarius sp."]
+    assert "1 rows in" in caplog.text
+    assert "('Boletus edulis Bull.', 'Boletus edulis'). The first name is used." in caplog.text
+
+
 @pytest.mark.parametrize("label", [0, 4, -1])
 def test_labels_outside_of_the_classes_are_refused(read, tmp_path, label):
     MINIATURES["cub"](tmp_path)

@@ -1,7 +1,10 @@
 """The loss on unseen pictures repeats whatever else has been computed, and a worse network has a higher one."""
 
+import logging
+
 import torch
 
+from ditune import progress
 from ditune.config.components import build_components
 from ditune.config.instantiate import instantiate
 from ditune.data import from_uint8
@@ -28,6 +31,20 @@ def test_loss_tells_networks_apart_and_repeats(tmp_path, pictures):
     with torch.no_grad():
         parts.network.final_layer.linear.bias += 10.0  # predicts x_0 far off
     assert loss() > first + 50
+
+
+def test_progress_moves_with_every_noise_level_of_a_batch(tmp_path, pictures, monkeypatch, caplog):
+    monkeypatch.setattr(progress, "MOMENT", 0.0)
+    cfg = compose(tmp_path, *SMALL, f"data.root={pictures}", "peft=full")
+    parts = build_components(cfg)
+    images = instantiate(cfg.data.pictures, "data", split="test")
+    caplog.set_level(logging.INFO)
+    denoising_loss(parts.network, parts.objective, EncodedHeldOut(images, parts.autoencoder), 0, bf16=False)
+    lines = [record.getMessage() for record in caplog.records if "held-out" in record.getMessage()]
+    assert [line.split(",")[0] for line in lines[:-1]] == [
+        f"loss on held-out images: {done} of 8 noised images" for done in (2, 4, 6, 8)
+    ]
+    assert all(line.endswith(" left") for line in lines[:-1])
 
 
 def test_every_image_is_encoded_once_and_the_value_stays(tmp_path, pictures, monkeypatch):

@@ -3,11 +3,15 @@
 import hashlib
 import http.server
 import json
+import logging
 import threading
 from collections.abc import Iterator
+from logging.handlers import BufferingHandler
 
+import huggingface_hub
 import pytest
 
+from ditune import cli
 from ditune.commands.prepare import prepare
 from ditune.data import CUB
 from ditune.data.archives import Archive
@@ -126,3 +130,13 @@ def test_a_file_without_a_published_hash_is_remembered(tmp_path):
     put(tmp_path / "x.tar", "other")
     with pytest.raises(UserError, match="not the file that was first used"):
         record_first_use(tmp_path / "x.tar")
+
+
+def test_the_hubs_warnings_are_shown_once(monkeypatch):
+    rooted = BufferingHandler(9)
+    monkeypatch.setattr(logging.root, "handlers", [rooted])
+    cli.prepare()
+    hub = logging.getLogger(huggingface_hub.__name__)
+    hub.warning("a file is gone")
+    assert hub.handlers  # it shows them itself
+    assert not rooted.buffer

@@ -2,10 +2,12 @@
 
 import logging
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from omegaconf import DictConfig
 from safetensors.torch import save_file
+from torch import Tensor
 
 from ditune.autoencoders import KL
 from ditune.checkpoints import diffusers_dit, locate, locate_adapter, save_network
@@ -82,8 +84,7 @@ def to_diffusers(trained: Trained, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "transformer" / "config.json", config)
     tensors = diffusers_dit.to_theirs({name: t.detach().float().cpu() for name, t in network.state_dict().items()})
-    with atomic(folder / "transformer" / "diffusion_pytorch_model.safetensors") as temporary:
-        save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, metadata={"format": "pt"})
+    write_weights(folder / "transformer", tensors)
     full = GaussianProcess(**(process.config | {"respacing": ""}))
     DDIMScheduler(
         num_train_timesteps=full.steps,
@@ -96,13 +97,20 @@ def to_diffusers(trained: Trained, folder: Path) -> Path:
     codec = generator.autoencoder
     if isinstance(codec, KL):
         codec.vae.register_to_config(scaling_factor=codec.scale[0].item())
-        codec.vae.save_pretrained(folder / "vae")
+        codec.vae.save_config(folder / "vae")
+        write_weights(folder / "vae", codec.vae.state_dict())
     else:
         log.warning("diffusers has no %s: the pipeline returns latents", type(codec).__name__)
     shutil.copyfile(PIPELINE, folder / "pipeline.py")
     names = trained.class_names or [str(k) for k in range(network.num_classes)]
     write_json(folder / "model_index.json", index(network, isinstance(codec, KL), names))
     return folder
+
+
+def write_weights(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """The weights of a model of diffusers; `save_pretrained` would let nobody else read them."""
+    with atomic(folder / "diffusion_pytorch_model.safetensors") as temporary:
+        save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, metadata={"format": "pt"})
 
 
 def transformer_config(network: DiT) -> dict[str, object]:

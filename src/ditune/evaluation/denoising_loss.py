@@ -79,7 +79,8 @@ def image_losses(
     first, ranks = (rank(), world_size()) if in_group() else (0, 1)
     starts = range(first * size, count, ranks * size)
     shortage = memory_for(f"the loss on {size} held-out images at once", REMEDY)
-    with meter("loss on held-out images", sum(min(size, count - start) for start in starts)) as progress, shortage:
+    total = REPEATS * sum(min(size, count - start) for start in starts)
+    with meter("loss on held-out images", total, unit="noised images") as progress, shortage:
         for start in starts:
             columns = range(start, min(start + size, count))
             rows = [i * len(source) // count for i in columns]
@@ -88,7 +89,7 @@ def image_losses(
                 random = StepRandom(seed, repeat, rows, device)
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     losses[repeat, start : columns.stop] = objective.denoising(network, batch, random)
-            progress.advance(len(columns))
+                progress.advance(len(columns))
     # each value is one rank's, and zero is added to it
     return sum_over_ranks(losses)
 
