@@ -213,7 +213,18 @@ ROWS = (
             ),
         },
     ),
-    Row("R13", "The first 20 losses of every network and method are those written down.", "-", {}),
+    Row(
+        "R13",
+        "The first 20 losses of every network and method are those written down.",
+        "111 trainings against tests/golden/losses.json; a changed rate, scale, weight and share",
+        {
+            "training/test_golden_losses.py": (
+                "test_the_first_losses_are_those_written_down",
+                "test_the_tolerance_tells_methods_and_objectives_apart",
+                "test_a_changed_formula_is_noticed",
+            )
+        },
+    ),
     Row(
         "R14",
         "Ranks whose weights drift apart are noticed.",
