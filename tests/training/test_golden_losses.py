@@ -1,7 +1,8 @@
 """The first 20 losses of every network with every method, and of every objective, are those written down.
 
 Real trainings in fp32 by Lightning's trainer, on random images, from bases whose blocks all do something. A formula
-that changes, on purpose or not, fails here with the names of what changed. Renew the losses on purpose, and read the diff:
+that changes, on purpose or not, fails here with the names of what changed. Renew the losses on purpose, and read the
+diff:
 
     PYTHONPATH=src:tests/support python tests/training/test_golden_losses.py
 """
