@@ -1,4 +1,6 @@
-"""The first 20 losses of every network with every method, and of every objective, are those written down.
+"""The first 20 losses of every method, kind of network and objective are those written down.
+
+Every method adapts a DiT; the other networks have those methods whose formulas meet theirs.
 
 Real trainings in fp32 by Lightning's trainer, on random images, from bases whose blocks all do something. A formula
 that changes, on purpose or not, fails here with the names of what changed. Renew the losses on purpose, and read the
@@ -38,19 +40,26 @@ TOLERANCE = 1e-4  # of a loss: other CPUs sum in another order
 SMALL = [override for override in SMALL_FLOW if not override.startswith(("objective", "network"))]
 SMALL += [f"max_steps={STEPS}", "optimizer.lr=0.003", "trainer.log_every_n_steps=0"]
 DSMOE = {"score": "sigmoid", "renormalize": "true", "route_scale": 2.0, "moe_every": 2}
-NETWORKS = {  # which all methods adapt
+NETWORKS = {
     "dit": ["network=tiny", "network.learn_sigma=true", "objective=diffusion"],
     "dit_moe": ["network=tiny_moe", "objective=flow_matching", "balance=batch"],
     "dsmoe": ["network=tiny_moe", "objective=flow_matching", "balance=loss_free"]
     + [f"+network.{key}={value}" for key, value in DSMOE.items()],
     "shortcut": ["network=tiny", "objective=shortcut"],
 }
+ADAPTED = {  # by which methods, for each network
+    "dit": [*METHODS],
+    "dit_moe": ["full", "bitfit", "difffit", "adaptformer", "lora", *MOE_METHODS],
+    "dsmoe": ["full", *MOE_METHODS],
+    "shortcut": ["full", "norm", "lora", "vpt_deep"],
+}
 OBJECTIVES = sorted(path.stem for path in (ROOT / "configs" / "objective").glob("[!_]*.yaml"))
-OPTIONS = {  # further parts that enter a loss
-    "balance=sequence": [*NETWORKS["dit_moe"], "balance=sequence"],
-    "balance=global": [*NETWORKS["dit_moe"], "balance=global", "balance.z=0.01"],
-    "optimizer=muon": ["network=tiny", "objective=flow_matching", "optimizer=muon"],
-    "accumulated": ["network=tiny", "objective=flow_matching", "trainer.accumulate_grad_batches=2"],
+FLOW = ("shortcut", "objective=flow_matching")
+OPTIONS = {  # further parts that enter a loss: network and overrides, then options of groups, then keys
+    "balance=sequence": (["dit_moe"], {"balance": "sequence"}, {}),
+    "balance=global": (["dit_moe"], {"balance": "global"}, {"balance.z": 0.01}),
+    "optimizer=muon": (FLOW, {"optimizer": "muon"}, {"optimizer.lr": 0.003}),
+    "accumulated": (FLOW, {}, {"trainer.accumulate_grad_batches": 2}),
 }
 
 
@@ -90,17 +99,18 @@ class Trainings:
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(path)
 
-    def config(self, *overrides: str) -> DictConfig:
-        if overrides not in self._configs:
+    def config(self, network: str, *overrides: str) -> DictConfig:
+        keys = (network, *overrides)
+        if keys not in self._configs:
             common = [*SMALL, f"data.root={self.folder}/images", "peft=full"]
-            self._configs[overrides] = compose(self.folder / "run", *common, *overrides)
-        return self._configs[overrides].copy()
+            self._configs[keys] = compose(self.folder / "run", *common, *NETWORKS[network], *overrides)
+        return self._configs[keys].copy()
 
     def base(self, network: str) -> Path:
         """Its file, with values for all that a fresh network has as zeros."""
         if network in self._bases:
             return self._bases[network]
-        c, path = build_components(self.config(*NETWORKS[network])), self.folder / f"{network}.safetensors"
+        c, path = build_components(self.config(network)), self.folder / f"{network}.safetensors"
         open_gates(c.network)
         about = {"class_names": c.images.class_names, "autoencoder": c.autoencoder.latent_fingerprint}
         about |= {"data": c.images.fingerprint, "resolution": 16, "steps": 0}
@@ -109,22 +119,29 @@ class Trainings:
         return path
 
     def adapted(self, network: str, method: str) -> DictConfig:
-        cfg = self.config(*NETWORKS[network])
-        cfg.peft, cfg.pretrained = load_option(ROOT / "configs" / "peft" / f"{method}.yaml"), str(self.base(network))
+        cfg = with_options(self.config(network), peft=method)
+        cfg.pretrained = str(self.base(network))
         return cfg
 
-    def of_objective(self, objective: str) -> DictConfig:
-        sigma = ["network.learn_sigma=true"] if objective == "diffusion" else []
-        return self.config("network=tiny", f"objective={objective}", *sigma)
-
     def all(self) -> Iterator[tuple[str, DictConfig]]:
-        for network in NETWORKS:
-            for method in [*METHODS, *(MOE_METHODS if "moe" in network else ())]:
+        for network, methods in ADAPTED.items():
+            for method in methods:
                 yield f"{network} {method}", self.adapted(network, method)
         for objective in OBJECTIVES:
-            yield f"objective={objective}", self.of_objective(objective)
-        for name, overrides in OPTIONS.items():
-            yield name, self.config(*overrides)
+            network = "dit" if objective == "diffusion" else "shortcut"  # the other network learns no variance
+            yield f"objective={objective}", self.config(network, f"objective={objective}")
+        for name, (overrides, groups, values) in OPTIONS.items():
+            cfg = with_options(self.config(*overrides), **groups)
+            for key, value in values.items():
+                OmegaConf.update(cfg, key, value)
+            yield name, cfg
+
+
+def with_options(cfg: DictConfig, **groups: str) -> DictConfig:
+    """The config with other options of some groups, which takes a fraction of composing it."""
+    for group, option in groups.items():
+        cfg[group] = load_option(ROOT / "configs" / group / f"{option}.yaml")
+    return cfg
 
 
 def distance(a: list[float], b: list[float]) -> float:
