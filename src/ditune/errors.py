@@ -34,7 +34,15 @@ CONSEQUENCE = re.compile(
 
 
 class UserError(Exception):
-    """Says in one sentence what is wrong and in the next how to mend it; shown without a traceback."""
+    """Says in one sentence what is wrong and in the next how to mend it; shown without a traceback.
+
+    Args:
+        text: the sentences. A worker process sends them to the training inside of a traceback, which is cut off.
+    """
+
+    def __init__(self, text: object = ""):
+        _, sent, inner = str(text).partition(f"\n{__name__}.UserError: ")
+        super().__init__(inner.rstrip() if sent else text)
 
 
 def require(valid: bool, key: str, value: object, remedy: str) -> None:

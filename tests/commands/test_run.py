@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from shutil import copytree
@@ -20,8 +21,10 @@ from ditune.checkpoints import load_network, read_adapter
 from ditune.commands.analyze_routing import analyse
 from ditune.commands.evaluate import evaluate
 from ditune.commands.export import export
+from ditune.commands.prepare import prepare
 from ditune.commands.sample import balanced_labels, sample
 from ditune.commands.train import train
+from ditune.commands.upcycle import upcycle_file
 from ditune.config import hardware
 from ditune.config.components import build_comparison, build_components, build_evaluation, build_generator
 from ditune.config.instantiate import instantiate, refuse_strangers
@@ -29,8 +32,10 @@ from ditune.errors import UserError
 from ditune.evaluation.protocol import Record
 from ditune.files.atomic import sha256, write_json
 from ditune.networks import DiT
+from ditune.report.write import write_report
 from ditune.run import BUILT, load_checkpoint, load_run
 from helpers import ROOT, SMALL, compose, task
+from run_results import write_run
 
 JUDGED = ["metrics.n=5", "+metrics.judge.batch_size=4", "sampler.batch_size=4"]
 
@@ -404,6 +409,62 @@ def test_every_entry_point_refuses_it(adapted: Path, tmp_path: Path, entry: str)
     run, mark = stranger(adapted, tmp_path, "metrics.judge", "torch.load")
     with pytest.raises(UserError, match="which is no class of this package"):
         ENTRIES[entry](run, tmp_path / "out")
+    assert not mark.exists()
+
+
+def test_a_report_reads_configs_as_text(tmp_path: Path) -> None:
+    """Of a `_target_` it makes a column, and a tag of Python is a sentence."""
+    evil, mark = bomb(tmp_path)
+    for seed, kind in enumerate(HOSTILE):
+        config = {"autoencoder": HOSTILE[kind](str(evil), str(mark))}
+        write_run(tmp_path / "sweep" / str(seed), "DiffFit", seed, config=config, changed={"error": "<script>alert"})
+    write_report(tmp_path / "sweep")
+    page = (tmp_path / "sweep" / "report.html").read_text()
+    assert "torch.load" in page
+    assert "<script>alert" not in page
+    for text in (f"seed: !!python/object/apply:os.mkdir ['{mark}']", "- a list", "a: [", "\0"):
+        (tmp_path / "sweep" / "0" / "config.yaml").write_text(text)
+        with pytest.raises(UserError, match=r"config\.yaml is damaged"):
+            write_report(tmp_path / "sweep")
+    assert not mark.exists()
+
+
+def test_upcycling_runs_nothing(adapted: Path, tmp_path: Path) -> None:
+    run, mark = stranger(adapted, tmp_path, "autoencoder", "torch.load")
+    out = f"out={tmp_path}/network.safetensors"
+    for checkpoint in (tmp_path / "evil.pt", run, run / "config.yaml"):
+        with pytest.raises(UserError):
+            upcycle_file(task("upcycle", f"checkpoint={checkpoint}", out))
+    assert not mark.exists()
+
+
+def test_a_prepared_folder_runs_nothing(pictures: Path, tmp_path: Path) -> None:
+    """Its arrays are pickles: they are refused with a sentence, or encoded anew."""
+    prepared = f"data.prepared={tmp_path}/prepared"
+    data = ["data=folder", f"data.root={pictures}", "data.resolution=16", prepared, "autoencoder=none"]
+    prepare(task("prepare", *data, "stages=[verify,encode]"))
+    latents = [f"data.root={pictures}", "data.latents=true", prepared]
+    evil, mark = bomb(tmp_path)
+    for name in ("latents.npy", "labels.npy", "checksums.npy"):
+        (path,) = (p for p in (tmp_path / "prepared").rglob(name) if "train" in str(p))
+        before = path.read_bytes()
+        path.write_bytes(evil.read_bytes())
+        with suppress(UserError):
+            train(compose(tmp_path / "run", *SMALL, *latents, "peft=full", "max_steps=1", "resume=auto"))
+        with suppress(UserError):
+            prepare(task("prepare", *data, "stages=[encode]"))
+        path.write_bytes(before)
+    assert not mark.exists()
+
+
+def test_a_resumed_run_runs_nothing(scratch: Path, pictures: Path, tmp_path: Path) -> None:
+    """Neither its config, which is composed anew, nor its checkpoints."""
+    run, mark = stranger(scratch, tmp_path, "autoencoder", "torch.load")
+    for path in (run / "checkpoints").glob("*.ckpt"):
+        path.write_bytes((tmp_path / "evil.pt").read_bytes())
+    again = [*SMALL, f"data.root={pictures}", "peft=full", "optimizer.lr=0.01", "max_steps=3", "resume=auto"]
+    with pytest.raises(UserError, match="checkpoint"):
+        train(compose(run, *again))
     assert not mark.exists()
 
 

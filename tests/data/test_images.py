@@ -2,6 +2,7 @@
 
 import copy
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -201,6 +202,23 @@ def test_workers_change_nothing(in_memory: bool) -> None:
         batches, labels = zip(*loader, strict=True)
         assert torch.equal(torch.cat(batches), expected)
         assert torch.equal(torch.cat(labels), pictures.labels)
+
+
+def test_a_worker_sends_the_sentence_alone(tmp_path: Path) -> None:
+    files = tree() | {"cat/9.png": b"no image"}
+    loader = DataLoader(ImageDataset(make(tmp_path / "a.zip", files), 8), 16, collate_fn=identity, num_workers=1)
+    with pytest.raises(UserError, match=r"cat/9\.png") as caught:
+        list(loader)
+    assert "Traceback" not in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_name_that_stands_twice_in_a_zip_is_said(tmp_path: Path) -> None:
+    path = make(tmp_path / "a.zip", tree())
+    with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        archive.writestr("cat/0.png", png((1, 2, 3)))
+    assert any(note.endswith("the last of which counts: 1.") for note in ImageDataset(path, 8).notes)
+    assert ImageDataset(path, 8)[0][0][:, 0, 0].tolist() == [1, 2, 3]
 
 
 def test_copied_dataset_reads_its_zip_again() -> None:

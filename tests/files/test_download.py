@@ -1,5 +1,6 @@
 """Downloads: resumed, verified, and refused with a sentence."""
 
+import base64
 import hashlib
 import http.server
 import json
@@ -16,7 +17,8 @@ from ditune.commands.prepare import prepare
 from ditune.data import CUB
 from ditune.data.archives import Archive
 from ditune.errors import UserError
-from ditune.files.download import fetch, record_first_use
+from ditune.files.download import fetch, record_first_use, shown
+from ditune.files.needs import Need, bring, published_need
 from miniatures import cub, put
 from small_datasets import pack, prepare_config
 
@@ -24,14 +26,15 @@ from small_datasets import pack, prepare_config
 class Handler(http.server.BaseHTTPRequestHandler):
     """Serves `content`, with ranges; breaks off after `limit` bytes as long as `breaks` is not used up."""
 
-    content, breaks, limit, ranges, requests = b"", 0, 0, True, []
+    content, breaks, limit, ranges, requests, keys = b"", 0, 0, True, [], []
 
     def do_GET(self) -> None:
         cls = type(self)
         wanted = self.headers.get("Range") if cls.ranges else None
         cls.requests.append(wanted)
+        cls.keys.append((self.headers.get("Authorization"), self.path.partition("?")[2]))
         start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted else 0
-        if self.path == "/missing":
+        if self.path.startswith("/missing"):
             return self.send_error(404)
         if start >= len(cls.content) and wanted:
             return self.send_error(416)
@@ -58,6 +61,7 @@ def server(monkeypatch) -> Iterator[str]:
         True,
         [],
     )
+    Handler.keys = []
     service = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=service.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{service.server_port}"
@@ -107,6 +111,48 @@ def test_what_cannot_be_fetched_is_said(server, tmp_path):
     with pytest.raises(UserError, match="it goes on where it stopped"):
         fetch(f"{server}/x", tmp_path / "x")
     assert (tmp_path / "x.part").stat().st_size == 500
+
+
+SECRETS = ("user-1", "s3cr3t", "abcd", "0123")
+
+
+def with_secrets(server: str, path: str) -> str:
+    return server.replace("://", "://user-1:s3cr3t@") + f"{path}?token=abcd&X-Amz-Signature=0123"
+
+
+def test_keys_in_an_address_reach_the_server_and_nobody_else(server, tmp_path, caplog):
+    missing, url = with_secrets(server, "/missing"), with_secrets(server, "/x")
+    need = Need("a file", tmp_path / "x", present=False, addresses=(missing, url))
+    Handler.breaks, Handler.limit = 1, 3000
+    bring(need)
+    assert (tmp_path / "x").read_bytes() == Handler.content
+    basic = f"Basic {base64.b64encode(b'user-1:s3cr3t').decode()}"
+    assert Handler.keys == [(basic, "token=abcd&X-Amz-Signature=0123")] * 3
+    assert json.loads((tmp_path / "x.json").read_text())["url"] == f"{server}/x?..."
+    by_hand = published_need("inception", "a file", tmp_path / "y", {"inception": [missing]})
+    with pytest.raises(UserError) as caught:
+        fetch(missing, tmp_path / "z")
+    said = [caplog.text, str(need), str(by_hand), by_hand.remedy, str(caught.value)]
+    assert "Trying the next address" in caplog.text
+    assert "broke off" in caplog.text
+    for text in said:
+        assert f"{server}/" in text
+        assert not [secret for secret in SECRETS if secret in text], text
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("https://a.b/c/d.pt", "https://a.b/c/d.pt"),
+        ("hf://owner/name@revision/file.pt", "hf://owner/name@revision/file.pt"),
+        ("https://u:p@w@a.b:80/c?k=1#x", "https://a.b:80/c?..."),
+        ("403 for url: https://cdn/x?Signature=abc. Ask.", "403 for url: https://cdn/x?... Ask."),
+        ("URL can't contain '/x?token=abc' here", "URL can't contain '/x?...' here"),
+        ("Is it at /data/x? Put it there.", "Is it at /data/x? Put it there."),
+    ],
+)
+def test_what_is_shown_of_an_address(text, expected):
+    assert shown(text) == expected
 
 
 def test_a_dataset_is_fetched_with_its_licence_shown(server, tmp_path, monkeypatch, caplog):

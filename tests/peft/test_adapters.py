@@ -84,6 +84,14 @@ def test_ranks_that_adalora_gave_up(tmp_path):
     assert sum(map(sum, state["rank_pattern"].values())) == 2 * 8
 
 
+def test_a_training_too_short_for_adalora_is_a_sentence():
+    method = build_method("adalora")
+    method.apply(build_base("dit"))
+    method.config.total_step, method.config.tfinal = 1, 0
+    with pytest.raises(UserError, match="Set max_steps to at least 2"):
+        method.after_step(None, 1)
+
+
 # What must not be loaded
 
 

@@ -203,8 +203,22 @@ def test_wandb_offline(small, tmp_path, offline):
     assert [r.artifact.type for r in written["artifact"] if r.artifact.type == "model"] == ["model"]
 
 
-def test_wandb_goes_on_in_the_same_run_and_shows_failures(small, tmp_path, offline):
-    common = ["peft=full", "logger=wandb", "resume=auto", "callbacks.checkpoint.every_n_steps=1"]
+def assert_no_file_holds(folder: Path, *secrets: str) -> None:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert {"config.yaml", "result.json", "metrics.csv"} <= {path.name for path in files}
+    assert any(path.suffix == ".wandb" for path in files)
+    for path in files:
+        content = path.read_bytes()
+        assert not [secret for secret in secrets if secret.encode() in content], path
+
+
+def test_wandb_goes_on_in_the_same_run_and_shows_failures(small, tmp_path, offline, monkeypatch, caplog, capfd):
+    keys = {"WANDB_API_KEY": "feedc0de" * 5, "HF_TOKEN": "hf_NotToBeWrittenAnywhere"}
+    for name, value in keys.items():
+        monkeypatch.setenv(name, value)
+    address = "addresses.inception=['https://ann:s3cr3tOne@127.0.0.1/x?token=s3cr3tTwo${oc.env:HF_TOKEN}']"
+    common = ["peft=full", "logger=wandb", "logger.offline=true", "resume=auto", "callbacks.checkpoint.every_n_steps=1"]
+    common += [address, "verbose=true"]
     for steps in (2, 4):
         assert train(small(*common, f"max_steps={steps}")) == 0
     written, files = wandb_records(tmp_path / "run")
@@ -212,6 +226,11 @@ def test_wandb_goes_on_in_the_same_run_and_shows_failures(small, tmp_path, offli
     assert {record.run.run_id for record in written["run"]} == {(tmp_path / "run" / ID_FILE).read_text().strip()}
     history = [values(r.history.item) for r in written["history"]]
     assert [row["trainer/global_step"] for row in history if "train/loss" in row] == [0, 1, 2, 3]
+    assert "https://127.0.0.1/x?..." in (tmp_path / "run" / "config.yaml").read_text()
+    secrets = (*keys.values(), "s3cr3tOne", "s3cr3tTwo")
+    assert_no_file_holds(tmp_path / "run", *secrets)
+    printed = "".join(capfd.readouterr()) + caplog.text
+    assert not [secret for secret in secrets if secret in printed]
 
     folder = tmp_path / "failed"
     with pytest.raises(UserError, match="not finite"):

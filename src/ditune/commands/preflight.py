@@ -13,9 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 from ditune.commands.prepare import ensure
 from ditune.config import disk
 from ditune.config.components import build_generator
-from ditune.config.grammar import resolved
 from ditune.config.hardware import BF16, device_of, settle
-from ditune.config.needs import needs_of, parts_of_a_training
+from ditune.config.needs import needs_of, parts_of_a_training, without_secrets
 from ditune.config.outline import Outline, outline
 from ditune.config.training import build_outlook
 from ditune.errors import UserError
@@ -96,8 +95,8 @@ def plan_without_files(cfg: DictConfig, folder: Path, needs: Sequence[Need], pro
             log.warning("%s", text)
         spaces = disk.spaces(cfg, expected.components, folder, needs)
         folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(resolved(cfg), folder / "config.yaml")
-        config = OmegaConf.to_yaml(cfg, resolve=True) if cfg.verbose else None
+        OmegaConf.save(without_secrets(cfg), folder / "config.yaml")
+        config = OmegaConf.to_yaml(without_secrets(cfg), resolve=True) if cfg.verbose else None
         lines = {"device": f"{device_line(cfg)}, {cfg.trainer.precision}", "disk": disk.line(spaces)}
         lines["price"] = price_line(cfg, expected, folder)
         announce(expected.components, None, folder, config, lines, expected.per_sample)

@@ -20,9 +20,10 @@ from ditune.commands.preflight import preflight
 from ditune.commands.prepare import held_out_images, held_out_source, training_source
 from ditune.config import disk, rules
 from ditune.config.components import build_comparison, build_components, build_generator
-from ditune.config.grammar import hydra_value, resolved
+from ditune.config.grammar import hydra_value
 from ditune.config.instantiate import instantiate, refuse_missing
 from ditune.config.keys import check
+from ditune.config.needs import without_secrets
 from ditune.config.roles import job_hash, job_identity
 from ditune.config.training import build_module, build_outlook, build_trainer, open_loggers, processes_of, resume_key
 from ditune.config.validation import build_validation, chosen_metric
@@ -102,9 +103,9 @@ def _train(cfg: DictConfig, folder: Path, signals: Signals) -> int:
     if first:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic(folder / "config.yaml") as temporary:
-            OmegaConf.save(resolved(cfg), temporary)
+            OmegaConf.save(without_secrets(cfg), temporary)
         spaces = disk.spaces(cfg, c, folder, [])
-        config = OmegaConf.to_yaml(cfg, resolve=True) if cfg.verbose else None
+        config = OmegaConf.to_yaml(without_secrets(cfg), resolve=True) if cfg.verbose else None
         lines = {"disk": disk.line(spaces)}
         if cfg.dry_run:
             lines["price"] = plan_price(cfg, c, module, trainer, generator, outlook, folder)

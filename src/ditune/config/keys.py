@@ -15,7 +15,7 @@ KEYS = (
     # of train.py
     Key("name", str),
     Key("seed", int, at_least=0, at_most=LARGEST_SEED),
-    Key("batch_size", int, at_least=1),
+    Key("batch_size", int, at_least=1, at_most=1_000_000),
     Key("max_steps", int, at_least=1),
     Key("pretrained", str, null=True),
     Key("pretrained_process", dict, null=True),  # a config of a process
@@ -205,7 +205,7 @@ KEYS = (
     Key("sampler.guide_strength", float),
     Key("sampler.noise_awareness", float, at_least=0),
     Key("sampler.guidance_input", float, at_least=1, null=True),
-    Key("sampler.batch_size", int, at_least=1),
+    Key("sampler.batch_size", int, at_least=1, at_most=1_000_000),
     Key("cache", dict, null=True),
     Key("cache.interval", int, at_least=1),
     Key("cache.order", int, at_least=0),

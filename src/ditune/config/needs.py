@@ -9,7 +9,9 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from ditune.checkpoints import published
+from ditune.config.grammar import resolved
 from ditune.config.instantiate import missing_keys, plain
+from ditune.files.download import shown
 from ditune.files.needs import Addresses, Need
 
 PARTS = ("data", "autoencoder", "pretrained", "metrics")
@@ -46,6 +48,14 @@ def each_once(needs: Iterable[Need]) -> list[Need]:
     for need in needs:
         first.setdefault(need.path, need)
     return list(first.values())
+
+
+def without_secrets(cfg: DictConfig) -> DictConfig:
+    """The config with no reference left in it, as it may be kept and shown: addresses may hold keys."""
+    kept = resolved(cfg)
+    for name, urls in addresses_of(kept).items():
+        kept.addresses[name] = urls and [shown(url) for url in urls]
+    return kept
 
 
 def addresses_of(cfg: DictConfig) -> Addresses:

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, read_write
 from ditune.config.base_network import given_process
 from ditune.config.grammar import between_quotes
 from ditune.config.instantiate import instantiate, plain
+from ditune.config.needs import without_secrets
 from ditune.config.roles import Decides, role_of
 from ditune.data import ImageDataset
 from ditune.errors import UserError
@@ -204,6 +205,6 @@ def open_loggers(cfg: DictConfig, trainer: pl.Trainer, folder: Path, first_step:
     for logger in chosen:
         if isinstance(logger, WandbRun):
             logger.keep_id()
-        logger.log_hyperparams(plain(cfg))
+        logger.log_hyperparams(plain(without_secrets(cfg)))
         if isinstance(logger, WandbRun):
             logger.describe([(kind, *sizes) for kind, sizes in parameter_kinds(c.network).items()])

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from ditune.data.formats import is_hidden
 from ditune.errors import UserError
-from ditune.files.download import check_md5, fetch, record_first_use
+from ditune.files.download import check_md5, fetch_any, record_first_use
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ def install(archive: Archive, root: Path, download: bool) -> bool:
         if not (download and archive.urls):
             return False
         found = root / archive.file
-        _fetch_from_any(archive, found)
+        fetch_any(archive.urls, found, archive.md5)
     elif archive.md5 is not None:
         log.info("checking %s", found)
         check_md5(found, archive.md5)
@@ -91,17 +91,6 @@ def install(archive: Archive, root: Path, download: bool) -> bool:
             _unpack_inner(folder, archive.inner)
         _move(folder, root / archive.into, root / archive.makes)
     return True
-
-
-def _fetch_from_any(archive: Archive, path: Path) -> None:
-    for number, url in enumerate(archive.urls, start=1):
-        try:
-            return fetch(url, path, archive.md5)
-        except UserError:
-            if number == len(archive.urls):
-                raise
-            log.warning("%s failed; trying the next address", url)
-    return None
 
 
 def unpack(path: Path, folder: Path) -> None:

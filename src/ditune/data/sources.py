@@ -109,6 +109,8 @@ class Zip:
         self.notes = _wrapper_note(path, prefix)
         if links:
             self.notes.append(f"Links in {path}, which a zip file does not follow, are left out: {len(links):,}.")
+        if again := sum(not info.is_dir() for info in self._archive.infolist()) - len(entries):
+            self.notes.append(f"Names that {path} holds already, the last of which counts: {again:,}.")
         self._entries = {name.removeprefix(prefix): entries[name] for name in names if name.startswith(prefix)}
         self.names = sorted(self._entries)
 

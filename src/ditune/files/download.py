@@ -1,13 +1,16 @@
 """Downloads: resumed where they stopped, and verified before the file gets its name."""
 
+import base64
 import hashlib
 import json
 import logging
+import re
 import time
 from collections.abc import Sequence
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError, URLError
+from urllib.parse import unquote, urlsplit
 from urllib.request import Request, urlopen
 
 from ditune.errors import UserError
@@ -23,13 +26,21 @@ BLOCK = 1 << 20
 PROBE = 10.0  # seconds to wait for an answer before anything is fetched
 GONE = (401, 403, 404, 410)  # HTTP's answers that trying again does not change
 AGENT = {"User-Agent": "ditune"}
+USER = re.compile(r"(\w+://)[^/?#\s'\"]*@")
+QUERY = re.compile(r"((?:\w+:/)?/[^\s?#'\"]*)[?#][^\s'\"]+")
+
+
+def shown(text: object) -> str:
+    """A text that may be printed and kept: no address in it has its user, password or query, which may be secrets."""
+    return QUERY.sub(r"\1?...", USER.sub(r"\1", str(text)))
 
 
 def fetch(url: str, path: Path, md5: str | None = None, sha256: str | None = None) -> str:
     """Download a file, or a repository of the hub; resume from `<path>.part`, if an earlier try has left it.
 
     Args:
-        url: address: https://, http://, file://, or of the hub, see `ditune.files.hub`.
+        url: address: https://, http://, file://, or of the hub, see `ditune.files.hub`; it may hold a user, a password,
+            or a key in its query, which no message shows.
         path: of the file; of a folder where the address is that of a repository.
         md5: that it must have (hex); None = not checked.
         sha256: likewise.
@@ -78,14 +89,15 @@ def fetch_any(addresses: Sequence[str], path: Path, md5: str | None = None, sha2
 def reachable(url: str) -> str | None:
     """Why an address does not answer, in a few words; None = it does. Nothing is fetched."""
     if url.startswith(HUB):
-        return hub.answers(url)
+        reason = hub.answers(url)
+        return None if reason is None else shown(reason)
     try:
-        with urlopen(Request(url, headers=AGENT, method="HEAD"), timeout=PROBE):
+        with urlopen(_request(url, "HEAD"), timeout=PROBE):
             return None
     except HTTPError as error:
         return f"HTTP {error.code}" if error.code in GONE else None  # others may refuse the question only
     except (URLError, HTTPException, OSError, ValueError) as error:
-        return str(getattr(error, "reason", error))
+        return shown(getattr(error, "reason", error))
 
 
 def _from_the_web(url: str, path: Path, part: Path) -> None:
@@ -96,14 +108,14 @@ def _from_the_web(url: str, path: Path, part: Path) -> None:
             final = isinstance(error, HTTPError) and error.code in GONE
             if attempt == ATTEMPTS or final or url.startswith("file:"):
                 raise _unfetched(url, path, error) from error
-            log.warning("%s broke off (%s); trying again", url, error)
+            log.warning("%s broke off (%s); trying again", shown(url), shown(error))
             time.sleep(PAUSE * attempt)
     return None
 
 
 def _unfetched(url: str, path: Path, reason: object) -> UserError:
     return UserError(
-        f"{url} cannot be fetched ({reason}). Get the file elsewhere and put it at {path}; or run this "
+        f"{shown(url)} cannot be fetched ({shown(reason)}). Get the file elsewhere and put it at {path}; or run this "
         "again with a network, it goes on where it stopped."
     )
 
@@ -115,12 +127,24 @@ def _from_the_hub(url: str, path: Path, part: Path) -> str:
     except UserError:
         raise
     except Exception as error:  # its errors are of many kinds
-        raise _unfetched(url, path, " ".join(str(error).split())[:300]) from error
+        raise _unfetched(url, path, shown(" ".join(str(error).split()))[:300]) from error
+
+
+def _request(url: str, method: str = "GET") -> Request:
+    """A question to an address; `user:password@` goes into a header, since urllib takes it for a part of the host."""
+    user, at, _ = urlsplit(url).netloc.rpartition("@")
+    request = Request(USER.sub(r"\1", url), headers=AGENT, method=method)
+    if at:
+        key = base64.b64encode(unquote(user).encode()).decode()
+        request.add_unredirected_header("Authorization", f"Basic {key}")  # another host must not see it
+    return request
 
 
 def _download(url: str, part: Path) -> None:
     have = part.stat().st_size if part.exists() else 0
-    request = Request(url, headers={**AGENT, **({"Range": f"bytes={have}-"} if have else {})})
+    request = _request(url)
+    if have:
+        request.add_header("Range", f"bytes={have}-")
     try:
         response = urlopen(request, timeout=TIMEOUT)
     except HTTPError as error:
@@ -196,5 +220,5 @@ def record_first_use(path: Path, url: str | None = None) -> dict[str, str | int]
                 f"{found['bytes']:,} now). Fetch it again; if the new one is right, delete {note}."
             )
         return found
-    write_json(note, found | {"url": url})
+    write_json(note, found | {"url": None if url is None else shown(url)})
     return found

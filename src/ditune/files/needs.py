@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ditune.errors import UserError
-from ditune.files.download import fetch_any, reachable, record_first_use
+from ditune.files.download import fetch_any, reachable, record_first_use, shown
 from ditune.files.locks import locked
 from ditune.files.published import PUBLISHED
 from ditune.progress import amount, console, is_first_rank
@@ -68,7 +68,7 @@ class Need:
         hashes = [name for name, value in (("SHA-256", self.sha256), ("MD5", self.md5)) if value]
         known = f"{hashes[0]} is compared" if hashes else "no hash is published: that of the first use is kept"
         licence = f"; licence: {self.licence.rstrip('.')}" if self.licence else ""
-        return f"{self.what}: to be fetched, {size}, from {self.addresses[0]} to {self.path} ({known}){licence}"
+        return f"{self.what}: to be fetched, {size}, from {shown(self.addresses[0])} to {self.path} ({known}){licence}"
 
 
 def published_need(
@@ -88,7 +88,7 @@ def published_need(
     size, sha256 = facts.files[file]
     where = tuple(addresses.get(name) or facts.addresses)
     urls = tuple(f"{url.rstrip('/')}/{file}" for url in where) if file else where
-    remedy = f"Put {urls[0]} at {path}, or set addresses.{name}=[<other address>]."
+    remedy = f"Put {shown(urls[0])} at {path}, or set addresses.{name}=[<other address>]."
     there = present or path.is_file()
     return Need(what, path, there, urls, size, sha256, licence=facts.licence, remedy=remedy)
 

@@ -47,7 +47,16 @@ class AdaLora(HuggingFace):
         return self.config.orth_reg_weight * torch.stack(norms).mean()
 
     def after_step(self, network: nn.Module, step: int) -> None:
-        """Update the importance scores and prune ranks by peft's schedule."""
+        """Update the importance scores and prune ranks by peft's schedule.
+
+        Raises:
+            UserError: the last pruning is due at the first step, before anything is known to be important.
+        """
+        if step == 1 and self.config.total_step - self.config.tfinal < 2:
+            raise UserError(
+                f"AdaLoRA prunes its last rank {self.config.tfinal} steps (peft.tfinal) before the end of "
+                f"{self.config.total_step}, too early. Set max_steps to at least {self.config.tfinal + 2}."
+            )
         self.tuner.update_and_allocate(step)
 
     def training_state(self) -> dict[str, Any]:

@@ -61,7 +61,7 @@ class Run:
         """Dotted keys and values of config.yaml; if the file is missing, those that result.json tells of."""
         path = self.folder / "config.yaml"
         if path.is_file():
-            return dict(_flat(yaml.load(path.read_text(encoding="utf-8"), Loader=LOADER)))
+            return dict(_flat(_read_config(path)))
         result, protocol = self.result, self.result.get("metrics", {}).get("protocol", {})
         told = {
             "batch_size": result.get("batch_size"),
@@ -259,6 +259,17 @@ def clearly_best(values: Sequence[tuple[float, float | None]], lower: bool) -> i
 def main_metric(runs: Iterable[Run]) -> str | None:
     """The metric that stands for a report: FID if there is one, else KID, else another distance, else the test loss."""
     return first_headline(list(dict.fromkeys(name for run in runs for name in run.values)))
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=LOADER)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"The config {path} is damaged ({reason}). Copy it again, or delete it.") from error
+    if not isinstance(values, dict):
+        raise UserError(f"The config {path} is damaged: it holds no keys. Copy it again, or delete it.")
+    return values
 
 
 def _flat(values: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
