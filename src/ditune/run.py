@@ -27,6 +27,7 @@ from ditune.config.instantiate import instantiate, refuse_strangers
 from ditune.errors import UserError
 from ditune.generation.generator import ImageGenerator
 from ditune.networks import DiT
+from ditune.networks.dit import inputs_of
 from ditune.processes import GaussianProcess, build_process
 from ditune.samplers import Cache
 
@@ -205,7 +206,7 @@ def _load_adapted(folder: Path, base: Path) -> tuple[DiT, dict[str, Any]]:
     check_file(base, config, folder)
     resolution = {key: config["network"][key] for key in ("input_size", "pos_embed_scale")}
     known = (config.get("base") or {}).get("network") or config["network"]
-    network = load_network(base, known, **resolution, **build_process(config["process"]).network)
+    network = load_network(base, known, **resolution, **inputs_of(config["network"]))
     load_adapter(network, folder)
     return network, config
 

@@ -21,6 +21,7 @@ from ditune.checkpoints.content_hash import KEY, ContentHash
 from ditune.checkpoints.source import Composed, Content, Source
 from ditune.errors import UserError
 from ditune.files.atomic import LARGE
+from ditune.networks.dit import INPUTS
 from ditune.networks.unfilled import unfilled
 from ditune.progress import meter
 
@@ -55,9 +56,8 @@ def build(source: Source, opened: Callable[[Source], Content], overrides: dict[s
             network = content.build(**(content.config | overrides))
         except (TypeError, ValueError) as error:
             raise UserError(f"{source.path} makes no network: {error}. Check the overrides {overrides}.") from error
-        if overrides.get("step") and not content.config.get("step"):
-            network.zero_init_step_embedding()
-            added = network.new_parameter_prefixes
+        network.add_inputs(name for name in INPUTS if overrides.get(name) and not content.config.get(name))
+        added = network.new_parameter_prefixes
     try:
         tensors = _copied(source, content, opened)
         if added:

@@ -30,9 +30,9 @@ class Counted(nn.Module):
         self.network, self.process, self.statistics = network, process, statistics
         self.num_classes = network.num_classes
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor, *step: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, *step: Tensor, **more: Tensor) -> Tensor:
         routing = []
-        out = self.network(x, t, y, *step, routing=routing)
+        out = self.network(x, t, y, *step, **more, routing=routing)
         self.statistics.add(routing, part_of(self.process, t), y)
         return out
 

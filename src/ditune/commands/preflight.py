@@ -12,16 +12,19 @@ from omegaconf import DictConfig, OmegaConf
 
 from ditune.commands.prepare import ensure
 from ditune.config import disk
+from ditune.config.components import build_generator
 from ditune.config.grammar import resolved
 from ditune.config.hardware import BF16, device_of, settle
 from ditune.config.needs import needs_of, parts_of_a_training
 from ditune.config.outline import Outline, outline
+from ditune.config.training import build_outlook
 from ditune.errors import UserError
 from ditune.files.needs import Need, describe_needs, fetch_all, refuse, with_reasons, written
 from ditune.progress import is_first_rank
 from ditune.training.checkpoint_io import newest_checkpoint
 from ditune.training.components import Processes
 from ditune.training.plan import announce, expected_memory
+from ditune.training.price import device_name, expected_pace, price
 from ditune.training.resume import NEVER
 
 log = logging.getLogger(__name__)
@@ -96,10 +99,22 @@ def plan_without_files(cfg: DictConfig, folder: Path, needs: Sequence[Need], pro
         OmegaConf.save(resolved(cfg), folder / "config.yaml")
         config = OmegaConf.to_yaml(cfg, resolve=True) if cfg.verbose else None
         lines = {"device": f"{device_line(cfg)}, {cfg.trainer.precision}", "disk": disk.line(spaces)}
+        lines["price"] = price_line(cfg, expected, folder)
         announce(expected.components, None, folder, config, lines, expected.per_sample)
         for text in disk.shortage(spaces):
             log.warning("%s", text)
     return False
+
+
+def price_line(cfg: DictConfig, expected: Outline, folder: Path) -> str:
+    """What the run will take, without its files; held-out images are not counted yet."""
+    c = expected.components
+    outlook = build_outlook(cfg, c, build_generator(cfg, c), None)
+    outlook.evaluation_images = 2 * cfg.metrics.n // c.processes.world_size
+    device = device_name(torch.device(device_of(cfg.trainer.accelerator))) if torch.cuda.is_available() else "unknown"
+    found = price(expected_pace(c, outlook.calls, device), outlook, c.processes.world_size, cfg.price_per_hour)
+    found.write(folder)
+    return found.line()
 
 
 def device_line(cfg: DictConfig) -> str:

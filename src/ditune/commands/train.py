@@ -32,18 +32,22 @@ from ditune.evaluation.denoising_loss import HeldOutLoss
 from ditune.evaluation.held_out import HeldOut
 from ditune.evaluation.shared_files import meet
 from ditune.files.atomic import atomic, remove_leftovers
+from ditune.generation.generator import ImageGenerator
 from ditune.launch.run_folder import owned
 from ditune.memory import memory_for
 from ditune.progress import is_first_rank
 from ditune.stopping import Signals, listen
 from ditune.training import ranks
+from ditune.training.base_samples import keep_base_samples
 from ditune.training.callbacks import SampleGrids, StepGrids, Validation, peak_memory_mib
 from ditune.training.checkpoint_io import remove_checkpoints
 from ditune.training.components import Components
 from ditune.training.loggers.wandb import WandbRun, close_loggers
 from ditune.training.micro_batch import less_memory
 from ditune.training.module import GenerativeModule
+from ditune.training.outlook import Outlook
 from ditune.training.plan import announce
+from ditune.training.price import MEASURE, device_name, expected_pace, measured_pace, price
 from ditune.training.result import RunRecord, describe, has_finished, save_trained, summarise
 from ditune.training.resume import find_checkpoint
 from ditune.training.source import StreamData
@@ -99,7 +103,10 @@ def _train(cfg: DictConfig, folder: Path, signals: Signals) -> int:
             OmegaConf.save(resolved(cfg), temporary)
         spaces = disk.spaces(cfg, c, folder, [])
         config = OmegaConf.to_yaml(cfg, resolve=True) if cfg.verbose else None
-        announce(c, trainer, folder, config, {"disk": disk.line(spaces)})
+        lines = {"disk": disk.line(spaces)}
+        if cfg.dry_run:
+            lines["price"] = plan_price(cfg, c, module, trainer, generator, outlook, folder)
+        announce(c, trainer, folder, config, lines)
         for text in disk.shortage(spaces):
             log.warning("%s", text)
     if cfg.dry_run:
@@ -113,6 +120,7 @@ def _train(cfg: DictConfig, folder: Path, signals: Signals) -> int:
     validation = build_validation(cfg, trainer, c, generator, unseen, comparison, resumed.step)
     if validation is not None:  # right behind the clock: it may make this step the last one
         trainer.callbacks.insert(trainer.callbacks.index(clock) + 1, validation)
+    keep_base_samples(c, module, generator, trainer.strategy.root_device)
     stream = ImageStream(source, cfg.seed, cfg.data.flip, instantiate(cfg.augment, "augment"))
     data = StreamData(stream, cfg.batch_size, cfg.data.num_workers)
     module.names = lambda positions: [c.images.names[i] for i in stream.indices(positions)]
@@ -140,6 +148,32 @@ def _train(cfg: DictConfig, folder: Path, signals: Signals) -> int:
     if stop.agreed and trainer.world_size > 1:
         ranks.leave_together(trainer)
     return record.exit_code
+
+
+def plan_price(
+    cfg: DictConfig,
+    c: Components,
+    module: GenerativeModule,
+    trainer: pl.Trainer,
+    generator: ImageGenerator,
+    outlook: Outlook,
+    folder: Path,
+) -> str:
+    """What the run will take, as a line of the plan; it is also written for the summary of a sweep."""
+    if cfg.metrics.n > 0:  # of the base too, unless a record has its values
+        recorded = c.base_to_compare is None or cfg.metrics.record is not None
+        outlook.evaluation_images = cfg.metrics.n * (1 if recorded else 2) // trainer.world_size
+    outlook.held_out_calls //= trainer.world_size
+    if cfg.dry_run == MEASURE:
+        evaluation = build_comparison(cfg, generator).evaluation if cfg.metrics.n > 0 else None
+        source = training_source(cfg, c.images, c.autoencoder)
+        stream = ImageStream(source, cfg.seed, cfg.data.flip, instantiate(cfg.augment, "augment"))
+        pace = measured_pace(module, trainer, stream, generator, evaluation)
+    else:
+        pace = expected_pace(c, outlook.calls, device_name(trainer.strategy.root_device))
+    expected = price(pace, outlook, trainer.world_size, cfg.price_per_hour)
+    expected.write(folder)
+    return expected.line()
 
 
 def make_up_grids(trainer: pl.Trainer, module: GenerativeModule) -> None:

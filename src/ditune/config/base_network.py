@@ -16,7 +16,7 @@ from ditune.files.atomic import sha256
 from ditune.networks import DiT
 from ditune.networks.unfilled import unfilled
 from ditune.peft import adapt_labels
-from ditune.processes import GaussianProcess, Process, build_process
+from ditune.processes import GaussianProcess, Process, build_process, is_flow
 from ditune.rng import seeded
 from ditune.training.components import Base
 
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 def build_network(
-    cfg: DictConfig, class_names: list[str], autoencoder: Autoencoder, process: Process
+    cfg: DictConfig, class_names: list[str], autoencoder: Autoencoder, inputs: Mapping[str, bool]
 ) -> tuple[DiT, Base | None]:
     """The network of the config: read from its pretrained file, or with seeded initial weights.
 
@@ -32,7 +32,7 @@ def build_network(
         cfg: of a training.
         class_names: of the data.
         autoencoder: decides the shape of the latents.
-        process: of the objective; decides whether the network is conditioned on the step size.
+        inputs: arguments for the network's further inputs, see `Objective.inputs`.
 
     Raises:
         UserError: the file is missing, damaged or of an unknown kind.
@@ -41,15 +41,15 @@ def build_network(
     shape = {"in_channels": channels, "input_size": side, "num_classes": len(class_names)}
     if cfg.pretrained is None:
         with seeded(cfg.seed):
-            return instantiate(cfg.network, "network", **shape, **process.network), None
+            return instantiate(cfg.network, "network", **shape, **inputs), None
     path = locate(cfg.pretrained, Path(cfg.paths.cache_dir) / "networks", download=not cfg.dry_run)
     source = Source(path)
     opened = {"source": source} if "checkpoint" in cfg.network else {}  # network=as_pretrained takes its sizes from it
     with unfilled():
-        ours = instantiate(cfg.network, "network", **shape, **process.network, **opened).config
+        ours = instantiate(cfg.network, "network", **shape, **inputs, **opened).config
     given = given_process(cfg.get("pretrained_process"), "pretrained_process")
     with seeded(cfg.seed):
-        read = read_network(source, given, ours, "pretrained_process", **process.network)
+        read = read_network(source, given, ours, "pretrained_process", **inputs)
     loaded, config = read.network, read.network.config
     if cfg.new_resolution:
         loaded = at_resolution(loaded, ours["input_size"], ours["pos_embed_scale"])
@@ -57,7 +57,7 @@ def build_network(
         names = read.header and read.header["provenance"]["class_names"]
         with seeded(cfg.seed):
             adapt_labels(loaded, cfg.classes, class_names, names)
-    theirs = read.process if read.process.get("kind") == "flow" else GaussianProcess(**read.process).config
+    theirs = read.process if is_flow(read.process) else GaussianProcess(**read.process).config
     return loaded, Base(
         path=path,
         sha256=sha256(path),
@@ -86,11 +86,13 @@ def match_process(ours: Process, theirs: Mapping[str, Any]) -> Process:
         ours: of the objective.
         theirs: config of the base's process.
     """
-    if ours.config.get("kind") != "flow":
+    if not is_flow(ours.config):
         return ours
-    diffusion = theirs.get("diffusion") if theirs.get("kind") == "flow" else dict(theirs)
+    diffusion = theirs.get("diffusion") if is_flow(theirs) else dict(theirs)
     if not diffusion:
         return ours
+    if is_flow(theirs):  # as it was read before
+        ours = ours.changed(bridge="path" if theirs["kind"] == "diffusion_path" else "aligned")
     log.info("the base network was trained on a diffusion and is read as a flow")
     return ours.on_diffusion(diffusion)
 

@@ -1,6 +1,8 @@
 """From a composed config to the objects of a run. Below this folder and the commands nothing sees a config."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
@@ -13,6 +15,7 @@ from ditune.evaluation.comparison import Comparison
 from ditune.evaluation.protocol import Evaluation, Record
 from ditune.generation.generator import ImageGenerator
 from ditune.networks import DiT
+from ditune.objectives import Objective
 from ditune.rng import seeded
 from ditune.samplers import check
 from ditune.training.components import Components, Settings
@@ -27,9 +30,9 @@ def build_components(cfg: DictConfig) -> Components:
     refuse_missing(cfg)
     images = instantiate(cfg.data.pictures, "data")
     autoencoder = instantiate(cfg.autoencoder, "autoencoder")
-    objective = instantiate(cfg.objective, "objective")
+    objective = build_objective(cfg)
     method = instantiate(cfg.peft, "peft", _convert_="all")
-    network, base = build_network(cfg, images.class_names, autoencoder, objective.process)
+    network, base = build_network(cfg, images.class_names, autoencoder, objective.inputs)
     if base is not None:
         objective.process = match_process(objective.process, base.process)
     components = Components(
@@ -50,6 +53,14 @@ def build_components(cfg: DictConfig) -> Components:
     network.gradient_checkpointing = cfg.gradient_checkpointing
     rules.check(components, rules.OF_THE_LABELS)
     return components
+
+
+def build_objective(cfg: DictConfig) -> Objective:
+    """The objective of a config, inside of the one of `transfer=`."""
+    objective = instantiate(cfg.objective, "objective")
+    if cfg.get("transfer") is None:
+        return objective
+    return instantiate(cfg.transfer, "transfer", objective=objective)
 
 
 def settings_of(cfg: DictConfig) -> Settings:
@@ -97,7 +108,35 @@ def build_generator(cfg: DictConfig, components: Components, sampler: DictConfig
     check(generator.sampler, generator.process, generator.steps, generator.cache)
     if generator.guidance != 1 and components.network.config["class_dropout_prob"] <= 0:
         raise UserError("The network has no null class to be guided away from. Set sampler.guidance=1.")
+    refuse_missing_inputs(generator, components.network.config)
     return generator
+
+
+def refuse_missing_inputs(generator: ImageGenerator, network: Mapping[str, Any]) -> None:
+    """Refuse guidance by an input that the network was not trained with.
+
+    Args:
+        generator: its settings.
+        network: config of the network.
+
+    Raises:
+        UserError: the network has no such input, or a cache would mix two calls of one step.
+    """
+    for key, neutral, name, remedy in (
+        ("noise_awareness", 0, "untimed", "transfer=noise_awareness"),
+        ("guidance_input", None, "guided", "transfer=dogfit transfer.control=true"),
+    ):
+        value = getattr(generator, key)
+        if value != neutral and not network.get(name):
+            raise UserError(
+                f"sampler.{key} is {value}, and the network has not learned this input. Train it with {remedy}, or set "
+                f"sampler.{key}={'null' if neutral is None else neutral}."
+            )
+    if generator.noise_awareness and generator.cache is not None:
+        raise UserError(
+            "sampler.noise_awareness calls the network twice in each step, and a cache would mix the calls. "
+            "Set cache=none, or sampler.noise_awareness=0."
+        )
 
 
 def build_evaluation(

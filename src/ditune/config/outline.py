@@ -18,7 +18,7 @@ from torch import Tensor
 from ditune.autoencoders import KL, Autoencoder
 from ditune.checkpoints import published
 from ditune.config import rules
-from ditune.config.components import build_generator, freeze_in_bf16, settings_of
+from ditune.config.components import build_generator, build_objective, freeze_in_bf16, settings_of
 from ditune.config.instantiate import instantiate, plain
 from ditune.config.needs import needs_of, networks_folder
 from ditune.data import Benchmark
@@ -107,10 +107,10 @@ def outline(cfg: DictConfig, processes: Processes) -> Outline | None:
     base = expected_base(cfg)
     if images is None or autoencoder is None or (cfg.pretrained is not None and base is None):
         return None
-    objective = instantiate(cfg.objective, "objective")
+    objective = build_objective(cfg)
     channels, side, _ = autoencoder.latent_shape(cfg.data.resolution)
     sizes = {"in_channels": channels, "input_size": side, "num_classes": len(images.class_names)}
-    sizes |= objective.process.network
+    sizes |= objective.inputs
     if cfg.network.get("name") == "as_pretrained":
         cfg = cfg.copy()
         cfg.network = {"_target_": "ditune.networks.build_network", "name": published.NETWORKS[cfg.pretrained]}

@@ -57,6 +57,7 @@ ROLES: dict[str, Role] = {
     "compile": RESULT,                 # likewise
     "network": TRAINING,
     "objective": TRAINING,
+    "transfer": Role(Decides.TRAINING, neutral=None),
     "peft": TRAINING,
     "optimizer": TRAINING,
     "scheduler": TRAINING,
@@ -84,6 +85,7 @@ ROLES: dict[str, Role] = {
     "sweep_dir": NOTHING,
     "resume": NOTHING,
     "dry_run": NOTHING,
+    "price_per_hour": NOTHING,
     "verbose": NOTHING,
     "traceback": NOTHING,
 }
@@ -97,9 +99,12 @@ NEUTRAL_BELOW = {
     "data.pictures.partition": None,
     "metrics.reference.limit": None,
     "metrics.reference.partition": None,
+    "objective.process.bridge": "aligned",
+    "sampler.noise_awareness": 0.0,
+    "sampler.guidance_input": None,
 }
 # Of an evaluation's protocol: keys that are newer than records of values.
-NEUTRAL_IN_PROTOCOLS = {"guidance_rescale": 0.0, "cache": None}
+NEUTRAL_IN_PROTOCOLS = {"guidance_rescale": 0.0, "cache": None, "noise_awareness": 0.0, "guidance_input": None}
 
 
 def role_of(key: str) -> Role:

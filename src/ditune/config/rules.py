@@ -10,6 +10,7 @@ from ditune.data.stream import micro_batch_size
 from ditune.errors import UserError
 from ditune.networks import DiTMoE
 from ditune.peft import Full
+from ditune.processes import DiffusionPath, is_flow
 from ditune.training.components import Components
 
 Rule = Callable[[Components], str | None]
@@ -46,7 +47,7 @@ def classes_are_as_many(c: Components) -> str | None:
 
 def flows_need_an_objective_of_flows(c: Components) -> str | None:
     """A diffusion's objective cannot go on from a flow."""
-    if c.base is None or c.base.process.get("kind") != "flow" or c.objective.process.config.get("kind") == "flow":
+    if c.base is None or not is_flow(c.base.process) or is_flow(c.objective.process.config):
         return None
     return (
         f"The base network {c.base.path.name} was trained on a flow, the objective is for a diffusion. "
@@ -157,6 +158,25 @@ def forward_mode_suits_the_method(c: Components) -> str | None:
     )
 
 
+def own_paths_suit_the_objective(c: Components) -> str | None:
+    """Some objectives know that the path is straight."""
+    if not isinstance(c.objective.process, DiffusionPath) or c.objective.any_path:
+        return None
+    return (
+        f"{type(c.objective).__name__} needs a straight path, and objective.process.bridge=path is none. "
+        "Set objective.process.bridge=aligned, or objective=flow_matching, shortcut or mean_flow."
+    )
+
+
+def transfer_needs_a_base(c: Components) -> str | None:
+    """Objectives for transfer call the pretrained network."""
+    if c.base is not None or not c.objective.needs_base:
+        return None
+    return (
+        "transfer= needs a pretrained network in its loss, and there is none. Set pretrained=<file>, or transfer=none."
+    )
+
+
 def null_class_is_there(c: Components) -> str | None:
     """Dropped labels, guidance in the objective and augmented images need the null class."""
     needed = c.objective.needs_null_class or c.settings.augmented
@@ -220,6 +240,8 @@ OF_A_TRAINING: tuple[Rule, ...] = (
     balance_needs_experts,
     adapters_have_no_router_biases,
     forward_mode_suits_the_method,
+    own_paths_suit_the_objective,
+    transfer_needs_a_base,
     null_class_is_there,
     latents_are_not_augmented,
 )

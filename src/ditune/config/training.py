@@ -48,10 +48,12 @@ def resume_key(cfg: DictConfig, c: Components) -> dict[str, Any]:
     Devices, workers and what is logged may change, and max_steps if only the learning rate depends on it. A key
     stands as plain values, unless what it names is known by something better, such as a fingerprint.
     """
+    # inside of the objective, so that a run that goes on without it differs too
+    transfer = {} if cfg.get("transfer") is None else {"transfer": plain(cfg.transfer)}
     known_by = {
         "network": {"network": c.network.config},
         "objective": {
-            "objective": plain(cfg.objective),
+            "objective": without_neutral(plain(cfg.objective)) | transfer,
             "max_steps": cfg.max_steps if c.objective.scheduled else None,
         },
         "autoencoder": {"autoencoder": c.autoencoder.latent_fingerprint},
@@ -60,6 +62,7 @@ def resume_key(cfg: DictConfig, c: Components) -> dict[str, Any]:
         "pretrained_process": {
             "pretrained_process": given_process(cfg.get("pretrained_process"), "pretrained_process")
         },
+        "transfer": {},
         "new_resolution": {},  # the network's config says it
         "data": {"data": c.images.fingerprint, "flip": cfg.data.flip},
         "trainer": {"precision": cfg.trainer.precision, "gradient_clip_val": cfg.trainer.gradient_clip_val},
@@ -71,6 +74,14 @@ def resume_key(cfg: DictConfig, c: Components) -> dict[str, Any]:
             value = cfg[name]
             key |= known_by.get(name, {name: plain(value) if isinstance(value, DictConfig) else value})
     return key
+
+
+def without_neutral(objective: dict[str, Any]) -> dict[str, Any]:
+    """The values of an objective without a key that is newer than stored checkpoints, at its neutral value."""
+    process = objective.get("process")
+    if not isinstance(process, dict) or process.get("bridge") != "aligned":
+        return objective
+    return objective | {"process": {key: value for key, value in process.items() if key != "bridge"}}
 
 
 def build_module(cfg: DictConfig, c: Components, key: dict[str, Any]) -> GenerativeModule:

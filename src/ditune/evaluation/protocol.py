@@ -75,6 +75,9 @@ class Evaluation:
             "reference": self.reference.fingerprint,
             "features": self.suite.identity,  # has a resolution of its own
         }
+        for name in ("noise_awareness", "guidance_input"):
+            value = getattr(generator, name)
+            values[name] = None if value is None else float(value)
         cache = generator.cache
         values["cache"] = None if cache is None else f"{cache.kind} {cache.settings}"
         return significant(values, NEUTRAL_IN_PROTOCOLS)

@@ -31,6 +31,7 @@ class ImageGenerator:
         batch_size: images at once, at most.
         bf16: the network runs under bf16 autocast.
         cache: reuse of block outputs between steps; None = none.
+        noise_awareness, guidance_input: see `ditune.samplers.sample`.
     """
 
     process: Process
@@ -45,6 +46,8 @@ class ImageGenerator:
     batch_size: int = 64
     bf16: bool = True
     cache: Cache | None = None
+    noise_awareness: float = 0.0
+    guidance_input: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sampler", self.sampler or default_sampler(self.process))
@@ -113,6 +116,8 @@ class ImageGenerator:
                 next_noise=next_noise,
                 on_step=lambda *_: check(),
                 cache=self.cache,
+                noise_awareness=self.noise_awareness,
+                guidance_input=self.guidance_input,
             )
         with memory_for(f"decoding {len(indices)} images at once", TILES):
             return to_uint8(self.autoencoder.to(device).to_pixels(latents.float()))

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ditune.errors import UserError
 from ditune.files.atomic import read_or_set_aside
@@ -29,6 +30,7 @@ class Job:
         error: why it has no result.
         exit_codes: one per rank.
         seconds: how long it ran.
+        price: what its plan expects, the content of price.json.
     """
 
     overrides: list[str]
@@ -44,6 +46,7 @@ class Job:
     identity: str = ""
     exit_codes: list[int] = field(default_factory=list)
     seconds: float = 0.0
+    price: dict[str, Any] = field(default_factory=dict)
 
     @property
     def succeeded(self) -> bool:

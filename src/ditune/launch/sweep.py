@@ -22,6 +22,7 @@ from ditune.progress import console
 
 log = logging.getLogger(__name__)
 
+PRICE = "price.json"  # in the folder of a job that has been planned, see ditune.training.price
 POLL = 0.2  # seconds between two looks at the processes
 
 
@@ -141,6 +142,8 @@ class Sweep:
         said = result.get("status")
         if not any(codes) and (said == "finished" or job.dry_run):
             job.status = "planned" if job.dry_run else "finished"
+            if job.dry_run:
+                job.price = read_or_set_aside(job.folder / PRICE)
             return
         if tree.stopping and not tree.failed_first:
             job.status, job.error = "stopped", "stopped with the sweep; the same command goes on with it"
@@ -187,6 +190,18 @@ def show_summary(jobs: Sequence[Job]) -> None:
         folder = "" if job.folder is None else job.folder.name
         table.add_row(own, folder, job.status, f"{job.seconds:.0f}", job.error[:500])
     console().print(table)
+    if any(job.dry_run for job in jobs):
+        console().print(total_price(jobs))
+
+
+def total_price(jobs: Sequence[Job]) -> str:
+    """What the planned jobs of a sweep are expected to take together; finished ones are not among them."""
+    planned = [job.price for job in jobs if job.status == "planned"]
+    known = [found for found in planned if found.get("seconds")]
+    hours = sum(sum(found["seconds"].values()) / 3600 * found["devices"] for found in known)
+    money = [found["money"] for found in known if found.get("money") is not None]
+    text = f"{len(known)} of {len(planned)} missing jobs have a price: {hours:.2f} device-hours"
+    return text + (f" = {sum(money):.2f}" if money else "")
 
 
 class Stopped(KeyboardInterrupt):

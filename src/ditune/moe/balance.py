@@ -26,12 +26,12 @@ class Watched:
         self.network, self.num_classes = network, network.num_classes
         self.routing: list[Routing] = []
 
-    def __call__(self, x: Tensor, t: Tensor, y: Tensor, *step: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor, *step: Tensor, **more: Tensor) -> Tensor:
         """See `DiTMoE.forward`; calls without gradients are not recorded."""
         if not torch.is_grad_enabled():
-            return self.network(x, t, y, *step)
+            return self.network(x, t, y, *step, **more)
         self.routing, self.y = [], y
-        return self.network(x, t, y, *step, routing=self.routing)
+        return self.network(x, t, y, *step, **more, routing=self.routing)
 
 
 class Balance:

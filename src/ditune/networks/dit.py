@@ -3,6 +3,7 @@
 State-dict keys are those of the official files. N batch, C channels, T tokens, D hidden size, H heads, P patch size.
 """
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,12 +12,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ditune.networks.block import Attention, Mlp, TransformerBlock, apply_gamma, modulate
-from ditune.networks.embeddings import LabelEmbedder, PatchEmbed, TimestepEmbedder, sincos_2d
+from ditune.networks.embeddings import LabelEmbedder, NoTime, PatchEmbed, TimestepEmbedder, sincos_2d
 from ditune.networks.sizes import DIT as SIZES
 
 __all__ = ["SIZES", "Attention", "DiT", "DiTBlock", "FinalLayer", "Mlp", "TransformerBlock", "apply_gamma", "modulate"]
 
 DiTBlock = TransformerBlock  # its earlier name
+INPUTS = {"step": "step_embedder", "untimed": "no_time", "guided": "guidance_embedder"}  # argument: its module
+OPTIONAL = ("untimed", "guided")  # arguments that stand in a config only where they are true
 
 
 class FinalLayer(nn.Module):
@@ -56,6 +59,8 @@ class DiT(nn.Module):
         learn_sigma: the output has 2C channels: prediction, then variance.
         pos_embed_scale: factor on the position table's coordinates, see `sincos_2d`.
         step: the network is also conditioned on the step size of its output (arXiv 2410.12557).
+        untimed: one vector stands for the embedding of a missing time, t = NaN (noise-awareness guidance, 2510.12497).
+        guided: the network is also conditioned on the guidance scale w of its output (DogFit, arXiv 2508.05685).
 
     Raises:
         ValueError: `input_size` or `hidden_size` is not divisible as above.
@@ -80,9 +85,14 @@ class DiT(nn.Module):
         learn_sigma: bool = True,
         pos_embed_scale: float = 1.0,
         step: bool = False,
+        untimed: bool = False,
+        guided: bool = False,
     ):
         # stored in files, from which the network is built again
         self_config = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
+        for key in OPTIONAL:  # younger than files that do without them
+            if not self_config[key]:
+                del self_config[key]
         super().__init__()
         if input_size % patch_size or hidden_size % num_heads or hidden_size % 4:
             raise ValueError(
@@ -99,6 +109,8 @@ class DiT(nn.Module):
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.step_embedder = TimestepEmbedder(hidden_size) if step else None
+        self.no_time = NoTime(hidden_size) if untimed else None
+        self.guidance_embedder = TimestepEmbedder(hidden_size) if guided else None
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, null_class=class_dropout_prob > 0)
         table = sincos_2d(hidden_size, input_size // patch_size, pos_embed_scale)
         self.register_buffer("pos_embed", table.float()[None])  # (1, T, D)
@@ -129,9 +141,11 @@ class DiT(nn.Module):
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # like a linear layer
         nn.init.zeros_(self.x_embedder.proj.bias)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        for embedder in filter(None, (self.t_embedder, self.step_embedder)):
+        for embedder in filter(None, (self.t_embedder, self.step_embedder, self.guidance_embedder)):
             nn.init.normal_(embedder.mlp[0].weight, std=0.02)
             nn.init.normal_(embedder.mlp[2].weight, std=0.02)
+        if self.no_time is not None:
+            nn.init.zeros_(self.no_time.vector)
         # adaLN-Zero: every block starts as the identity, and the network's output as zero
         for layer in (*(block.adaLN_modulation[1] for block in self.blocks), self.final_layer.adaLN_modulation[1]):
             nn.init.zeros_(layer.weight)
@@ -139,37 +153,54 @@ class DiT(nn.Module):
 
     def zero_init_step_embedding(self) -> None:
         """Zero-initialise the step embedding, so the network initially ignores the step size."""
-        nn.init.zeros_(self.step_embedder.mlp[2].weight)
-        nn.init.zeros_(self.step_embedder.mlp[2].bias)
-        self.new_parameter_prefixes = ("step_embedder.",)
+        self.add_inputs(["step"])
+
+    def add_inputs(self, names: Iterable[str]) -> None:
+        """Declare inputs new, which the pretrained weights do not know; the network initially ignores them.
+
+        Args:
+            names: arguments of the constructor, of `INPUTS`.
+        """
+        for name in names:
+            embedder = getattr(self, INPUTS[name])
+            for parameter in embedder.mlp[2].parameters() if isinstance(embedder, TimestepEmbedder) else ():
+                nn.init.zeros_(parameter)
+            self.new_parameter_prefixes += (f"{INPUTS[name]}.",)
 
     def ignore_step_at_first(self) -> None:
         """Earlier name of `zero_init_step_embedding`."""
         self.zero_init_step_embedding()
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor, step: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, step: Tensor | None = None, w: Tensor | None = None) -> Tensor:
         """Predict the process's target.
 
         Args:
             x: (N, C, H, W) noisy image or latents.
-            t: (N,) timestep, in 0..999 for the official networks.
+            t: (N,) timestep, in 0..999 for the official networks; NaN = unknown, for `untimed` networks.
             y: (N,) class in 0..K.
             step: (N,) step size in the unit of the process, for step-conditioned networks.
+            w: (N,) or () guidance scale of the output, for `guided` networks; None = 1.
 
         Returns:
             (N, C, H, W), or (N, 2C, H, W) with `learn_sigma`.
         """
         height = x.shape[2] // self.patch_size
-        x, c = self.embed(x, t, y, step)  # (N, T, D), (N, D)
+        x, c = self.embed(x, t, y, step, w)  # (N, T, D), (N, D)
         for block in self.blocks:
             x = self.run_block(block, x, c)  # (N, T, D)
         return self.unpatchify(self.final_layer(x, c), height)  # (N, C_out, H, W)
 
-    def embed(self, x: Tensor, t: Tensor, y: Tensor, step: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def embed(
+        self, x: Tensor, t: Tensor, y: Tensor, step: Tensor | None = None, w: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Tokens (N, T, D) and condition (N, D) of the inputs of `forward`."""
-        c = self.t_embedder(t) + self.y_embedder(y)
+        time = self.t_embedder(t) if self.no_time is None else self.no_time(self.t_embedder, t)
+        c = time + self.y_embedder(y)
         if self.step_embedder is not None:
             c = c + self.step_embedder(step)
+        if self.guidance_embedder is not None:
+            w = torch.ones(len(x), device=x.device) if w is None else w.expand(len(x))
+            c = c + self.guidance_embedder(w)
         return self.x_embedder(x) + self.pos_embed, c
 
     def run_block(self, block: nn.Module, x: Tensor, c: Tensor) -> Any:
@@ -193,6 +224,11 @@ class DiT(nn.Module):
         """Compile block by block: as fast as compiling the whole network, in half the time, with unchanged keys."""
         for block in self.blocks:
             block.compile(dynamic=False)
+
+
+def inputs_of(config: Mapping[str, Any]) -> dict[str, bool]:
+    """Arguments that give a network the further inputs of one with this config."""
+    return {name: True for name in INPUTS if config.get(name)}
 
 
 def _use_computed_pos_embed(network: DiT, state_dict: dict, prefix: str, *_) -> None:

@@ -105,6 +105,23 @@ class TimestepEmbedder(nn.Module):
         return self.mlp(timestep_embedding(t, self.frequency_size, frequencies=self.frequencies))
 
 
+class NoTime(nn.Module):
+    """One trained vector, which the network sets to zero at first, in place of the embedding of a time that is missing.
+
+    Args:
+        hidden_size: D.
+    """
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.vector = nn.Parameter(torch.empty(hidden_size))
+
+    def forward(self, embedder: nn.Module, t: Tensor) -> Tensor:  # (N,) -> (N, D)
+        """Embed timesteps; NaN is a missing one, and no gradient of it reaches the embedder."""
+        missing = t.isnan()[:, None]
+        return torch.where(missing, self.vector, embedder(t.nan_to_num()))
+
+
 class LabelEmbedder(nn.Module):
     """Class (N,) to (N, D) by a table. Labels are dropped by the objective, not here.
 

@@ -3,11 +3,14 @@
 from ditune.objectives.alpha_flow import AlphaFlow
 from ditune.objectives.base import Loss, Objective, State, drop_labels
 from ditune.objectives.consistency import ConsistencyDistillation, ConsistencyTraining
+from ditune.objectives.diff_tuning import DiffTuning
 from ditune.objectives.diffusion import GaussianDiffusion
+from ditune.objectives.dogfit import DogFit
 from ditune.objectives.flow_base import FlowObjective, Targets
 from ditune.objectives.flow_matching import FlowMatching
 from ditune.objectives.live_reflow import LiveReflow
 from ditune.objectives.mean_flow import MeanFlow
+from ditune.objectives.noise_awareness import NoiseAwareness
 from ditune.objectives.progressive_distillation import ProgressiveDistillation
 from ditune.objectives.shortcut import Shortcut
 from ditune.objectives.so_flow import SoFlow
@@ -17,6 +20,8 @@ __all__ = [
     "AlphaFlow",
     "ConsistencyDistillation",
     "ConsistencyTraining",
+    "DiffTuning",
+    "DogFit",
     "Draws",
     "FlowMatching",
     "FlowObjective",
@@ -24,6 +29,7 @@ __all__ = [
     "LiveReflow",
     "Loss",
     "MeanFlow",
+    "NoiseAwareness",
     "Objective",
     "ProgressiveDistillation",
     "Shortcut",

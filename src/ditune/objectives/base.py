@@ -26,7 +26,7 @@ class Network(Protocol):
 
     num_classes: int  # also the null class
 
-    def __call__(self, x: Tensor, t: Tensor, y: Tensor, *step: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor, *step: Tensor, **more: Tensor) -> Tensor:
         """Predict the target of the process.
 
         Args:
@@ -34,6 +34,7 @@ class Network(Protocol):
             t: (N,) time, in the unit of the process.
             y: (N,) labels.
             *step: (N,) step size, for step-conditioned networks.
+            **more: (N,) further inputs of the network by name.
 
         Returns:
             (N, C, H, W), or (N, 2C, H, W) with a learned variance.
@@ -52,6 +53,7 @@ class State:
         ema: the network with its EMA weights, without gradient.
         teacher: the network with the weights of the last `Objective.updates_teacher`; `ema` for objectives without a
             teacher.
+        base: the pretrained network, without gradient; None = the objective did not ask for it (`needs_base`).
     """
 
     step: int
@@ -59,6 +61,7 @@ class State:
     batch_size: int
     ema: Network
     teacher: Network
+    base: Network | None = None
 
 
 class Objective(ABC):
@@ -76,6 +79,8 @@ class Objective(ABC):
     scheduled = False  # the target at a step depends on `max_steps`
     forward_mode = False  # the network is differentiated with respect to its input by torch.func.jvp
     guidance = 1.0  # classifier-free guidance of the target; 1 = none
+    any_path = False  # a flow's path need not be straight
+    needs_base = False  # the loss calls the pretrained network
     process: Process
 
     def __init__(self, process: Process, label_drop: float = 0.1):
@@ -86,6 +91,11 @@ class Objective(ABC):
     def needs_null_class(self) -> bool:
         """Whether the network's label table must have a null class."""
         return self.label_drop > 0 or self.guidance != 1
+
+    @property
+    def inputs(self) -> dict[str, bool]:
+        """Arguments of the network's constructor for the inputs that the process and the objective give it."""
+        return self.process.network
 
     def check(self, batch_size: int) -> None:  # noqa: B027, few objectives have anything to refuse
         """Refuse a batch size that the objective cannot work with, before the training begins.

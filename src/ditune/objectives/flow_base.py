@@ -72,7 +72,7 @@ class FlowObjective(Objective):
         t, noise = random.uniform("t").to(x0), random.normal("noise", x0.shape[1:]).to(x0)
         y = drop_labels(y, random, self.label_drop, network.num_classes)
         velocity = self.process.velocity(network, self.process.x_t(x0, noise, t), t, y)
-        return mean_flat((velocity - self.process.target(x0, noise)) ** 2)
+        return mean_flat((velocity - self.process.target(x0, noise, t)) ** 2)
 
 
 @dataclass(frozen=True)

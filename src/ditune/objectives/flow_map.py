@@ -92,7 +92,7 @@ class FlowMap(FlowObjective):
         noise = random.normal("noise", x0.shape[1:]).to(x0)
         y = drop_labels(y, random, self.label_drop, network.num_classes)
         x_t = self.process.x_t(x0, noise, t)
-        v = self.guided_target(network, x_t, self.process.target(x0, noise), t, y)
+        v = self.guided_target(network, x_t, self.process.target(x0, noise, t), t, y)
         target = v
         if len(rows):
             learned = self.mean_velocity(network, *(value[rows] for value in (x_t, v, t, d, y)), state)

@@ -31,6 +31,8 @@ class FlowMatching(FlowObjective):
         UserError: an unknown name, or a number out of range.
     """
 
+    any_path = True
+
     def __init__(
         self,
         process: FlowProcess,
@@ -78,4 +80,4 @@ class FlowMatching(FlowObjective):
         t = self.sample_times(random.on_cpu, state.batch_size).to(x0.dtype).to(x0.device, non_blocking=True)
         noise = random.normal("noise", x0.shape[1:]).to(x0)
         y = drop_labels(y, random, self.label_drop, network.num_classes)
-        return Targets(self.process.x_t(x0, noise, t), t, y, self.process.target(x0, noise))
+        return Targets(self.process.x_t(x0, noise, t), t, y, self.process.target(x0, noise, t))

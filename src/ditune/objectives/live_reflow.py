@@ -54,7 +54,7 @@ class LiveReflow(FlowObjective):
         d = torch.where(reflowed, 1.0, 1 / base_steps)
         noise = random.normal("noise", x0.shape[1:]).to(x0)
         y = torch.where(reflowed & (self.label_drop < 1), y, drop_labels(y, random, self.label_drop, null))
-        target = self.process.target(x0, noise)
+        target = self.process.target(x0, noise, t)
         if len(rows):
             generated = self.generate(network, noise[rows], y[rows], null)
             x0 = x0.index_copy(0, rows, generated)

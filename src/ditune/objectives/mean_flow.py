@@ -16,6 +16,7 @@ class MeanFlow(FlowMap):
     forward mode. Only attention's plain form supports it, and compiled blocks run eagerly for it.
     """
 
+    any_path = True
     forward_mode = True
 
     def mean_velocity(

@@ -43,6 +43,8 @@ class Shortcut(FlowObjective):
         UserError: an unknown name, a number out of range, or a process without step sizes.
     """
 
+    any_path = True
+
     def __init__(
         self,
         process: FlowProcess,
@@ -114,7 +116,7 @@ class Shortcut(FlowObjective):
         bootstrapped = level < self.finest
         null = network.num_classes
         y = torch.where(bootstrapped & (self.label_drop < 1), y, drop_labels(y, random, self.label_drop, null))
-        x_t, target = self.process.x_t(x0, noise, t), self.process.target(x0, noise)
+        x_t, target = self.process.x_t(x0, noise, t), self.process.target(x0, noise, t)
         chosen = (levels < self.finest).nonzero()[:, 0]
         if len(chosen):
             rows = chosen.to(x0.device, non_blocking=True)

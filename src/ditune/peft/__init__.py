@@ -17,6 +17,7 @@ from ditune.peft.full import Full
 from ditune.peft.huggingface import HUGGINGFACE, HuggingFace, from_peft_config
 from ditune.peft.label_table import adapt_labels
 from ditune.peft.norm import NormTuning
+from ditune.peft.off import Off
 from ditune.peft.vpt import VPT
 
 METHODS: dict[str, Callable[..., PeftMethod]] = {
@@ -83,6 +84,7 @@ __all__ = [
     "Full",
     "HuggingFace",
     "NormTuning",
+    "Off",
     "PeftMethod",
     "adapt_labels",
     "build_peft",

@@ -20,12 +20,16 @@ class Prompted(nn.Module):
         prompts: (P, D).
     """
 
+    off = False  # set while the base alone computes
+
     def __init__(self, base: nn.Module, prompts: nn.Parameter):
         super().__init__()
         self.base, self.prompts = base, prompts  # prompts (P, D)
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:  # (N, T, D) -> (N, T, D)
         """Further arguments go to the block."""
+        if self.off:
+            return self.base(x, *args, **kwargs)
         prompts = self.prompts.to(x.dtype).expand(len(x), -1, -1)
         output = self.base(torch.cat([prompts, x], dim=1), *args, **kwargs)
         return on_tokens(output, lambda tokens: tokens[:, len(self.prompts) :])
@@ -36,6 +40,8 @@ class Prepend(Prompted):
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:  # (N, T, D) -> (N, P + T, D)
         """Further arguments go to the block."""
+        if self.off:
+            return self.base(x, *args, **kwargs)
         prompts = self.prompts.to(x.dtype).expand(len(x), -1, -1)
         return self.base(torch.cat([prompts, x], dim=1), *args, **kwargs)
 
@@ -48,12 +54,16 @@ class Strip(nn.Module):
         prompts: P.
     """
 
+    off = False  # see `Prompted`
+
     def __init__(self, base: nn.Module, prompts: int):
         super().__init__()
         self.base, self.prompts = base, prompts
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:  # (N, P + T, D) -> (N, T, D)
         """Further arguments go to the block."""
+        if self.off:
+            return self.base(x, *args, **kwargs)
         return on_tokens(self.base(x, *args, **kwargs), lambda tokens: tokens[:, self.prompts :])
 
 

@@ -17,6 +17,7 @@ from ditune.processes.diffusion_as_flow import DiffusionAsFlow
 from ditune.processes.gaussian import GaussianProcess
 
 STEPS = ("none", "log2", "size")
+BRIDGES = ("aligned", "path")
 
 
 class FlowProcess:
@@ -36,6 +37,8 @@ class FlowProcess:
             and time_scale and data_at are not used. None: the network was trained on a flow.
         straightened: the network holds two flows, selected by d: d = 1 is the reflowed (straightened) one, the finest d
             the original one; other d are unused (live reflow).
+        bridge: how a diffusion is read as a flow by `on_diffusion`: 'aligned' asks the network at the timestep of equal
+            signal-to-noise ratio, 'path' follows the diffusion's own path (`DiffusionPath`).
 
     Raises:
         UserError: an unknown name, or a number out of range.
@@ -52,6 +55,7 @@ class FlowProcess:
         base_steps: int | None = None,
         diffusion: dict | None = None,
         straightened: bool = False,
+        bridge: str = "aligned",
     ):
         key = "objective.process"
         require(step in STEPS, f"{key}.step", step, f"Choose one of {', '.join(STEPS)}.")
@@ -62,6 +66,8 @@ class FlowProcess:
         require(power_of_2, f"{key}.base_steps", base_steps, "Set it to a power of 2, like 128, or to null.")
         remedy = "step=log2 needs the finest step size: set objective.process.base_steps=128."
         require(step != "log2" or base_steps is not None, f"{key}.base_steps", base_steps, remedy)
+        require(bridge in BRIDGES, f"{key}.bridge", bridge, f"Choose one of {', '.join(BRIDGES)}.")
+        self.bridge = bridge
         self.config = {
             "kind": "flow",
             "time_scale": time_scale,
@@ -79,7 +85,8 @@ class FlowProcess:
 
     def changed(self, **changes: object) -> "FlowProcess":
         """A copy with other values of some arguments."""
-        return FlowProcess(**{key: value for key, value in (self.config | changes).items() if key != "kind"})
+        arguments = self.config | {"bridge": self.bridge} | changes
+        return FlowProcess(**{key: value for key, value in arguments.items() if key != "kind"})
 
     def on_diffusion(self, diffusion: dict) -> "FlowProcess":
         """The same flow for a network that was trained on a diffusion.
@@ -87,6 +94,11 @@ class FlowProcess:
         Args:
             diffusion: config of the diffusion.
         """
+        if self.bridge == "path":
+            from ditune.processes.diffusion_path import DiffusionPath  # which is a FlowProcess
+
+            arguments = {key: value for key, value in self.config.items() if key not in ("kind", "diffusion")}
+            return DiffusionPath(diffusion, **arguments)
         return self.changed(diffusion=diffusion)
 
     @property
@@ -114,8 +126,8 @@ class FlowProcess:
         t = expanded(t, x0)
         return (1 - t) * x0 + (self.sigma_min + (1 - self.sigma_min) * t) * noise
 
-    def target(self, x0: Tensor, noise: Tensor) -> Tensor:
-        """Velocity dx/dt of the straight path from x_0 to the noise, (N, C, H, W)."""
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor | None = None) -> Tensor:
+        """Velocity dx/dt of the path from x_0 to the noise at t (N,), (N, C, H, W); of a straight path, at any t."""
         return (1 - self.sigma_min) * noise - x0
 
     def velocity(self, network: Callable, x: Tensor, t: Tensor, y: Tensor, d: Tensor | None = None) -> Tensor:
@@ -148,6 +160,12 @@ class FlowProcess:
     def network_time(self, t: Tensor) -> Tensor:  # (N,) -> (N,)
         """The network's own time of t in [0, 1]."""
         return self.time_scale * (1 - t if self.data_at else t)
+
+    def part(self, time: Tensor) -> Tensor:  # (N,) -> (N,) in [0, 1]
+        """Part of the process of the network's time, the inverse of `network_time`; of a diffusion, the diffusion's."""
+        if self.diffused is not None:
+            return self.diffused.process.part(time)
+        return 1 - time / self.time_scale if self.data_at else time / self.time_scale
 
     def network_step(self, d: Tensor) -> Tensor:  # (N,) -> (N,)
         """What is fed to a step-conditioned network for the step size d in [0, 1]."""

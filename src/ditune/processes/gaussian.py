@@ -120,6 +120,10 @@ class GaussianProcess:
         """The full process's timestep of each kept timestep, the network's input."""
         return self.tables.placed("timestep_map", t.device, torch.int64)[t]
 
+    def part(self, time: Tensor) -> Tensor:  # (N,) -> (N,) in [0, 1]
+        """Part of the process of the network's time: 0 = data, 1 = noise."""
+        return time / self.timesteps
+
     def at(self, name: str, t: Tensor, like: Tensor) -> Tensor:  # (N,) -> (N, 1, 1, 1)
         """Value of the table `name` at each sample's timestep, in the device and dtype of `like`."""
         return self.tables.at(name, t, like)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from ditune.samplers.few_step import ConsistencySampler, Jumps, Renoise, Shortcu
 from ditune.samplers.guidance import ModelFn, guide, guided
 from ditune.samplers.multistep import Multistep
 from ditune.samplers.noise import NoiseStream
+from ditune.samplers.noise_awareness import noise_aware, untimed
 from ditune.samplers.runge_kutta import RungeKutta
 
 NAMES = {GaussianProcess: "a diffusion", FlowProcess: "a flow"}
@@ -104,6 +106,8 @@ def sample(
     next_noise: Callable[[], Tensor] | None = None,
     on_step: Callable[[float, Tensor, Tensor], None] | None = None,
     cache: Cache | None = None,
+    noise_awareness: float = 0.0,
+    guidance_input: float | None = None,
 ) -> Tensor:  # (N, C, H, W)
     """Generate one image per label.
 
@@ -121,6 +125,9 @@ def sample(
         next_noise: returns the noise (N, C, H, W) of each step of a random sampler; None = torch's global generator.
         on_step: called after every step with (time at its beginning, x, predicted x_0).
         cache: reuse of block outputs between steps; None = everything is computed in every step.
+        noise_awareness: scale s of noise-awareness guidance; 0 = none, as always of networks that were not trained for
+            it.
+        guidance_input: w that the network is given; None = 1, as always of networks without this input.
 
     Returns:
         (N, C, H, W) data or latents.
@@ -131,8 +138,14 @@ def sample(
     check(sampler, process, steps, cache)
     in_steps = process.in_steps(steps)
     with nullcontext(network) if cache is None else cache.used(network, in_steps.steps) as called:
+        config = getattr(network, "config", {})
+        if guidance_input is not None and config.get("guided"):
+            called = partial(called, w=noise.new_full((), guidance_input))
+        bound = process.bind(called)
+        if noise_awareness and config.get("untimed"):
+            bound = noise_aware(bound, process.bind(untimed(called)), network.num_classes, noise_awareness)
         model_fn = guided(
-            process.bind(called),
+            bound,
             y,
             network.num_classes,
             guidance,

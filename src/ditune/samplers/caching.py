@@ -94,9 +94,9 @@ class Cache(ABC):
         for owner, name, run in replaced:
             setattr(owner, name, torch.compiler.disable(run, recursive=False))
 
-        def call(x: Tensor, *conditions: Tensor) -> Tensor:
+        def call(x: Tensor, *conditions: Tensor, **more: Tensor) -> Tensor:
             generation.begin((x.shape, x.dtype))
-            return network(x, *conditions)
+            return network(x, *conditions, **more)
 
         try:
             yield call

@@ -13,7 +13,7 @@ from ditune.data import from_uint8
 from ditune.data.stream import micro_batch_size
 from ditune.moe.balance import Balance, Watched
 from ditune.objectives import Loss, Objective, State
-from ditune.peft import PeftMethod
+from ditune.peft import Off, PeftMethod
 from ditune.rng import StepRandom
 from ditune.training.checkpoint_io import rewind
 from ditune.training.ema import Ema, with_weights
@@ -70,6 +70,7 @@ class GenerativeModule(pl.LightningModule):
         self.routing: dict[str, float] = {}  # what it found at the end, means over the layers
         self.teacher: dict[str, Tensor] = {}  # weights of what trains, where the objective has a teacher
         self.seed, self.batch_size, self.identity, self.log_every = seed, batch_size, identity, log_every
+        self.base = Off(network) if objective.needs_base else None  # of the values that no checkpoint has changed yet
         self.nonfinite, self.masks = nonfinite or NonFinite(), False
         self.random = RandomAhead(seed, batch_size)
         self.names: Callable[[list[int]], list[str]] = lambda positions: []  # files of the images at positions
@@ -137,7 +138,8 @@ class GenerativeModule(pl.LightningModule):
         if self.objective.has_teacher:  # a resumed one lies on the CPU
             self.teacher = {name: value.to(self.device) for name, value in self.teacher.items()}
         ema, teacher = (with_weights(self.network, weights) for weights in (self.ema.average, self.teacher))
-        return State(step, self.trainer.max_steps, self.batch_size, ema, teacher if self.objective.has_teacher else ema)
+        teacher = teacher if self.objective.has_teacher else ema
+        return State(step, self.trainer.max_steps, self.batch_size, ema, teacher, self.base)
 
     def latents(self, x: Tensor, random: StepRandom) -> Tensor:
         """What is learned, (N, C, h, w): of images, or of their cached mean and log-variance, sampled anew."""

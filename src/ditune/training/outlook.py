@@ -38,18 +38,27 @@ class Outlook:
 
     def say(self, step: int, images_per_second: float) -> None:
         """Log the time that is left at `step`, by the pace of the steps before it."""
-        forward = FORWARD / images_per_second
-        image = self.image_seconds or self.calls * forward
+        image = self.image_seconds or self.calls * FORWARD / images_per_second
+        parts = self.parts(step, 1 / images_per_second, image)
+        shown = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items() if seconds >= 0.5)
+        log.info("%.0f images/s; expected from here: %s; in all %s", images_per_second, shown, total(parts))
+
+    def parts(self, step: int, per_image: float, image: float) -> dict[str, float]:
+        """Seconds that are left at `step`, by part of the run.
+
+        Args:
+            step: of the training.
+            per_image: seconds of training, for one image.
+            image: seconds for generating one image.
+        """
         due = [k for k in range(step + 1, self.max_steps) if self.every_n_steps and k % self.every_n_steps == 0]
-        parts = {
-            "training": (self.max_steps - step) * self.batch_size / images_per_second,
+        return {
+            "training": (self.max_steps - step) * self.batch_size * per_image,
             "sample sheets": (len(due) + 1) * self.sheet_images * image,
             "validation": sum((-(-(self.max_steps - step) // every)) * calls for every, calls in self.checks)
             * (image / self.calls),
             "evaluation": self.evaluation_images * image + self.held_out_calls * (image / self.calls),
         }
-        shown = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items() if seconds >= 0.5)
-        log.info("%.0f images/s; expected from here: %s; in all %s", images_per_second, shown, total(parts))
 
 
 def total(parts: dict[str, float]) -> str:

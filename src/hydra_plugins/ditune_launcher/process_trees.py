@@ -72,7 +72,7 @@ class ProcessTreeLauncher(Launcher):
             cfg = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
             check(cfg)
             job.key, job.identity = job_hash(cfg), job_identity(cfg)
-            job.dry_run = cfg.dry_run
+            job.dry_run = bool(cfg.dry_run)
             job.method, job.data = cfg.peft.name, cfg.data.name
             trainer = cfg.trainer
             job.processes, job.on_gpu = needs(
