@@ -11,12 +11,13 @@ from safetensors.torch import save_file
 from ditune.checkpoints import diffusers_dit
 from ditune.checkpoints.published import PUBLISHED, locate
 from ditune.commands.train import train
+from ditune.commands.upcycle import upcycle_file
 from ditune.config.instantiate import instantiate
 from ditune.errors import UserError
 from ditune.networks import build_network
 from ditune.peft import METHODS
 from ditune.run import load_run
-from helpers import ROOT, compose
+from helpers import ROOT, compose, task
 from miniatures import MINIATURES
 from small_vae import small_vae
 
@@ -78,6 +79,27 @@ def test_a_dry_run_of_every_experiment(overrides, tmp_path, capsys, name):
     assert "difffit trains" in shown
     assert "4 x 4 x 4" in shown
     assert not (tmp_path / "data" / "prepared").exists()
+
+
+@pytest.mark.parametrize("model", ["dit_moe", "shortcut"])
+def test_dry_runs_of_the_table_with_other_models(overrides, tmp_path, capsys, base, model):
+    """The experiments choose a dense network and DDPM, so a network and a sampler are given beside model=."""
+    more = [f"model={model}", "sampler=auto", "sampler.guidance=1"]
+    if model == "dit_moe":
+        file = tmp_path / "moe.safetensors"
+        vae = next(text for text in overrides if text.startswith("autoencoder.folder="))
+        upcycle_file(task("upcycle", f"checkpoint={base}", "autoencoder=sd_vae_ema", vae, f"out={file}"))
+        overrides = [text for text in overrides if not text.startswith(("network", "pretrained"))]
+        more += ["network=as_pretrained", f"pretrained={file}", "trainer.accumulate_grad_batches=1"]
+    for name in EIGHT:
+        MINIATURES[name](tmp_path / name)
+        more_of_it = [f"data.root={tmp_path / name}", "dry_run=true", *more]
+        given = [text for text in overrides if not text.startswith("data.root")]
+        cfg = compose(tmp_path / "run", "sweep=difffit_table", f"experiment=difffit_{name}", *given, *more_of_it)
+        assert train(cfg) == 0, name
+        shown = capsys.readouterr().out
+        assert "difffit trains" in shown
+        assert ("expert" in shown or "router" in shown) == (model == "dit_moe"), shown
 
 
 def test_every_experiment_is_whole_at_its_own_size(tmp_path):

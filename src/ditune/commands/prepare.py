@@ -9,7 +9,7 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from ditune.autoencoders import Autoencoder
-from ditune.config.instantiate import instantiate, missing_keys
+from ditune.config.instantiate import instantiate, missing_keys, training_images
 from ditune.config.needs import addresses_of, needs_of
 from ditune.data import Benchmark, ImageDataset
 from ditune.data import prepare as data
@@ -42,7 +42,7 @@ def prepare(cfg: DictConfig) -> None:
         verify_pictures(cfg, cfg.policy, cfg.again)
     if "encode" in cfg.stages:
         autoencoder = instantiate(cfg.autoencoder, "autoencoder")
-        dataset = instantiate(cfg.data.pictures, "data")
+        dataset = training_images(cfg)
         encode(cfg, dataset, autoencoder, best_device(), cfg.again)
         encode_held_out(cfg, autoencoder, cfg.again)
     if "statistics" in cfg.stages:

@@ -7,7 +7,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from ditune.commands import prepare as stages
 from ditune.config.hardware import device_of
-from ditune.config.instantiate import instantiate, refuse_missing
+from ditune.config.instantiate import instantiate, refuse_missing, training_images
 from ditune.config.keys import check
 from ditune.config.needs import each_once, needs_of, parts_of_a_training
 from ditune.config.trainings import compose, jobs
@@ -89,9 +89,9 @@ def fetch(needs: list[Need], trainings: list[DictConfig], download: bool) -> Non
 def encode(trainings: list[DictConfig], again: bool) -> None:
     """The latents of all trainings that read them."""
     cached = [training for training in trainings if training.data.latents]
-    for training in once(cached, "data.pictures", "data.prepared", "autoencoder"):
+    for training in once(cached, "data.pictures", "data.fraction", "data.prepared", "autoencoder"):
         autoencoder = instantiate(training.autoencoder, "autoencoder")
-        stages.encode(training, instantiate(training.data.pictures, "data"), autoencoder, best_device(), again)
+        stages.encode(training, training_images(training), autoencoder, best_device(), again)
 
 
 def once(trainings: list[DictConfig], *keys: str) -> list[DictConfig]:

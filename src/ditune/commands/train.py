@@ -12,6 +12,7 @@ import pytorch_lightning as pl
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from ditune.checkpoints import load_network
 from ditune.cli import in_sweep
@@ -30,6 +31,7 @@ from ditune.distributed import leave_at_exit, take_first_ranks_weights
 from ditune.evaluation.comparison import Comparison
 from ditune.evaluation.denoising_loss import HeldOutLoss
 from ditune.evaluation.held_out import HeldOut
+from ditune.evaluation.protocol import Evaluation
 from ditune.evaluation.shared_files import meet
 from ditune.files.atomic import atomic, remove_leftovers
 from ditune.generation.generator import ImageGenerator
@@ -229,9 +231,19 @@ def finish(
             comparison = comparison or build_comparison(cfg, build_generator(cfg, c))
             compared = comparison.kept_in(folder / STORE if together else None)
             values["metrics"] = compared(c.network, c.base_to_compare, folder / "samples")
+            if first and cfg.metrics.keep_images:
+                keep_images(compared.evaluation, c.network, folder / "samples.npz")
         values["seconds"]["evaluation"] = time.perf_counter() - start
     if first:
         report(cfg, c, trainer, record, folder)
+
+
+def keep_images(evaluation: Evaluation, network: nn.Module, path: Path) -> None:
+    """Write the images that were evaluated as ADM's .npz."""
+    if evaluation.store is None:
+        log.warning("the images are not kept, since the machines of this training share no folder")
+    else:
+        evaluation.shards(network).save_npz(path)
 
 
 def report(cfg: DictConfig, c: Components, trainer: pl.Trainer, record: RunRecord, folder: Path) -> None:

@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 
 from ditune.config import rules
 from ditune.config.base_network import build_network, match_process
-from ditune.config.instantiate import instantiate, refuse_missing
+from ditune.config.instantiate import instantiate, refuse_missing, training_images
 from ditune.data import ImageDataset
 from ditune.errors import UserError
 from ditune.evaluation.comparison import Comparison
@@ -28,7 +28,7 @@ def build_components(cfg: DictConfig) -> Components:
         UserError: something is missing or does not fit.
     """
     refuse_missing(cfg)
-    images = instantiate(cfg.data.pictures, "data")
+    images = training_images(cfg)
     autoencoder = instantiate(cfg.autoencoder, "autoencoder")
     objective = build_objective(cfg)
     method = instantiate(cfg.peft, "peft", _convert_="all")

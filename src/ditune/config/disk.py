@@ -77,7 +77,9 @@ def kept_checkpoints(cfg: DictConfig) -> int:
 def _latents(cfg: DictConfig, c: Components) -> Space:
     shape = c.autoencoder.latent_shape(cfg.data.resolution)
     prepared = Path(cfg.data.prepared).expanduser()
-    cache = prepared / "latents" / f"{cfg.data.pictures.split or 'all'}_{cfg.data.resolution}_{c.autoencoder.name}"
+    part = f"_{fraction:g}" if (fraction := cfg.data.get("fraction")) else ""
+    split = cfg.data.pictures.split or "all"
+    cache = prepared / "latents" / f"{split}_{cfg.data.resolution}_{c.autoencoder.name}{part}"
     numbers = shape[0] * shape[1] * shape[2] * c.autoencoder.moments * 2  # of an image and its mirror image
     return Space("latents", prepared, 0 if (cache / HEADER).is_file() else len(c.images) * numbers * 2)
 

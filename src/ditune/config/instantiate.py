@@ -40,6 +40,15 @@ def instantiate(config: DictConfig | None, what: str, **kwargs: object) -> Any:
         ) from error
 
 
+def training_images(cfg: DictConfig) -> Any:
+    """The dataset that a training reads: of the images of data.pictures, the share data.fraction.
+
+    Raises:
+        UserError: it cannot be built, or no image is left.
+    """
+    return instantiate(cfg.data.pictures, "data").part(cfg.data.get("fraction"))  # configs of before have no such key
+
+
 def refuse_strangers(config: DictConfig, groups: Sequence[str], path: Path) -> None:
     """Refuse a config that someone else may have written, if building its groups would call more than our own classes.
 

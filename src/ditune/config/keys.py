@@ -219,6 +219,7 @@ KEYS = (
     Key("*.sources", str, many=True),
     Key("*.split", str, null=True),
     Key("*.limit", int, at_least=1, null=True),
+    Key("data.fraction", float, above=0, at_most=1, null=True),
     Key("*.partition", int, at_least=1, at_most=10, null=True),
     Key("*.class_column", str, null=True),
     Key("*.classes", str, null=True),  # a file
@@ -248,6 +249,7 @@ KEYS = (
     Key("metrics.n", int, at_least=0),
     Key("metrics.loss_split", str, null=True),
     Key("metrics.record", str, null=True),
+    Key("metrics.keep_images", bool),
     Key("metrics.reference", dict, null=True),
     Key("metrics.base_reference", dict, null=True),
     Key("metrics.judge.statistics", str, null=True),

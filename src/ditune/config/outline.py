@@ -19,7 +19,7 @@ from ditune.autoencoders import KL, Autoencoder
 from ditune.checkpoints import published
 from ditune.config import rules
 from ditune.config.components import build_generator, build_objective, freeze_in_bf16, settings_of
-from ditune.config.instantiate import instantiate, plain
+from ditune.config.instantiate import instantiate, plain, training_images
 from ditune.config.needs import needs_of, networks_folder
 from ditune.data import Benchmark
 from ditune.networks import DiT
@@ -165,16 +165,17 @@ def expected_images(cfg: DictConfig) -> Any:
     cls = get_class(cfg.data.pictures._target_)
     if not issubclass(cls, Benchmark):
         known = all(need.present for need in needs_of(cfg, ["data"]))
-        return instantiate(cfg.data.pictures, "data") if known else None
+        return training_images(cfg) if known else None
     root = Path(cfg.data.root).expanduser()
     if cls.find(root) is not None or cls.find_copy(root) is not None:
-        return instantiate(cfg.data.pictures, "data")
+        return training_images(cfg)
     split = str(cfg.data.pictures.get("split") or "all").partition(".")[0]
     count = cls.published.get(split, cls.published.get("all"))
     if count is None:
         count = sum(value for key, value in cls.published.items() if key != "classes")
     limit = cfg.data.pictures.get("limit")
-    return ExpectedImages([str(i) for i in range(cls.published["classes"])], min(count, limit or count))
+    count = round(min(count, limit or count) * (cfg.data.get("fraction") or 1))
+    return ExpectedImages([str(i) for i in range(cls.published["classes"])], count)
 
 
 def expected_autoencoder(cfg: DictConfig) -> Autoencoder | None:

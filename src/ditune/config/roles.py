@@ -95,6 +95,7 @@ REFERRED_TO = ("paths", "rates", "labels_train", "reruns_batch")  # by other key
 NEUTRAL_BELOW = {
     "trainer.num_nodes": 1,
     "trainer.strategy.bucket_cap_mb": 25,
+    "data.fraction": None,
     "data.pictures.limit": None,
     "data.pictures.partition": None,
     "metrics.reference.limit": None,
@@ -102,6 +103,7 @@ NEUTRAL_BELOW = {
     "objective.process.bridge": "aligned",
     "sampler.noise_awareness": 0.0,
     "sampler.guidance_input": None,
+    "metrics.keep_images": False,
 }
 # Of an evaluation's protocol: keys that are newer than records of values.
 NEUTRAL_IN_PROTOCOLS = {"guidance_rescale": 0.0, "cache": None, "noise_awareness": 0.0, "guidance_input": None}
@@ -143,7 +145,7 @@ def deciding(callbacks: Mapping[str, Any]) -> dict[str, Any]:
 # fmt: off
 ROUNDING = "changes rounding only"
 WHERE = "says where files lie"
-WHEN = "says when something is shown or written"
+WHEN = "says when something is shown or written, or whether it is"
 SPEED = "says how fast images come"
 SAME_RESULT: dict[str, str] = {
     "gradient_checkpointing": ROUNDING,
@@ -164,6 +166,7 @@ SAME_RESULT: dict[str, str] = {
     "data.*.manifest": WHERE,
     "metrics.*reference.manifest": WHERE,
     "metrics.judge.cache": WHERE,
+    "metrics.keep_images": WHEN,
     "callbacks.samples.every_n_steps": WHEN,
     "callbacks.checkpoint.every_n_steps": WHEN,
     "callbacks.checkpoint.keep": WHEN,

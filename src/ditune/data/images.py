@@ -28,7 +28,7 @@ from ditune.data.formats import count_kinds, decoders, left_out
 from ditune.data.layouts import read_items
 from ditune.data.manifest import apply_manifest, refuse_replaced, replaced
 from ditune.data.sources import Item, open_source
-from ditune.data.splits import is_in, normal_split, settle
+from ditune.data.splits import in_fraction, is_in, normal_split, settle
 from ditune.data.transforms import center_crop, to_rgb
 from ditune.errors import UserError
 from ditune.files.needs import Addresses, Need
@@ -139,20 +139,47 @@ class ImageDataset(Dataset):
             raise UserError(f"`limit` is {limit}, which leaves no image. Give 1 or more, or leave it out for all.")
         if limit is not None and limit < len(items):
             items = [items[i * len(items) // limit] for i in range(limit)]
-        self._known = {item: known[item] for item in items} if known else {}
-        refuse_replaced(items, self._known)
         self.resolution, self.split, self.in_memory = resolution, split, in_memory
+        self.fraction: float | None = None
+        self._known, self._said = known, list(notes)
+        self._keep(items, kept)
+        refuse_replaced(items, self._known)
+        self.not_images: dict[str, int] = {}
+
+    def part(self, fraction: float | None) -> "ImageDataset":
+        """A share of the images, chosen by a hash of each file's name alone; smaller shares lie in larger ones.
+
+        Args:
+            fraction: share of the images, in (0, 1]; None = all.
+
+        Returns:
+            The dataset itself, which has no other images any more.
+
+        Raises:
+            UserError: no image is left.
+        """
+        if fraction is None:
+            return self
+        items = [item for item in self._items if in_fraction(item.name, fraction)]
+        if not items:
+            raise UserError(f"data.fraction is {fraction}, which leaves none of {len(self):,} images. Raise it.")
+        self.fraction = fraction
+        self._keep(items, items)
+        return self
+
+    def _keep(self, items: list[Item], kept: list[Item]) -> None:
+        """Have these images and no others; `kept` are those of all splits."""
+        self._known = {item: self._known[item] for item in items} if self._known else {}
         self.names = [item.name for item in items]
         self.rows = [item.row for item in items]
         index = {name: label for label, name in enumerate(self.class_names)}
         self.labels = torch.tensor([index[item.class_name] for item in items], dtype=torch.int64)  # (N,)
         self._items = items
         self._decoded: Tensor | None = None
-        trains = split is not None and normal_split(split.partition(".")[0]) == "train"
+        trains = self.split is not None and normal_split(self.split.partition(".")[0]) == "train"
         trained_on = items if trains else [item for item in kept if item.split == "train"]
-        self.untrained = untrained_classes(class_names, found, trained_on)
-        self.not_images: dict[str, int] = {}
-        self.notes = [*notes, *notes_on_classes(class_names, found, self.untrained)]
+        self.untrained = untrained_classes(self.class_names, self.everything, trained_on)
+        self.notes = [*self._said, *notes_on_classes(self.class_names, self.everything, self.untrained)]
 
     def describe_classes(self) -> str:
         """One line such as '3 classes: cat 12, dog 10, owl 1': the first ten, and the smallest of more."""

@@ -53,6 +53,11 @@ def hashed_split(name: str) -> str:
     return "test" if int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) % 10 == 0 else "train"
 
 
+def in_fraction(name: str, fraction: float) -> bool:
+    """Whether a file belongs to this share of all files, by a hash of its name: 0.03 lies in 0.1, and 0.1 in 0.3."""
+    return int.from_bytes(hashlib.sha256(f"fraction: {name}".encode()).digest()[:8]) < fraction * 2**64
+
+
 def is_in(item: "Item", split: str) -> bool:
     """Whether an image belongs to a split; 'train.fit' and 'train.val' are parts of 'train'."""
     whole, dot, part = split.partition(".")

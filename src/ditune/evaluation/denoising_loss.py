@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ditune.distributed import in_group, rank, sum_over_ranks, world_size
 from ditune.evaluation.held_out import HeldOut
@@ -41,7 +41,6 @@ class HeldOutLoss:
         return denoising_loss(network, self.objective, self.source, self.seed, self.bf16, self.limit)
 
 
-@torch.inference_mode()
 def denoising_loss(
     network: nn.Module, objective: Objective, source: HeldOut, seed: int, bf16: bool, limit: int | None = None
 ) -> float:
@@ -57,6 +56,21 @@ def denoising_loss(
         seed: of timesteps, noise and label drop.
         bf16: the network runs under bf16 autocast.
         limit: at most so many images, evenly spaced; None = all.
+    """
+    return image_losses(network, objective, source, seed, bf16, limit).mean().item()
+
+
+@torch.inference_mode()
+def image_losses(
+    network: nn.Module, objective: Objective, source: HeldOut, seed: int, bf16: bool, limit: int | None = None
+) -> Tensor:  # (REPEATS, N)
+    """The losses of which `denoising_loss` is the mean: a row for each noise level, a column for each image.
+
+    Args:
+        network, objective, source, seed, bf16, limit: as there.
+
+    Returns:
+        float64, the same on every rank.
     """
     device = next(network.parameters()).device
     count = len(source) if limit is None else min(limit, len(source))
@@ -76,7 +90,7 @@ def denoising_loss(
                     losses[repeat, start : columns.stop] = objective.denoising(network, batch, random)
             progress.advance(len(columns))
     # each value is one rank's, and zero is added to it
-    return sum_over_ranks(losses).mean().item()
+    return sum_over_ranks(losses)
 
 
 def images_at_once(network: nn.Module) -> int:

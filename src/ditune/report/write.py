@@ -4,6 +4,7 @@ from pathlib import Path
 
 from ditune.errors import UserError
 from ditune.files.atomic import atomic
+from ditune.report.gap_tables import gaps_markdown
 from ditune.report.notes import notes
 from ditune.report.page import html_page
 from ditune.report.pivot import pivot
@@ -17,7 +18,7 @@ DPI = 140
 
 
 def write_report(sweep: str | Path, metric: str | None = None) -> str:
-    """Write results.csv, table.csv, table.md, table.tex, pareto.png, curves.png, samples.png and report.html.
+    """Write results.csv, table.csv, table.md, table.tex, gaps.md, pareto.png, curves.png, samples.png and report.html.
 
     Args:
         sweep: folder with runs below it; gets the files.
@@ -48,6 +49,8 @@ def write_report(sweep: str | Path, metric: str | None = None) -> str:
             markdown = f"{markdown_pivot(table, below)}\n{markdown}"
         pareto(runs, metric).savefig(folder / "pareto.png", dpi=DPI)
     texts |= {"table.md": markdown, "report.html": html_page(folder, runs, jobs, table)}
+    if (of_gaps := gaps_markdown(runs)) is not None:
+        texts["gaps.md"] = of_gaps
     if any((run.folder / "metrics.csv").is_file() for run in runs):
         curves(runs).savefig(folder / "curves.png", dpi=DPI)
     samples = methods_sheet(runs)
