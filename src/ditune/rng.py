@@ -114,6 +114,10 @@ class StepRandom:
         """Uniform integers in [0, high), (N,) int64."""
         return (self.uniform(purpose) * high).long()
 
+    def shared(self, purpose: str) -> float:
+        """One uniform number in [0, 1) for the whole step: the same for all positions, so for all ranks."""
+        return (mix(self.seed, crc32(purpose.encode()), self.step) >> 11) * 2.0**-53
+
     def _numbers(self, request: Request) -> Tensor:
         self.asked[request] = None
         values = self.made.get(request)

@@ -25,7 +25,7 @@ from ditune.generation.generator import ImageGenerator
 from ditune.generation.grids import save_grid
 from ditune.progress import meter
 from ditune.rng import generator
-from ditune.run import Trained, exactly_one, load_adapted, load_checkpoint, load_run
+from ditune.run import Trained, exactly_one, load_adapted, load_checkpoint, load_experts, load_run
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def sample(cfg: DictConfig) -> Path:
         UserError: the settings or a file are wrong.
     """
     check(cfg, "sample")
-    source = exactly_one(cfg, "run", "checkpoint")
+    source = exactly_one(cfg, "run", "checkpoint", "experts")
     trained = load(cfg, source)
     generator = with_settings(trained.generator, cfg)
     names = trained.class_names or [str(k) for k in range(trained.network.num_classes)]
@@ -50,6 +50,7 @@ def sample(cfg: DictConfig) -> Path:
         images = generator.generate(network, labels, cfg.seed, indices, on_batch=progress.update)
     facts = {
         "source": str(cfg[source]),
+        **({} if generator.experts is None else {"experts": generator.experts.settings}),
         **({} if cfg.adapter is None else {"adapter": cfg.adapter}),
         "seed": cfg.seed,
         "sampler": generator.sampler.kind,
@@ -69,10 +70,10 @@ def sample(cfg: DictConfig) -> Path:
 
 
 def load(cfg: DictConfig, source: str) -> Trained:
-    if source == "run":
+    if source != "checkpoint":
         if cfg.adapter is not None:
-            raise UserError("run= has its own adapter. Give adapter= with checkpoint=<its base network> instead.")
-        run = load_run(cfg.run)
+            raise UserError(f"{source}= has its own adapter. Give adapter= with checkpoint=<its base network> instead.")
+        run = load_run(cfg.run) if source == "run" else load_experts(cfg.experts)
         return replace(run, generator=in_precision(run.generator, cfg))
     # a bare network has no sampler of its own, as a run has; this is the one that all configs begin with
     sampler = load_option(Path(CONFIGS) / "sampler" / "auto.yaml")

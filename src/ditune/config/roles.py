@@ -58,6 +58,7 @@ ROLES: dict[str, Role] = {
     "network": TRAINING,
     "objective": TRAINING,
     "transfer": Role(Decides.TRAINING, neutral=None),
+    "patches": Role(Decides.TRAINING, neutral=None),
     "peft": TRAINING,
     "optimizer": TRAINING,
     "scheduler": TRAINING,
@@ -100,13 +101,20 @@ NEUTRAL_BELOW = {
     "data.pictures.partition": None,
     "metrics.reference.limit": None,
     "metrics.reference.partition": None,
+    "objective.interval": None,
     "objective.process.bridge": "aligned",
     "sampler.noise_awareness": 0.0,
     "sampler.guidance_input": None,
     "metrics.keep_images": False,
 }
 # Of an evaluation's protocol: keys that are newer than records of values.
-NEUTRAL_IN_PROTOCOLS = {"guidance_rescale": 0.0, "cache": None, "noise_awareness": 0.0, "guidance_input": None}
+NEUTRAL_IN_PROTOCOLS = {
+    "guidance_rescale": 0.0,
+    "cache": None,
+    "noise_awareness": 0.0,
+    "guidance_input": None,
+    "experts": None,
+}
 
 
 def role_of(key: str) -> Role:

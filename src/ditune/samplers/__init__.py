@@ -14,6 +14,7 @@ from ditune.samplers.caching import Cache, Delta, Fora, Taylor
 from ditune.samplers.ddim import DDIM
 from ditune.samplers.ddpm import DDPM
 from ditune.samplers.euler import Euler
+from ditune.samplers.experts import Experts
 from ditune.samplers.few_step import ConsistencySampler, Jumps, Renoise, ShortcutSampler
 from ditune.samplers.guidance import ModelFn, guide, guided
 from ditune.samplers.multistep import Multistep
@@ -30,6 +31,7 @@ __all__ = [
     "ConsistencySampler",
     "Delta",
     "Euler",
+    "Experts",
     "Fora",
     "Jumps",
     "ModelFn",
@@ -108,6 +110,7 @@ def sample(
     cache: Cache | None = None,
     noise_awareness: float = 0.0,
     guidance_input: float | None = None,
+    experts: Experts | None = None,
 ) -> Tensor:  # (N, C, H, W)
     """Generate one image per label.
 
@@ -128,6 +131,7 @@ def sample(
         noise_awareness: scale s of noise-awareness guidance; 0 = none, as always of networks that were not trained for
             it.
         guidance_input: w that the network is given; None = 1, as always of networks without this input.
+        experts: adapters of `network`, of which the one of each call's time runs; None = the network as it is.
 
     Returns:
         (N, C, H, W) data or latents.
@@ -136,6 +140,8 @@ def sample(
         UserError: the sampler, the steps or the cache do not suit the process.
     """
     check(sampler, process, steps, cache)
+    if experts is not None and cache is not None:
+        raise UserError("A cache would mix outputs of several experts. Set cache=none, or sample from one run.")
     in_steps = process.in_steps(steps)
     with nullcontext(network) if cache is None else cache.used(network, in_steps.steps) as called:
         config = getattr(network, "config", {})
@@ -154,4 +160,5 @@ def sample(
             timesteps=process.length,
             rescale=guidance_rescale,
         )
-        return sampler(model_fn, in_steps, noise, next_noise or (lambda: torch.randn_like(noise)), on_step)
+        with nullcontext(model_fn) if experts is None else experts.choosing(model_fn, process.length) as chosen:
+            return sampler(chosen, in_steps, noise, next_noise or (lambda: torch.randn_like(noise)), on_step)
