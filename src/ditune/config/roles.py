@@ -97,6 +97,7 @@ NEUTRAL_BELOW = {
     "trainer.num_nodes": 1,
     "trainer.strategy.bucket_cap_mb": 25,
     "data.fraction": None,
+    "data.subset": None,
     "data.pictures.limit": None,
     "data.pictures.partition": None,
     "metrics.reference.limit": None,
