@@ -9,11 +9,8 @@ from typing import Any
 import hydra.utils
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
 
 from ditune.config.grammar import literal, resolved
-from ditune.data.subsets import choose
-from ditune.distributed import best_device
 from ditune.errors import UserError
 
 
@@ -52,8 +49,10 @@ def training_images(cfg: DictConfig) -> Any:
     images = instantiate(cfg.data.pictures, "data").part(cfg.data.get("fraction"))  # configs of before have no such key
     if cfg.data.get("subset") is None:
         return images
+    from ditune.data.subsets import choose  # with torch, which most readers of configs do without
+    from ditune.distributed import best_device
 
-    def features() -> Tensor:
+    def features() -> Any:  # (N, D)
         suite = instantiate(cfg.metrics.judge, "metrics")
         suite.extractor.to(best_device())
         return suite.reference(images)[:, suite.extractor.columns["features"]]
