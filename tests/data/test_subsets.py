@@ -5,7 +5,6 @@ import torch
 from omegaconf import OmegaConf
 
 from ditune.config.instantiate import instantiate, training_images
-from ditune.config.keys import check
 from ditune.config.outline import expected_images
 from ditune.config.roles import job_identity
 from ditune.data.prepare import cache_of, verify_images
@@ -106,7 +105,7 @@ def test_mistakes_are_refused(tmp_path):
             chosen(blobs(), **wrong)
     for value in ("{n: 0}", "{n: 3, by: first}"):
         with pytest.raises(UserError, match=r"data\.subset"):
-            check(composed(tmp_path, f"data.subset={value}"))
+            training_images(composed(tmp_path, f"data.subset={value}"))
     for value in ("{by: random}", "{n: 3, of: clip}"):
         with pytest.raises(UserError, match="Give n"):
             training_images(composed(tmp_path, f"data.subset={value}"))

@@ -226,11 +226,7 @@ KEYS = (
     Key("*.sources", str, many=True),
     Key("*.split", str, null=True),
     Key("*.limit", int, at_least=1, null=True),
-    Key("data.subset", dict, null=True),
-    Key("data.subset.n", int, at_least=1),
-    Key("data.subset.by", str, choices=("k_means", "herding", "random")),
-    Key("data.subset.seed", int, at_least=0, at_most=LARGEST_SEED),
-    Key("data.subset.balanced", bool),
+    Key("data.subset", dict, null=True),  # its own keys are checked where it is chosen
     Key("data.fraction", float, above=0, at_most=1, null=True),
     Key("*.partition", int, at_least=1, at_most=10, null=True),
     Key("*.class_column", str, null=True),
