@@ -6,6 +6,7 @@ depends on (seed, image index). Nothing here moves torch's global generator.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from zlib import crc32
 
 import numpy as np
@@ -89,8 +90,8 @@ class StepRandom:
     @property
     def on_cpu(self) -> "StepRandom":
         """The same numbers on the CPU, for decisions that must not wait for a device."""
-        other = StepRandom(self.seed, self.step, self.positions, "cpu", self.made)
-        other.asked = self.asked
+        other = copy(self)  # of the same class, which may change some of the numbers
+        other.device = "cpu"
         return other
 
     def normal(self, purpose: str, shape: Sequence[int]) -> Tensor:
@@ -112,6 +113,10 @@ class StepRandom:
     def integers(self, purpose: str, high: int) -> Tensor:
         """Uniform integers in [0, high), (N,) int64."""
         return (self.uniform(purpose) * high).long()
+
+    def shared(self, purpose: str) -> float:
+        """One uniform number in [0, 1) for the whole step: the same for all positions, so for all ranks."""
+        return (mix(self.seed, crc32(purpose.encode()), self.step) >> 11) * 2.0**-53
 
     def _numbers(self, request: Request) -> Tensor:
         self.asked[request] = None

@@ -1,7 +1,7 @@
 """What a training left behind, ready to draw from: a run folder, or a bare network file."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from ditune.checkpoints import (
     NetworkFile,
     check_file,
     load_adapter,
+    load_adapters,
     load_network,
     locate,
     read_adapter,
@@ -31,7 +32,7 @@ from ditune.generation.generator import ImageGenerator
 from ditune.networks import DiT
 from ditune.networks.dit import inputs_of
 from ditune.processes import GaussianProcess, build_process
-from ditune.samplers import Cache
+from ditune.samplers import Cache, Experts
 
 log = logging.getLogger(__name__)
 
@@ -197,6 +198,51 @@ def load_adapted(
         sampler = OmegaConf.merge(sampler, {key: value for key, value in OURS.items() if sampler[key] is None})
     generator = _build_generator(Path(adapter), stored, instantiate(autoencoder, "autoencoder"), sampler, bf16)
     return Trained(network.eval(), generator, stored["class_names"])
+
+
+def load_experts(folders: Sequence[Path | str]) -> Trained:
+    """Several finished runs of one base network, each for the part of the process that it was trained on.
+
+    Args:
+        folders: of the runs. The first one's sampler is used.
+
+    Raises:
+        UserError: a run is missing, has no adapter, or another base, process or classes; or two parts overlap.
+    """
+    if not folders:
+        raise UserError("experts is empty. Give run folders, such as experts=[<run>,<run>].")
+    paths = {str(folder): Path(folder).expanduser() for folder in folders}
+    if len(paths) < len(folders):
+        raise UserError("A run stands twice in experts=. Give each one once.")
+    configs = {name: _expert_config(name, path) for name, path in paths.items()}
+    (name, path), *_ = paths.items()
+    cfg, stored = read_config(path), configs[name]
+    refuse_strangers(cfg, BUILT, path / "config.yaml")
+    base = locate(cfg.pretrained, Path(cfg.paths.cache_dir) / "networks")
+    network = load_network(base, stored["network"]).eval()
+    for other, config in configs.items():
+        check_file(base, config, paths[other] / "adapter")
+        for key in ("network", "process", "class_names", "autoencoder"):
+            if config[key] != stored[key]:
+                raise UserError(f"The runs {name} and {other} differ in {key}. Experts share all but what they train.")
+    adapters = load_adapters(network, {other: path / "adapter" for other, path in paths.items()})
+    bf16, autoencoder = str(cfg.trainer.precision).startswith("bf16"), instantiate(cfg.autoencoder, "autoencoder")
+    generator = _build_generator(path, stored, autoencoder, cfg.sampler, bf16)
+    parts = {other: tuple(config.get("part") or (0.0, 1.0)) for other, config in configs.items()}
+    return Trained(network, replace(generator, experts=Experts(adapters, parts)), stored["class_names"])
+
+
+def _expert_config(name: str, path: Path) -> dict[str, Any]:
+    if not (path / "adapter").is_dir():
+        raise UserError(f"The run {name} has no adapter/, which an expert needs. Train one with pretrained=<base>.")
+    config, _ = read_adapter(path / "adapter")
+    base = (config.get("base") or {}).get("network")
+    if any(key not in config for key in (*STORED, "network")) or base != config["network"]:
+        raise UserError(
+            f"The run {name} has other classes or another resolution than its base, or does not say them. Experts "
+            "leave both as they are: train them without classes= and new_resolution=."
+        )
+    return config
 
 
 def exactly_one(cfg: DictConfig, *keys: str) -> str:

@@ -24,7 +24,7 @@ from miniatures import MINIATURES
 CONFIGS = ROOT / "configs"
 PACKAGE = ROOT / "src" / "ditune"
 GROUPS = ("network", "model", "peft", "optimizer", "scheduler", "ema", "data", "autoencoder", "sampler", "metrics")
-GROUPS += ("trainer", "callbacks", "logger", "paths", "objective", "debug", "balance", "augment", "transfer")
+GROUPS += ("trainer", "callbacks", "logger", "paths", "objective", "debug", "balance", "augment", "transfer", "patches")
 # those on public data, which is not here, are in test_experiments.py
 PUBLIC = {f"difffit_{path.stem}" for path in (CONFIGS / "data").glob("[!_]*.yaml")}
 EXPERIMENTS = sorted({path.stem for path in (CONFIGS / "experiment").glob("[!_]*.yaml")} - PUBLIC)
@@ -93,7 +93,7 @@ def test_every_base_file_is_a_base(path):
     assert any(re.fullmatch(rf"  - (process/)?{path.stem}", line) for line in lines)
 
 
-@pytest.mark.parametrize("key", ["balance", "augment", "transfer"])
+@pytest.mark.parametrize("key", ["balance", "augment", "transfer", "patches"])
 def test_none_is_null(tmp_path, key):
     for choice in (f"{key}=none", f"~{key}"):
         assert compose(tmp_path, choice)[key] is None

@@ -74,7 +74,7 @@ def compose_command(command: str, folder: Path) -> DictConfig:
     """
     _, script, *arguments = shlex.split(re.sub(r"<[^<>]+>", str(folder), command))
     assert (ROOT / script).is_file(), script
-    overrides = [re.sub(r"(=[^\[,]*),.*", r"\1", argument) for argument in arguments if argument != "-m"]
+    overrides = [re.sub(r"(=[^\[{,]*),.*", r"\1", argument) for argument in arguments if argument != "-m"]
     overrides = [current(override, Path(script).stem) for override in overrides]
     cli.prepare()
     configs = cli.REPORT_CONFIGS if "report" in script else cli.CONFIGS

@@ -3,6 +3,7 @@
 import logging
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -14,9 +15,9 @@ from ditune.checkpoints import diffusers_dit, locate, locate_adapter, save_netwo
 from ditune.errors import UserError
 from ditune.files.atomic import atomic, write_json
 from ditune.networks import DiT
-from ditune.peft import merge
+from ditune.peft import merge, merge_adapters
 from ditune.processes import GaussianProcess
-from ditune.run import Trained, exactly_one, load_adapted, load_checkpoint, load_run
+from ditune.run import Trained, exactly_one, load_adapted, load_checkpoint, load_experts, load_run
 
 log = logging.getLogger(__name__)
 
@@ -32,11 +33,13 @@ def export(cfg: DictConfig) -> Path:
     """
     if cfg.format not in FORMATS:
         raise UserError(f"format is '{cfg.format}'. Choose one of {', '.join(FORMATS)}.")
-    source = exactly_one(cfg, "run", "checkpoint")
-    if source == "run" and cfg.adapter is not None:
-        raise UserError("run= has its own adapter. Give adapter= with checkpoint=<its base network> instead.")
+    source = exactly_one(cfg, "run", "checkpoint", "experts")
+    if source != "checkpoint" and cfg.adapter is not None:
+        raise UserError(f"{source}= has its own adapter. Give adapter= with checkpoint=<its base network> instead.")
     if source == "run":
         trained = load_run(cfg.run)
+    elif source == "experts":
+        trained = merged_experts(cfg)
     else:
         checkpoint = locate(cfg.checkpoint, f"{cfg.paths.cache_dir}/networks")
         given = (cfg.process, cfg.network_overrides)
@@ -50,6 +53,23 @@ def export(cfg: DictConfig) -> Path:
     path = to_diffusers(trained, out) if cfg.format == "diffusers" else to_dit(trained, out)
     log.info("the network is in %s", path)
     return path
+
+
+def merged_experts(cfg: DictConfig) -> Trained:
+    """One network of several runs, each weighted by one of `weights`.
+
+    Raises:
+        UserError: there is not one weight for each run, or they do not fit together.
+    """
+    names, weights = list(cfg.experts), cfg.weights
+    if weights is None or len(weights) != len(names):
+        raise UserError(
+            f"weights is {weights}, and experts names {len(names)} runs. Give one weight for each, such as "
+            f"weights=[{','.join(f'{1 / len(names):.3g}' for _ in names)}]."
+        )
+    trained = load_experts(names)
+    network = merge_adapters(trained.generator.experts.adapters, dict(zip(names, map(float, weights), strict=True)))
+    return replace(trained, network=network, generator=replace(trained.generator, experts=None))
 
 
 def to_dit(trained: Trained, folder: Path) -> Path:

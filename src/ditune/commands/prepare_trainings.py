@@ -89,7 +89,7 @@ def fetch(needs: list[Need], trainings: list[DictConfig], download: bool) -> Non
 def encode(trainings: list[DictConfig], again: bool) -> None:
     """The latents of all trainings that read them."""
     cached = [training for training in trainings if training.data.latents]
-    for training in once(cached, "data.pictures", "data.fraction", "data.prepared", "autoencoder"):
+    for training in once(cached, "data.pictures", "data.fraction", "data.subset", "data.prepared", "autoencoder"):
         autoencoder = instantiate(training.autoencoder, "autoencoder")
         stages.encode(training, training_images(training), autoencoder, best_device(), again)
 

@@ -27,7 +27,7 @@ from ditune.generation.generator import ImageGenerator
 from ditune.generation.grids import save_grid
 from ditune.progress import meter
 from ditune.rng import generator
-from ditune.run import Trained, exactly_one, load_adapted, load_checkpoint
+from ditune.run import Trained, exactly_one, load_adapted, load_checkpoint, load_experts
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def sample(cfg: DictConfig) -> Path:
         UserError: the settings or a file are wrong.
     """
     check(cfg, "sample")
-    source = exactly_one(cfg, "run", "checkpoint", "adapters")
+    source = exactly_one(cfg, "run", "checkpoint", "adapters", "experts")
     trained = load(cfg, source)
     generator = with_settings(trained.generator, cfg)
     names = trained.class_names or [str(k) for k in range(trained.network.num_classes)]
@@ -52,6 +52,7 @@ def sample(cfg: DictConfig) -> Path:
         images = generator.generate(network, labels, cfg.seed, indices, on_batch=progress.update)
     facts = {
         "source": str(cfg[source]),
+        **({} if generator.experts is None else {"experts": generator.experts.settings}),
         **({} if cfg.adapter is None else {"adapter": cfg.adapter}),
         **({} if cfg.strength is None else {"strength": cfg.strength}),
         "seed": cfg.seed,
@@ -76,7 +77,13 @@ def load(cfg: DictConfig, source: str) -> Trained:
     if source != "checkpoint":
         if cfg.adapter is not None:
             raise UserError(f"{source}= has its own adapter. Give adapter= with checkpoint=<its base network> instead.")
-        run = load_weighted(cfg)
+        if source == "experts":
+            refuse_strength(cfg)
+            if needs_base(cfg) or needs_base(cfg.sampler or {}):
+                raise UserError(
+                    "experts= has several adapters, and a guide by the base needs one. Set guide=null_class."
+                )
+        run = load_experts(cfg.experts) if source == "experts" else load_weighted(cfg)
         return replace(run, generator=in_precision(run.generator, cfg))
     refuse_strength(cfg)
     if needs_base(cfg) or needs_base(cfg.sampler or {}):

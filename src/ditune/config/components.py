@@ -60,11 +60,12 @@ def build_components(cfg: DictConfig) -> Components:
 
 
 def build_objective(cfg: DictConfig) -> Objective:
-    """The objective of a config, inside of the one of `transfer=`."""
+    """The objective of a config, inside of the one of `transfer=` or `patches=`."""
     objective = instantiate(cfg.objective, "objective")
-    if cfg.get("transfer") is None:
-        return objective
-    return instantiate(cfg.transfer, "transfer", objective=objective)
+    for group in ("transfer", "patches"):
+        if cfg.get(group) is not None:
+            objective = instantiate(cfg[group], group, objective=objective)
+    return objective
 
 
 def settings_of(cfg: DictConfig) -> Settings:

@@ -77,7 +77,7 @@ def kept_checkpoints(cfg: DictConfig) -> int:
 def _latents(cfg: DictConfig, c: Components) -> Space:
     shape = c.autoencoder.latent_shape(cfg.data.resolution)
     prepared = Path(cfg.data.prepared).expanduser()
-    part = f"_{fraction:g}" if (fraction := cfg.data.get("fraction")) else ""
+    part = getattr(c.images, "suffix", "")  # images that are not there yet have none
     split = cfg.data.pictures.split or "all"
     cache = prepared / "latents" / f"{split}_{cfg.data.resolution}_{c.autoencoder.name}{part}"
     numbers = shape[0] * shape[1] * shape[2] * c.autoencoder.moments * 2  # of an image and its mirror image

@@ -41,12 +41,26 @@ def instantiate(config: DictConfig | None, what: str, **kwargs: object) -> Any:
 
 
 def training_images(cfg: DictConfig) -> Any:
-    """The dataset that a training reads: of the images of data.pictures, the share data.fraction.
+    """The dataset that a training reads: of the images of data.pictures, the share data.fraction, then data.subset.
 
     Raises:
         UserError: it cannot be built, or no image is left.
     """
-    return instantiate(cfg.data.pictures, "data").part(cfg.data.get("fraction"))  # configs of before have no such key
+    images = instantiate(cfg.data.pictures, "data").part(cfg.data.get("fraction"))  # configs of before have no such key
+    if cfg.data.get("subset") is None:
+        return images
+    from ditune.data.subsets import choose  # with torch, which most readers of configs do without
+    from ditune.distributed import best_device
+
+    def features() -> Any:  # (N, D)
+        suite = instantiate(cfg.metrics.judge, "metrics")
+        suite.extractor.to(best_device())
+        return suite.reference(images)[:, suite.extractor.columns["features"]]
+
+    given = plain(cfg.data.subset)
+    if "n" not in given or not set(given) <= {"n", "by", "seed", "balanced"}:
+        raise UserError(f"data.subset has the keys {', '.join(given)}. Give n, and by, seed or balanced as you like.")
+    return images.subset(choose(images.names, images.labels, features, **given))
 
 
 def refuse_strangers(config: DictConfig, groups: Sequence[str], path: Path) -> None:

@@ -153,6 +153,7 @@ KEYS = (
     Key("objective.process.step", str),
     Key("objective.process.bridge", str, choices=("aligned", "path")),
     Key("objective.label_drop", float, at_least=0, at_most=1),
+    Key("objective.interval", float, at_least=0, at_most=1, many=True, length=2, ascending=True, null=True),
     Key("objective.share", float, at_least=0, at_most=1),
     Key("objective.begin", float, at_least=0, at_most=1),
     Key("objective.end", float, at_least=0, at_most=1),
@@ -187,6 +188,12 @@ KEYS = (
     Key("transfer.k", float, at_least=0),
     Key("transfer.share", float, at_least=0, at_most=1),
     Key("transfer.n", int, at_least=1),
+    # patches
+    Key("patches", dict, null=True),
+    Key("patches.share", float, at_least=0, at_most=1),
+    Key("patches.sizes", str, choices=("half", "half_quarter")),
+    Key("patches.schedule", str, choices=("stochastic", "progressive")),
+    Key("patches.by_area", bool),
     # sampler
     Key("sampler", dict, null=True),
     Key("sampler.sampler", dict, null=True),
@@ -222,6 +229,7 @@ KEYS = (
     Key("*.sources", str, many=True),
     Key("*.split", str, null=True),
     Key("*.limit", int, at_least=1, null=True),
+    Key("data.subset", dict, null=True),  # its own keys are checked where it is chosen
     Key("data.fraction", float, above=0, at_most=1, null=True),
     Key("*.partition", int, at_least=1, at_most=10, null=True),
     Key("*.class_column", str, null=True),
@@ -276,6 +284,8 @@ KEYS = (
     Key("run", str, null=True),
     Key("checkpoint", str, null=True),
     Key("adapter", str, null=True),
+    Key("experts", str, many=True, null=True),
+    Key("weights", float, many=True, null=True),
     Key("out", str, null=True),
     Key("n", int, at_least=1),
     Key("steps", int, at_least=1, null=True),

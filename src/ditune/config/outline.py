@@ -175,6 +175,7 @@ def expected_images(cfg: DictConfig) -> Any:
         count = sum(value for key, value in cls.published.items() if key != "classes")
     limit = cfg.data.pictures.get("limit")
     count = round(min(count, limit or count) * (cfg.data.get("fraction") or 1))
+    count = min(count, (cfg.data.get("subset") or {}).get("n", count))
     return ExpectedImages([str(i) for i in range(cls.published["classes"])], count)
 
 

@@ -58,6 +58,7 @@ ROLES: dict[str, Role] = {
     "network": TRAINING,
     "objective": TRAINING,
     "transfer": Role(Decides.TRAINING, neutral=None),
+    "patches": Role(Decides.TRAINING, neutral=None),
     "peft": TRAINING,
     "optimizer": TRAINING,
     "scheduler": TRAINING,
@@ -96,6 +97,7 @@ NEUTRAL_BELOW = {
     "trainer.num_nodes": 1,
     "trainer.strategy.bucket_cap_mb": 25,
     "data.fraction": None,
+    "data.subset": None,
     "data.pictures.limit": None,
     "data.pictures.partition": None,
     "metrics.reference.limit": None,
@@ -104,6 +106,7 @@ NEUTRAL_BELOW = {
     "sampler.guide_checkpoint": None,
     "sampler.guide_strength": 0.5,
     "metrics.keep_images": False,
+    "objective.interval": None,
     "objective.process.bridge": "aligned",
     "sampler.noise_awareness": 0.0,
     "sampler.guidance_input": None,
@@ -115,6 +118,7 @@ NEUTRAL_IN_PROTOCOLS = {
     "guide": None,
     "noise_awareness": 0.0,
     "guidance_input": None,
+    "experts": None,
 }
 
 

@@ -9,6 +9,7 @@ from ditune.config.base_network import differences, other_latents
 from ditune.data.stream import micro_batch_size
 from ditune.errors import UserError
 from ditune.networks import DiTMoE
+from ditune.objectives import Patches
 from ditune.peft import Full
 from ditune.processes import DiffusionPath, is_flow
 from ditune.training.components import Components
@@ -177,6 +178,15 @@ def transfer_needs_a_base(c: Components) -> str | None:
     )
 
 
+def windows_need_a_grid(c: Components) -> str | None:
+    """A quarter of the grid's side is at least one token."""
+    config = c.network.config
+    side = config["input_size"] // config["patch_size"]
+    if not isinstance(c.objective, Patches) or side >= 4:
+        return None
+    return f"patches= cuts windows of a grid of {side} x {side} tokens, and 4 x 4 is the smallest. Set patches=none."
+
+
 def null_class_is_there(c: Components) -> str | None:
     """Dropped labels, guidance in the objective and augmented images need the null class."""
     needed = c.objective.needs_null_class or c.settings.augmented
@@ -242,6 +252,7 @@ OF_A_TRAINING: tuple[Rule, ...] = (
     forward_mode_suits_the_method,
     own_paths_suit_the_objective,
     transfer_needs_a_base,
+    windows_need_a_grid,
     null_class_is_there,
     latents_are_not_augmented,
 )

@@ -50,11 +50,11 @@ def resume_key(cfg: DictConfig, c: Components) -> dict[str, Any]:
     stands as plain values, unless what it names is known by something better, such as a fingerprint.
     """
     # inside of the objective, so that a run that goes on without it differs too
-    transfer = {} if cfg.get("transfer") is None else {"transfer": plain(cfg.transfer)}
+    around = {group: plain(cfg[group]) for group in ("transfer", "patches") if cfg.get(group) is not None}
     known_by = {
         "network": {"network": c.network.config},
         "objective": {
-            "objective": without_neutral(plain(cfg.objective)) | transfer,
+            "objective": without_neutral(plain(cfg.objective)) | around,
             "max_steps": cfg.max_steps if c.objective.scheduled else None,
         },
         "autoencoder": {"autoencoder": c.autoencoder.latent_fingerprint},
@@ -64,6 +64,7 @@ def resume_key(cfg: DictConfig, c: Components) -> dict[str, Any]:
             "pretrained_process": given_process(cfg.get("pretrained_process"), "pretrained_process")
         },
         "transfer": {},
+        "patches": {},
         "new_resolution": {},  # the network's config says it
         "data": {"data": c.images.fingerprint, "flip": cfg.data.flip},
         "trainer": {"precision": cfg.trainer.precision, "gradient_clip_val": cfg.trainer.gradient_clip_val},
@@ -79,6 +80,8 @@ def resume_key(cfg: DictConfig, c: Components) -> dict[str, Any]:
 
 def without_neutral(objective: dict[str, Any]) -> dict[str, Any]:
     """The values of an objective without a key that is newer than stored checkpoints, at its neutral value."""
+    if objective.get("interval", ()) is None:
+        objective = {key: value for key, value in objective.items() if key != "interval"}
     process = objective.get("process")
     if not isinstance(process, dict) or process.get("bridge") != "aligned":
         return objective

@@ -140,7 +140,7 @@ class ImageDataset(Dataset):
         if limit is not None and limit < len(items):
             items = [items[i * len(items) // limit] for i in range(limit)]
         self.resolution, self.split, self.in_memory = resolution, split, in_memory
-        self.fraction: float | None = None
+        self.suffix = ""  # of the folder of latents
         self._known, self._said = known, list(notes)
         self._keep(items, kept)
         refuse_replaced(items, self._known)
@@ -163,7 +163,24 @@ class ImageDataset(Dataset):
         items = [item for item in self._items if in_fraction(item.name, fraction)]
         if not items:
             raise UserError(f"data.fraction is {fraction}, which leaves none of {len(self):,} images. Raise it.")
-        self.fraction = fraction
+        self.suffix += f"_{fraction:g}"
+        self._keep(items, items)
+        return self
+
+    def subset(self, rows: Sequence[int]) -> "ImageDataset":
+        """Some of the images.
+
+        Args:
+            rows: their places, ascending; those of all leave everything as it is.
+
+        Returns:
+            The dataset itself, which has no other images any more.
+        """
+        if len(rows) == len(self):
+            return self
+        items = [self._items[i] for i in rows]
+        names = "\n".join(item.name for item in items)
+        self.suffix += f"_{hashlib.sha256(names.encode()).hexdigest()[:8]}"
         self._keep(items, items)
         return self
 
@@ -176,6 +193,7 @@ class ImageDataset(Dataset):
         self.labels = torch.tensor([index[item.class_name] for item in items], dtype=torch.int64)  # (N,)
         self._items = items
         self._decoded: Tensor | None = None
+        self.__dict__.pop("fingerprint", None)  # of the images before
         trains = self.split is not None and normal_split(self.split.partition(".")[0]) == "train"
         trained_on = items if trains else [item for item in kept if item.split == "train"]
         self.untrained = untrained_classes(self.class_names, self.everything, trained_on)

@@ -102,8 +102,7 @@ def cache_of(
             f"There is no manifest {manifest}, and data.latents is set. Run `python src/prepare.py` with the "
             "same data= and autoencoder= first, or set data.latents=false to encode images in every step."
         )
-    part = "" if dataset.fraction is None else f"_{dataset.fraction:g}"
-    name = f"{dataset.split or 'all'}_{dataset.resolution}_{autoencoder.name}{part}"
+    name = f"{dataset.split or 'all'}_{dataset.resolution}_{autoencoder.name}{dataset.suffix}"
     shape = autoencoder.latent_shape(dataset.resolution)
     header = expected_header(dataset, manifest, autoencoder.latent_fingerprint, shape, autoencoder.moments)
     if held_out:

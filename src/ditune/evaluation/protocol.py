@@ -78,6 +78,7 @@ class Evaluation:
         for name in ("noise_awareness", "guidance_input"):
             value = getattr(generator, name)
             values[name] = None if value is None else float(value)
+        values["experts"] = None if generator.experts is None else generator.experts.settings
         cache = generator.cache
         values["cache"] = None if cache is None else f"{cache.kind} {cache.settings}"
         guide = generator.guide

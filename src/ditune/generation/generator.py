@@ -11,7 +11,7 @@ from ditune.data import to_uint8
 from ditune.memory import memory_for
 from ditune.processes import Process
 from ditune.rng import mix
-from ditune.samplers import Cache, Guide, NoiseStream, Sampler, ShortcutSampler, default_sampler, sample
+from ditune.samplers import Cache, Experts, Guide, NoiseStream, Sampler, ShortcutSampler, default_sampler, sample
 from ditune.stopping import check
 
 FEWER = "Set sampler.batch_size lower; of src/sample.py, set n= lower and generate the rest with first=."
@@ -33,6 +33,7 @@ class ImageGenerator:
         cache: reuse of block outputs between steps; None = none.
         guide: what guidance pushes away from; None = the network's own null class.
         noise_awareness, guidance_input: see `ditune.samplers.sample`.
+        experts: adapters of the network by time, see `ditune.samplers.Experts`; None = the network as it is.
     """
 
     process: Process
@@ -50,6 +51,7 @@ class ImageGenerator:
     guide: Guide | None = None
     noise_awareness: float = 0.0
     guidance_input: float | None = None
+    experts: Experts | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sampler", self.sampler or default_sampler(self.process))
@@ -121,6 +123,7 @@ class ImageGenerator:
                 guide=self.guide,
                 noise_awareness=self.noise_awareness,
                 guidance_input=self.guidance_input,
+                experts=self.experts,
             )
         with memory_for(f"decoding {len(indices)} images at once", TILES):
             return to_uint8(self.autoencoder.to(device).to_pixels(latents.float()))

@@ -23,7 +23,7 @@ class Watched:
     """
 
     def __init__(self, network: DiTMoE):
-        self.network, self.num_classes = network, network.num_classes
+        self.network, self.num_classes, self.patch_size = network, network.num_classes, network.patch_size
         self.routing: list[Routing] = []
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor, *step: Tensor, **more: Tensor) -> Tensor:

@@ -35,13 +35,15 @@ class RoutingStatistics:
 
     @torch.no_grad()
     def add(self, routing: Sequence[Routing], time: Tensor, y: Tensor) -> None:
-        """Count one batch.
+        """Count one batch, unless it is of windows of images, which have other positions and loads.
 
         Args:
             routing: of every layer with experts, in order.
             time: (N,) in [0, 1], 0 = data.
             y: (N,) classes that the network was conditioned on.
         """
+        if any(layer.chosen_NTE.shape[1] != self.counts["position"].shape[1] for layer in routing):
+            return
         bins = (time.float() * BINS).long().clamp(0, BINS - 1)
         for i, layer in enumerate(routing):
             chosen_NTE = layer.chosen_NTE.double()

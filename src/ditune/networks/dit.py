@@ -171,7 +171,15 @@ class DiT(nn.Module):
         """Earlier name of `zero_init_step_embedding`."""
         self.zero_init_step_embedding()
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor, step: Tensor | None = None, w: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor,
+        step: Tensor | None = None,
+        w: Tensor | None = None,
+        window: Tensor | None = None,
+    ) -> Tensor:
         """Predict the process's target.
 
         Args:
@@ -180,18 +188,25 @@ class DiT(nn.Module):
             y: (N,) class in 0..K.
             step: (N,) step size in the unit of the process, for step-conditioned networks.
             w: (N,) or () guidance scale of the output, for `guided` networks; None = 1.
+            window: (N, T) int64 rows of the position table, where x is a window of the image; None = the whole image.
 
         Returns:
             (N, C, H, W), or (N, 2C, H, W) with `learn_sigma`.
         """
         height = x.shape[2] // self.patch_size
-        x, c = self.embed(x, t, y, step, w)  # (N, T, D), (N, D)
+        x, c = self.embed(x, t, y, step, w, window)  # (N, T, D), (N, D)
         for block in self.blocks:
             x = self.run_block(block, x, c)  # (N, T, D)
         return self.unpatchify(self.final_layer(x, c), height)  # (N, C_out, H, W)
 
     def embed(
-        self, x: Tensor, t: Tensor, y: Tensor, step: Tensor | None = None, w: Tensor | None = None
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor,
+        step: Tensor | None = None,
+        w: Tensor | None = None,
+        window: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Tokens (N, T, D) and condition (N, D) of the inputs of `forward`."""
         time = self.t_embedder(t) if self.no_time is None else self.no_time(self.t_embedder, t)
@@ -201,7 +216,8 @@ class DiT(nn.Module):
         if self.guidance_embedder is not None:
             w = torch.ones(len(x), device=x.device) if w is None else w.expand(len(x))
             c = c + self.guidance_embedder(w)
-        return self.x_embedder(x) + self.pos_embed, c
+        positions = self.pos_embed if window is None else self.pos_embed[0, window]  # (1 or N, T, D)
+        return self.x_embedder(x) + positions, c
 
     def run_block(self, block: nn.Module, x: Tensor, c: Tensor) -> Any:
         """Run a block, with activation checkpointing if enabled.

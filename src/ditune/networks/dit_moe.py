@@ -100,16 +100,17 @@ class DiTMoE(DiT):
         y: Tensor,
         step: Tensor | None = None,
         w: Tensor | None = None,
+        window: Tensor | None = None,
         routing: list[Routing] | None = None,
     ) -> Tensor:
         """Predict the process's target, see `DiT.forward`.
 
         Args:
-            x, t, y, step, w: see `DiT.forward`.
+            x, t, y, step, w, window: see `DiT.forward`.
             routing: a list to which the routing of every layer with experts is appended, in order; None = not.
         """
         height = x.shape[2] // self.patch_size
-        x, c = self.embed(x, t, y, step, w)  # (N, T, D), (N, D)
+        x, c = self.embed(x, t, y, step, w, window)  # (N, T, D), (N, D)
         for block in self.blocks:
             output = self.run_block(block, x, c)
             x, *decided = output if isinstance(output, tuple) else (output,)  # (N, T, D), routing of a MoEBlock

@@ -11,6 +11,7 @@ from ditune.objectives.flow_matching import FlowMatching
 from ditune.objectives.live_reflow import LiveReflow
 from ditune.objectives.mean_flow import MeanFlow
 from ditune.objectives.noise_awareness import NoiseAwareness
+from ditune.objectives.patches import Patches
 from ditune.objectives.progressive_distillation import ProgressiveDistillation
 from ditune.objectives.shortcut import Shortcut
 from ditune.objectives.so_flow import SoFlow
@@ -31,6 +32,7 @@ __all__ = [
     "MeanFlow",
     "NoiseAwareness",
     "Objective",
+    "Patches",
     "ProgressiveDistillation",
     "Shortcut",
     "SoFlow",

@@ -1,6 +1,7 @@
 """What every objective takes and returns."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -25,6 +26,7 @@ class Network(Protocol):
     """Any network that an objective can train."""
 
     num_classes: int  # also the null class
+    patch_size: int  # side of a token's square, in latent pixels
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor, *step: Tensor, **more: Tensor) -> Tensor:
         """Predict the target of the process.
@@ -80,7 +82,9 @@ class Objective(ABC):
     forward_mode = False  # the network is differentiated with respect to its input by torch.func.jvp
     guidance = 1.0  # classifier-free guidance of the target; 1 = none
     any_path = False  # a flow's path need not be straight
+    token_share = 1.0  # tokens of a mean step, relative to those of whole images
     needs_base = False  # the loss calls the pretrained network
+    interval: tuple[float, float] | None = None  # quantiles of the times that are trained; None = all
     process: Process
 
     def __init__(self, process: Process, label_drop: float = 0.1):
@@ -96,6 +100,16 @@ class Objective(ABC):
     def inputs(self) -> dict[str, bool]:
         """Arguments of the network's constructor for the inputs that the process and the objective give it."""
         return self.process.network
+
+    @property
+    def part(self) -> tuple[float, float] | None:
+        """The part of the process that is trained, 0 = data and 1 = noise; None = all of it."""
+        return self.interval
+
+    @property
+    def largest(self) -> "Objective":
+        """The objective of the most expensive step, for the plan's memory."""
+        return self
 
     def check(self, batch_size: int) -> None:  # noqa: B027, few objectives have anything to refuse
         """Refuse a batch size that the objective cannot work with, before the training begins.
@@ -138,6 +152,24 @@ class Objective(ABC):
         Returns:
             (N,), without gradient.
         """
+
+
+def checked_interval(interval: Sequence[float] | None) -> tuple[float, float] | None:
+    """`objective.interval` as (low, high); None = everything.
+
+    Raises:
+        UserError: it is no part of [0, 1].
+    """
+    if interval is None:
+        return None
+    ends = [float(end) for end in interval]
+    require(
+        len(ends) == 2 and 0 <= ends[0] < ends[1] <= 1,
+        "objective.interval",
+        ends,
+        "Set it to [low, high] with 0 <= low < high <= 1, or to null.",
+    )
+    return ends[0], ends[1]
 
 
 def drop_labels(y: Tensor, random: StepRandom, label_drop: float, null_class: int) -> Tensor:  # (N,) -> (N,)

@@ -68,7 +68,8 @@ class Skewed(StepRandom):
     """
 
     def __init__(self, random: StepRandom, k: float, retained: Tensor):
-        super().__init__(random.seed, random.step, random.positions, random.device)
+        super().__init__(random.seed, random.step, random.positions, random.device, random.made)
+        self.asked = random.asked
         self.k, self.retained = k, retained
 
     def uniform(self, purpose: str) -> Tensor:  # (N,) float64
@@ -77,4 +78,4 @@ class Skewed(StepRandom):
         if purpose != "t" or self.k == 0:
             return u
         power = 1 / (self.k + 1)
-        return torch.where(self.retained, 1 - (1 - u) ** power, u**power).clamp(max=1 - 2.0**-53)
+        return torch.where(self.retained.to(u.device), 1 - (1 - u) ** power, u**power).clamp(max=1 - 2.0**-53)

@@ -3,7 +3,8 @@
 Ho et al. 2020 (arXiv 2006.11239, "DDPM") and Nichol & Dhariwal 2021 (arXiv 2102.09672, "IDDPM").
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ditune.errors import UserError, require
 from ditune.objectives import weighting
-from ditune.objectives.base import Loss, Network, Objective, State, drop_labels
+from ditune.objectives.base import Loss, Network, Objective, State, checked_interval, drop_labels
 from ditune.objectives.variational_bound import bound_term, mean_flat, prior_term
 from ditune.processes import GaussianProcess, Tables
 from ditune.rng import StepRandom
@@ -36,6 +37,8 @@ class GaussianDiffusion(Objective):
         max_weight: upper limit of weight 'v'. The default keeps sigma (x_0 prediction) or alpha (epsilon prediction)
             at 0.05 or more, as arXiv 2511.13720 limits its denominator.
         gamma: upper limit of the signal-to-noise ratio in 'min_snr' (arXiv 2303.09556, section 3.4).
+        interval: part [low, high] of the timesteps that is trained, those from floor(low T) to ceil(high T) - 1 (after
+            eDiff-I, arXiv 2211.01324); None = all.
 
     Raises:
         UserError: an unknown name, a number out of range, or a weight with loss 'kl'.
@@ -52,6 +55,7 @@ class GaussianDiffusion(Objective):
         label_drop: float = 0.1,
         max_weight: float = 400.0,
         gamma: float = 5.0,
+        interval: Sequence[float] | None = None,
     ):
         super().__init__(process, label_drop)
         require(loss in LOSSES, "objective.loss", loss, f"Choose one of {', '.join(LOSSES)}.")
@@ -64,7 +68,7 @@ class GaussianDiffusion(Objective):
         require(vb_weight >= 0, "objective.vb_weight", vb_weight, "Set it to 0 or more.")
         require(max_weight > 0, "objective.max_weight", max_weight, "Set it above 0.")
         require(gamma > 0, "objective.gamma", gamma, "Set it above 0.")
-        self.loss_name, self.vb_weight = loss, vb_weight
+        self.loss_name, self.vb_weight, self.interval = loss, vb_weight, checked_interval(interval)
         self.vb_scale = process.steps / 1000 if loss == "rescaled_mse" else 1.0
         self.weights = Tables(weight=error_weights(process, weight, max_weight, gamma))
 
@@ -72,9 +76,16 @@ class GaussianDiffusion(Objective):
         self, network: Network, batch: tuple[Tensor, Tensor], random: StepRandom, state: State | None = None
     ) -> Loss:
         """Loss of one micro-batch, see `Objective.loss`; this objective does not need `state`."""
+        low, high = self.interval or (0.0, 1.0)
+        return self._loss(
+            network, batch, random, math.floor(low * self.process.steps), math.ceil(high * self.process.steps)
+        )
+
+    def _loss(self, network: Network, batch: tuple[Tensor, Tensor], random: StepRandom, first: int, end: int) -> Loss:
+        """The loss at timesteps first .. end - 1."""
         x0, y = batch
         noise = random.normal("noise", x0.shape[1:]).to(x0)
-        t = random.integers("t", self.process.steps).to(x0.device)
+        t = (first + random.integers("t", end - first)).to(x0.device)
         y = drop_labels(y, random, self.label_drop, network.num_classes)
         losses = self.losses(network, x0, t, y, noise)
         parts = {name: values.detach() for name, values in losses.items()}
@@ -82,8 +93,8 @@ class GaussianDiffusion(Objective):
 
     @torch.no_grad()
     def denoising(self, network: Network, batch: tuple[Tensor, Tensor], random: StepRandom) -> Tensor:  # (N,)
-        """The loss of each sample."""
-        return self.loss(network, batch, random).parts["loss"]
+        """The loss of each sample, at timesteps of the whole process."""
+        return self._loss(network, batch, random, 0, self.process.steps).parts["loss"]
 
     def losses(self, network: Network, x0: Tensor, t: Tensor, y: Tensor, noise: Tensor) -> dict[str, Tensor]:
         """Losses of each sample at given timesteps and noise.

@@ -1,7 +1,7 @@
 """What the objectives for transfer share: each wraps another objective, and changes what that one is given."""
 
 from abc import abstractmethod
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -31,11 +31,13 @@ class Transfer(Objective):
         UserError: the objective is another one.
     """
 
+    group: ClassVar[str] = "transfer"  # of the config, for messages
+
     def __init__(self, objective: Objective):
         if not isinstance(objective, GaussianDiffusion | FlowMatching):
             raise UserError(
-                f"transfer= cannot be used with {type(objective).__name__}, whose target has other networks or times. "
-                "Set objective=diffusion, diffusion_v or flow_matching, or transfer=none."
+                f"{self.group}= cannot be used with {type(objective).__name__}, whose target has other networks or "
+                f"times. Set objective=diffusion, diffusion_v or flow_matching, or {self.group}=none."
             )
         self.objective, self.any_path = objective, objective.any_path
 
@@ -47,6 +49,11 @@ class Transfer(Objective):
     @process.setter
     def process(self, process: Process) -> None:
         self.objective.process = process
+
+    @property
+    def part(self) -> tuple[float, float] | None:
+        """Of the wrapped objective."""
+        return self.objective.part
 
     @property
     def needs_null_class(self) -> bool:

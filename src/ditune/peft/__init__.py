@@ -7,7 +7,7 @@ from torch import nn
 
 from ditune.errors import UserError
 from ditune.peft.adalora import AdaLora
-from ditune.peft.adapter_set import Adapters
+from ditune.peft.adapter_set import Adapters, merge_adapters
 from ditune.peft.base import PeftMethod
 from ditune.peft.bitfit import BitFit
 from ditune.peft.bottleneck import Adapter, AdaptFormer
@@ -90,4 +90,5 @@ __all__ = [
     "build_peft",
     "from_peft_config",
     "merge",
+    "merge_adapters",
 ]

@@ -1,8 +1,10 @@
-"""Several adapters of one base network, switched between calls."""
+"""Several adapters of one base network, switched between calls or merged by weights."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 
+import torch
 from torch import Tensor, nn
 
 from ditune.errors import UserError
@@ -81,3 +83,33 @@ class Adapters:
             yield self.network
         finally:
             self.use(before)
+
+
+@torch.no_grad()
+def merge_adapters(adapters: Adapters, weights: Mapping[str, float]) -> nn.Module:
+    """One plain network of several adapters, theta_0 + sum_k w_k (theta_k - theta_0) (as DeMe, arXiv 2410.06664).
+
+    It is computed as (1 - sum_k w_k) theta_0 + sum_k w_k theta_k: one weight of 1 gives that adapter's network to the
+    bit, and no weight the base.
+
+    Args:
+        adapters: of one base.
+        weights: w_k by the adapter's name, any numbers; adapters that are left out have 0.
+
+    Raises:
+        UserError: there is no adapter of a name, or its method cannot be merged, or it has other classes.
+    """
+    with adapters.used(None) as base:
+        merged = deepcopy(base)
+    values = {name: (1 - sum(weights.values())) * value for name, value in merged.named_parameters()}
+    for name, weight in weights.items():
+        with adapters.used(name) as adapted:
+            own = deepcopy(adapted)
+        if own.num_classes != merged.num_classes:
+            raise UserError(f"The adapter {name!r} has other classes than the base, so their tables cannot be added.")
+        own.adaptation.merge(own)
+        for key, value in own.named_parameters():
+            values[key] = values[key] + weight * value
+    for key, parameter in merged.named_parameters():
+        parameter.copy_(values[key])
+    return merged

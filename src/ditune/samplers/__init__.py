@@ -14,6 +14,7 @@ from ditune.samplers.caching import Cache, Delta, Fora, Taylor
 from ditune.samplers.ddim import DDIM
 from ditune.samplers.ddpm import DDPM
 from ditune.samplers.euler import Euler
+from ditune.samplers.experts import Experts
 from ditune.samplers.few_step import ConsistencySampler, Jumps, Renoise, ShortcutSampler
 from ditune.samplers.guidance import ModelFn, guide, guided
 from ditune.samplers.guides import BaseGuide, CheckpointGuide, Guide, InterpolatedGuide
@@ -33,6 +34,7 @@ __all__ = [
     "ConsistencySampler",
     "Delta",
     "Euler",
+    "Experts",
     "Fora",
     "Guide",
     "InterpolatedGuide",
@@ -122,6 +124,7 @@ def sample(
     guide: Guide | None = None,
     noise_awareness: float = 0.0,
     guidance_input: float | None = None,
+    experts: Experts | None = None,
 ) -> Tensor:  # (N, C, H, W)
     """Generate one image per label.
 
@@ -143,6 +146,7 @@ def sample(
         noise_awareness: scale s of noise-awareness guidance; 0 = none, as always of networks that were not trained for
             it.
         guidance_input: w that the network is given; None = 1, as always of networks without this input.
+        experts: adapters of `network`, of which the one of each call's time runs; None = the network as it is.
 
     Returns:
         (N, C, H, W) data or latents.
@@ -151,6 +155,8 @@ def sample(
         UserError: the sampler, the steps or the cache do not suit the process.
     """
     check(sampler, process, steps, cache, guide)
+    if experts is not None and cache is not None:
+        raise UserError("A cache would mix outputs of several experts. Set cache=none, or sample from one run.")
     weaker = None if guide is None or guidance == 1 else guide.bind(network, process, y)
     in_steps = process.in_steps(steps)
     with nullcontext(network) if cache is None else cache.used(network, in_steps.steps) as called:
@@ -171,4 +177,5 @@ def sample(
             rescale=guidance_rescale,
             weaker=weaker,
         )
-        return sampler(model_fn, in_steps, noise, next_noise or (lambda: torch.randn_like(noise)), on_step)
+        with nullcontext(model_fn) if experts is None else experts.choosing(model_fn, process.length) as chosen:
+            return sampler(chosen, in_steps, noise, next_noise or (lambda: torch.randn_like(noise)), on_step)

@@ -119,7 +119,7 @@ def expected_pace(c: Components, calls: float, device: str) -> Pace | None:
     if flops is None:
         return None
     trained, total = counts(c.network)
-    passes = PASSES["most" if trained > total / 2 else "some"]
+    passes = PASSES["most" if trained > total / 2 else "some"] * c.objective.token_share
     row = rows[0]
     source = f"{row.name}, {row.precision}, measured {row.date}: {row.source}"
     return Pace(passes * flops / row.training, calls * flops / row.sampling, source)

@@ -229,6 +229,8 @@ def save_trained(components: Components, folder: Path, steps: int) -> None:
         "resolution": components.settings.resolution,
         "steps": steps,
     }
+    if components.objective.part is not None:
+        common["part"] = list(components.objective.part)
     process = components.objective.process.config
     if base is None:
         save_network(folder / "network.safetensors", components.network, process, **common)
