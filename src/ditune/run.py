@@ -196,7 +196,9 @@ def load_adapted(
     network, stored = _load_adapted(Path(adapter), Path(base), keep_base=False)
     if None in (sampler.steps, sampler.guidance):
         sampler = OmegaConf.merge(sampler, {key: value for key, value in OURS.items() if sampler[key] is None})
-    generator = _build_generator(Path(adapter), stored, instantiate(autoencoder, "autoencoder"), sampler, bf16)
+    generator = _build_generator(
+        Path(adapter), stored, instantiate(autoencoder, "autoencoder"), sampler, bf16, Path(base).parent
+    )
     return Trained(network.eval(), generator, stored["class_names"])
 
 
@@ -227,7 +229,7 @@ def load_experts(folders: Sequence[Path | str]) -> Trained:
                 raise UserError(f"The runs {name} and {other} differ in {key}. Experts share all but what they train.")
     adapters = load_adapters(network, {other: path / "adapter" for other, path in paths.items()})
     bf16, autoencoder = str(cfg.trainer.precision).startswith("bf16"), instantiate(cfg.autoencoder, "autoencoder")
-    generator = _build_generator(path, stored, autoencoder, cfg.sampler, bf16)
+    generator = _build_generator(path, stored, autoencoder, cfg.sampler, bf16, cfg.paths.cache_dir)
     parts = {other: tuple(config.get("part") or (0.0, 1.0)) for other, config in configs.items()}
     return Trained(network, replace(generator, experts=Experts(adapters, parts)), stored["class_names"])
 
