@@ -221,6 +221,22 @@ def test_a_missing_image_is_reported_and_its_return_noticed(root):
 # Stopped, shared, without room
 
 
+@pytest.mark.parametrize("in_memory", ["true", "false"])
+def test_latents_have_the_same_bits_whatever_decodes(root, monkeypatch, in_memory):
+    """By the encoding thread itself, and by two threads that run ahead of it."""
+    found = []
+    for threads in (0, 2):
+        if threads:
+            monkeypatch.setattr("ditune.ahead.os.cpu_count", lambda threads=threads: threads)
+        else:
+            for module in ("prepare", "images"):
+                monkeypatch.setattr(f"ditune.data.{module}.ahead", lambda work, items, waiting: map(work, items))
+        prepare(prepare_config(root, "again=true", f"data.in_memory={in_memory}"))
+        monkeypatch.undo()
+        found.append((root / LATENTS / "latents.npy").read_bytes())
+    assert found[0] == found[1]
+
+
 def test_an_encoding_that_was_stopped_goes_on(root, monkeypatch):
     monkeypatch.setattr(preparing, "PIECE", 4)
     encoded = preparing._encoded
