@@ -1,26 +1,27 @@
 """What the Trainer and its callbacks add to a training step, in ms over a bare loop around the same module.
 
-    python benchmarks/trainer_overhead.py [--steps 200] [--rounds 3] [--every 10] [--profile]
+    python benchmarks/trainer_overhead.py [--steps 200] [--rounds 5] [--every 10] [--profile]
 
 A tiny network (2 blocks of 32, DiffFit, batch 4) in fp32 on one CPU thread, so that nothing but overhead shows. The
 bare loop reads the same stream, calls the module's step, clips, updates, moves the learning rate and the EMA, and logs
-nothing. Variants are run in turn, in rounds; the first steps of each are left out, medians of the steps are shown.
+nothing. Variants are trained in turn, in rounds; the first steps of each are left out. Medians of the steps are shown,
+and the median over the rounds of what a variant adds to the bare loop of its round, with its extremes.
 """
 
-import argparse
 import cProfile
-import json
+import itertools
 import pstats
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import hydra
 import pytorch_lightning as pl
 import torch
+from measuring import deliver, parser
 from omegaconf import DictConfig
 from PIL import Image
 from pytorch_lightning.callbacks import Callback
@@ -34,6 +35,16 @@ from ditune.training.callbacks import StepClock
 from ditune.training.source import StreamData
 
 FIRST = 20  # steps that are left out
+BARE = "bare loop"
+COLUMNS = {
+    "name": ("", "text"),
+    "ms": ("ms a step, processor", "float"),
+    "over": ("over the bare loop", "float"),
+    "least": ("least", "float"),
+    "most": ("most", "float"),
+    "ratio": ("of the bare loop", "float"),
+    "wall_ms": ("ms a step, clock", "float"),
+}
 SMALL = [
     "~experiment",
     "network=tiny",
@@ -119,7 +130,7 @@ def trained(cfg: DictConfig, folder: Path, default: bool) -> list[tuple[float, f
 
 
 VARIANTS: dict[str, Callable[[DictConfig, Path], list[tuple[float, float]]]] = {
-    "bare loop": bare,
+    BARE: bare,
     "Trainer, StepClock alone": lambda cfg, folder: trained(cfg, folder, default=False),
     "Trainer, default callbacks and metrics.csv": lambda cfg, folder: trained(cfg, folder, default=True),
 }
@@ -131,41 +142,41 @@ def per_step(moments: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return [((b[0] - a[0]) * 1e3, (b[1] - a[1]) * 1e3) for a, b in steps]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--every", type=int, default=10, help="steps between two lines of the log")
-    parser.add_argument("--profile", action="store_true", help="where the time of the last variant goes")
-    arguments = parser.parse_args()
+def row_of(name: str, rounds: list[list[tuple[float, float]]], first: list[list[tuple[float, float]]]) -> dict:
+    """The row of a variant: medians of its steps, and what it adds to the first variant's within each round."""
+    wall, process = (statistics.median(values) for values in zip(*itertools.chain(*rounds), strict=True))
+    own, loop = ([statistics.median(ms for _, ms in steps) for steps in each] for each in (rounds, first))
+    over = sorted(a - b for a, b in zip(own, loop, strict=True))
+    row = {"name": name, "rounds": len(rounds), "ms": process, "wall_ms": wall}
+    row |= {"over": statistics.median(over), "least": over[0], "most": over[-1]}
+    return row | {"ratio": statistics.median(a / b for a, b in zip(own, loop, strict=True))}
+
+
+def main(arguments: Sequence[str] | None = None) -> dict:
+    """Measure, print, and write; returns the result."""
+    options = parser(__doc__, seconds=60, rounds=5)
+    options.add_argument("--steps", type=int, default=200, help="of each training")
+    options.add_argument("--every", type=int, default=10, help="steps between two lines of the log")
+    options.add_argument("--profile", action="store_true", help="where the time of the last variant goes, as text")
+    given = options.parse_args(arguments)
+    given.device = "cpu"  # what is measured is Python
     torch.set_num_threads(1)
     found: dict[str, list[list[tuple[float, float]]]] = {name: [] for name in VARIANTS}
+    start = time.monotonic()
     with tempfile.TemporaryDirectory() as top:
-        for round_ in range(arguments.rounds):
+        for round_ in range(max(given.rounds, 2)):
+            if round_ >= 2 and time.monotonic() - start > given.seconds:
+                break
             for name, run in VARIANTS.items():
                 folder = Path(top) / f"{round_}_{list(VARIANTS).index(name)}"
-                found[name].append(per_step(run(config(folder, arguments.steps, arguments.every), folder / "run")))
-        if arguments.profile:
+                found[name].append(per_step(run(config(folder, given.steps, given.every), folder / "run")))
+        if given.profile:
             folder = Path(top) / "profiled"
             with cProfile.Profile() as profile:
-                trained(config(folder, arguments.steps, arguments.every), folder / "run", default=True)
+                trained(config(folder, given.steps, given.every), folder / "run", default=True)
             pstats.Stats(profile, stream=sys.stdout).sort_stats("tottime").print_stats(45)
-    medians = {}
-    for name, rounds in found.items():
-        steps = [step for each in rounds for step in each]
-        wall, process = (statistics.median(values) for values in zip(*steps, strict=True))
-        by_round = [statistics.median(w for w, _ in each) for each in rounds]
-        mean = statistics.mean(p for _, p in steps)
-        medians[name] = {"wall_ms": wall, "cpu_ms": process, "mean_cpu_ms": mean, "wall_ms_by_round": by_round}
-    first = medians["bare loop"]
-    for name, m in medians.items():
-        over = " ".join(f"{m[k] - first[k]:+6.2f}" for k in ("wall_ms", "cpu_ms", "mean_cpu_ms"))
-        sys.stdout.write(
-            f"{name:44} wall {m['wall_ms']:6.2f} cpu {m['cpu_ms']:6.2f} mean cpu {m['mean_cpu_ms']:6.2f} ms"
-            f"   over {over}   ratio {m['wall_ms'] / first['wall_ms']:.2f}\n"
-        )
-    facts = {"steps": arguments.steps, "rounds": arguments.rounds, "log_every": arguments.every}
-    sys.stdout.write(json.dumps({**facts, "torch": torch.__version__, "ms": medians}) + "\n")
+    rows = [row_of(name, rounds, found[BARE]) for name, rounds in found.items()]
+    return deliver("trainer_overhead", given, COLUMNS, rows)
 
 
 if __name__ == "__main__":
