@@ -5,7 +5,8 @@
 A tiny network (2 blocks of 32, DiffFit, batch 4) in fp32 on one CPU thread, so that nothing but overhead shows. The
 bare loop reads the same stream, calls the module's step, clips, updates, moves the learning rate and the EMA, and logs
 nothing. Variants are trained in turn, in rounds; the first steps of each are left out. Medians of the steps are shown,
-and the median over the rounds of what a variant adds to the bare loop of its round, with its extremes.
+and the median over the rounds of what a variant adds to the bare loop of its round, with its extremes. Where
+other work disturbs the times, the number of calls of Python and C functions in a step says more: it is always the same.
 """
 
 import cProfile
@@ -15,7 +16,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import hydra
@@ -35,7 +37,9 @@ from ditune.training.callbacks import StepClock
 from ditune.training.source import StreamData
 
 FIRST = 20  # steps that are left out
+COUNTED = 20  # steps whose calls are counted
 BARE = "bare loop"
+Moment = tuple[float, float, int]
 COLUMNS = {
     "name": ("", "text"),
     "ms": ("ms a step, processor", "float"),
@@ -44,6 +48,8 @@ COLUMNS = {
     "most": ("most", "float"),
     "ratio": ("of the bare loop", "float"),
     "wall_ms": ("ms a step, clock", "float"),
+    "calls": ("calls of functions a step", "int"),
+    "over_calls": ("over the bare loop", "int"),
 }
 SMALL = [
     "~experiment",
@@ -62,14 +68,37 @@ SMALL = [
 ]
 
 
+calls = 0  # of Python functions so far, while they are counted
+
+
+def moment() -> Moment:
+    """Now: seconds of the clock and of the process, and calls."""
+    return time.perf_counter(), time.process_time(), calls
+
+
 class Moments(Callback):
-    """The time at which each step begins, of the wall clock and of the process."""
+    """The moment at which each step begins."""
 
     def __init__(self) -> None:
-        self.seen: list[tuple[float, float]] = []
+        self.seen: list[Moment] = []
 
     def on_train_batch_start(self, *_: object) -> None:
-        self.seen.append((time.perf_counter(), time.process_time()))
+        self.seen.append(moment())
+
+
+@contextmanager
+def counting() -> Iterator[None]:
+    """Calls of Python and C functions in this thread are counted inside of the block, which makes it slow."""
+
+    def count(_: object, event: str, __: object) -> None:
+        global calls
+        calls += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        yield
+    finally:
+        sys.setprofile(None)
 
 
 def config(folder: Path, steps: int, every: int) -> DictConfig:
@@ -91,7 +120,7 @@ def parts(cfg: DictConfig) -> tuple:
     return c, build_module(cfg, c, resume_key(cfg, c)), ImageStream(c.images, cfg.seed)
 
 
-def bare(cfg: DictConfig, folder: Path) -> list[tuple[float, float]]:
+def bare(cfg: DictConfig, folder: Path) -> list[Moment]:
     """The loop without a trainer."""
     _, module, stream = parts(cfg)
     module.trainer = pl.Trainer(max_steps=cfg.max_steps, accelerator="cpu", logger=False, enable_checkpointing=False)
@@ -101,7 +130,7 @@ def bare(cfg: DictConfig, folder: Path) -> list[tuple[float, float]]:
     moments, loader = [], training_loader(stream, MicroBatches(cfg.batch_size, 1, 0, 1, 0), 0, False)
     module.train()
     for step, batch in zip(range(cfg.max_steps), loader, strict=False):
-        moments.append((time.perf_counter(), time.process_time()))
+        moments.append(moment())
         total, *_ = module.micro_step(batch)
         optimizer.zero_grad()
         total.backward()
@@ -112,7 +141,7 @@ def bare(cfg: DictConfig, folder: Path) -> list[tuple[float, float]]:
     return moments
 
 
-def trained(cfg: DictConfig, folder: Path, default: bool) -> list[tuple[float, float]]:
+def trained(cfg: DictConfig, folder: Path, default: bool) -> list[Moment]:
     """By the trainer; with the default callbacks and metrics.csv, or with the clock alone and no logger."""
     c, module, stream = parts(cfg)
     generator = build_generator(cfg, c)
@@ -129,23 +158,23 @@ def trained(cfg: DictConfig, folder: Path, default: bool) -> list[tuple[float, f
     return moments.seen
 
 
-VARIANTS: dict[str, Callable[[DictConfig, Path], list[tuple[float, float]]]] = {
+VARIANTS: dict[str, Callable[[DictConfig, Path], list[Moment]]] = {
     BARE: bare,
     "Trainer, StepClock alone": lambda cfg, folder: trained(cfg, folder, default=False),
     "Trainer, default callbacks and metrics.csv": lambda cfg, folder: trained(cfg, folder, default=True),
 }
 
 
-def per_step(moments: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """(wall, process) ms of every step but the first ones."""
-    steps = list(zip(moments[FIRST:-1], moments[FIRST + 1 :], strict=True))
-    return [((b[0] - a[0]) * 1e3, (b[1] - a[1]) * 1e3) for a, b in steps]
+def per_step(moments: list[Moment]) -> list[Moment]:
+    """ms of the clock and of the process, and calls, of every step but the first ones."""
+    steps = zip(moments[FIRST:-1], moments[FIRST + 1 :], strict=True)
+    return [((b[0] - a[0]) * 1e3, (b[1] - a[1]) * 1e3, b[2] - a[2]) for a, b in steps]
 
 
-def row_of(name: str, rounds: list[list[tuple[float, float]]], first: list[list[tuple[float, float]]]) -> dict:
+def row_of(name: str, rounds: list[list[Moment]], first: list[list[Moment]]) -> dict:
     """The row of a variant: medians of its steps, and what it adds to the first variant's within each round."""
-    wall, process = (statistics.median(values) for values in zip(*itertools.chain(*rounds), strict=True))
-    own, loop = ([statistics.median(ms for _, ms in steps) for steps in each] for each in (rounds, first))
+    wall, process, _ = (statistics.median(values) for values in zip(*itertools.chain(*rounds), strict=True))
+    own, loop = ([statistics.median(ms for _, ms, _ in steps) for steps in each] for each in (rounds, first))
     over = sorted(a - b for a, b in zip(own, loop, strict=True))
     row = {"name": name, "rounds": len(rounds), "ms": process, "wall_ms": wall}
     row |= {"over": statistics.median(over), "least": over[0], "most": over[-1]}
@@ -161,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> dict:
     given = options.parse_args(arguments)
     given.device = "cpu"  # what is measured is Python
     torch.set_num_threads(1)
-    found: dict[str, list[list[tuple[float, float]]]] = {name: [] for name in VARIANTS}
+    found: dict[str, list[list[Moment]]] = {name: [] for name in VARIANTS}
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as top:
         for round_ in range(max(given.rounds, 2)):
@@ -175,7 +204,13 @@ def main(arguments: Sequence[str] | None = None) -> dict:
             with cProfile.Profile() as profile:
                 trained(config(folder, given.steps, given.every), folder / "run", default=True)
             pstats.Stats(profile, stream=sys.stdout).sort_stats("tottime").print_stats(45)
-    rows = [row_of(name, rounds, found[BARE]) for name, rounds in found.items()]
+        rows = [row_of(name, rounds, found[BARE]) for name, rounds in found.items()]
+        for row, run in zip(rows, VARIANTS.values(), strict=True):
+            folder = Path(top) / f"calls_{len(row['name'])}"
+            with counting():
+                steps = per_step(run(config(folder, FIRST + COUNTED, given.every), folder / "run"))
+            row["calls"] = statistics.median(n for _, _, n in steps)
+            row["over_calls"] = row["calls"] - rows[0]["calls"]
     return deliver("trainer_overhead", given, COLUMNS, rows)
 
 
