@@ -23,9 +23,9 @@ LISTS = {
         ["moe_layer.py", "--rounds", "3"],
         ["data_loading.py", "--seconds", "20"],
         ["growth.py", "--seconds", "30"],
-        ["moe_network.py", "--seconds", "20"],
+        ["moe_network.py", "--seconds", "20", "--depth", "2"],
         ["step_profile.py", "--rounds", "1"],
-        ["trainer_overhead.py", "--rounds", "3"],
+        ["trainer_overhead.py", "--seconds", "40", "--steps", "100"],
     ],
     "cuda": [
         ["train_step.py", "--seconds", "60"],
