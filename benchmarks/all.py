@@ -23,6 +23,9 @@ LISTS = {
         ["moe_layer.py", "--rounds", "3"],
         ["data_loading.py", "--seconds", "20"],
         ["growth.py", "--seconds", "30"],
+        ["moe_network.py", "--seconds", "20", "--depth", "2"],
+        ["step_profile.py", "--rounds", "1"],
+        ["trainer_overhead.py", "--seconds", "40", "--steps", "100"],
     ],
     "cuda": [
         ["train_step.py", "--seconds", "60"],
@@ -30,6 +33,8 @@ LISTS = {
         ["sampling.py", "--seconds", "45"],
         ["moe_layer.py", "--rounds", "5"],
         ["growth.py", "--seconds", "20", "--processes", "1"],
+        ["moe_network.py", "--seconds", "20"],
+        ["step_profile.py", "--network", "dit_xl_2"],
     ],
 }
 

@@ -4,7 +4,9 @@
 
 Latents of 32x32x4 with mean and log-variance, plain and mirrored, in float16; batches of 256 in shuffled order, from
 the system's page cache. The reference reads two .npy files a sample, as fast-DiT does. JPEG files of 500x375 pixels are
-decoded and cropped to 256; time on a clock there, because several threads work.
+decoded and cropped to 256; time on a clock there, because several threads work. Encoding is by the architecture of
+Stable Diffusion's autoencoder with random weights: the pass of src/prepare.py (JPEG files to latents of images and
+mirrored images) beside the autoencoder alone on the same images.
 """
 
 import argparse
@@ -21,18 +23,32 @@ from measuring import Step, Variant, deliver, measured, parser
 from PIL import Image
 
 from ditune.ahead import ahead
+from ditune.autoencoders import Autoencoder, kl
+from ditune.autoencoders.kl import KL
+from ditune.data import prepare
+from ditune.data.images import ImageDataset
 from ditune.data.latents import FORMAT, Latents, Writer
 from ditune.data.stream import ImageStream, MicroBatches, training_loader
-from ditune.data.transforms import center_crop, to_rgb
+from ditune.data.transforms import center_crop, from_uint8, to_rgb
 
 BATCH, BATCHES, FILES, IMAGES = 256, 20, 512, 48
 REFERENCE = "two .npy files a sample"
+ENCODER = "the autoencoder alone"
 COLUMNS = {
     "name": ("", "text"),
     "images_per_s": ("a second", "int"),
     "ratio": ("speed-up", "x"),
     "least": ("least", "x"),
     "most": ("most", "x"),
+}
+
+ENCODING = {
+    "name": ("", "text"),
+    "ms": ("ms a round", "ms"),
+    "ratio": ("speed-up", "x"),
+    "least": ("least", "x"),
+    "most": ("most", "x"),
+    "images_per_s": ("images/s, each with its mirror image", "float"),
 }
 
 
@@ -131,12 +147,64 @@ def first_passes(opened: Callable[[], Latents]) -> Iterator:
             yield next(batches)
 
 
+class Untrained(KL):
+    """Stable Diffusion's architecture with random weights."""
+
+    def __init__(self) -> None:
+        from diffusers import AutoencoderKL  # takes seconds
+
+        Autoencoder.__init__(self, channels=4, downsample=8)
+        torch.manual_seed(0)
+        widths = [128, 256, 512, 512]
+        down, up = ([f"{way}{side}Block2D"] * 4 for way, side in (("Down", "Encoder"), ("Up", "Decoder")))
+        size = {"block_out_channels": widths, "down_block_types": down, "up_block_types": up, "layers_per_block": 2}
+        self.vae, self._name, self.bf16 = AutoencoderKL(latent_channels=4, **size), "untrained", False
+
+
+def encoding(folder: Path, given: argparse.Namespace) -> list[Variant]:
+    """The autoencoder alone, in both layouts, and the pass that writes a cache."""
+    for i in range(given.encoded):
+        path = folder / "images" / "train" / "a" / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(jpeg(seed=i))
+    dataset = ImageDataset(folder / "images", given.pixels, split="train", in_memory=False)
+    autoencoder, device = Untrained().eval(), torch.device(given.device)
+    rows = range(len(dataset))
+    x = from_uint8(dataset.__getitems__(rows)[0])
+
+    def alone(kinds: tuple[str, ...]) -> Step:
+        @torch.inference_mode()
+        def step() -> None:
+            kl.CHANNELS_LAST = kinds
+            prepare._both_sides(autoencoder, x)
+
+        return step
+
+    def whole() -> Step:
+        def step() -> None:
+            kl.CHANNELS_LAST = ()
+            list(prepare._encoded(dataset, rows, autoencoder, device, held_out=False))
+
+        return step
+
+    return [
+        Variant(ENCODER, lambda: alone(()), len(rows)),
+        Variant("the same, channels-last", lambda: alone(("cpu",)), len(rows)),
+        Variant("the encoding pass, from JPEG files", whole, len(rows)),
+    ]
+
+
+def jpeg(seed: int) -> bytes:
+    """A file of 500x375 pixels."""
+    file = io.BytesIO()
+    noise = torch.rand(24, 32, 3, generator=torch.Generator().manual_seed(seed)).mul(255).byte().numpy()
+    Image.fromarray(noise).resize((500, 375), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
 def decoding(rounds: int) -> list[dict]:
     """JPEG files to crops by this thread alone, and by the threads that encoding uses."""
-    file = io.BytesIO()
-    noise = torch.rand(24, 32, 3, generator=torch.Generator().manual_seed(0)).mul(255).byte().numpy()
-    Image.fromarray(noise).resize((500, 375), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
-    content = file.getvalue()
+    content = jpeg(seed=0)
 
     def decode(_: int) -> np.ndarray:
         return np.asarray(center_crop(to_rgb(Image.open(io.BytesIO(content))), 256))
@@ -164,11 +232,19 @@ def main(arguments: Sequence[str] | None = None) -> dict:
     """Measure, print, and write; returns the result."""
     options = parser(__doc__, seconds=30, rounds=7)
     options.add_argument("--latents", type=int, default=20000, help="in the cache; 32 KB each")
+    options.add_argument("--encoded", type=int, default=2, help="images that are encoded in a round")
+    options.add_argument("--pixels", type=int, default=128, help="their side")
     given = options.parse_args(arguments)
     given.device = "cpu"  # where data is read
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         rows = measured(variants(Path(folder), given), given, REFERENCE)
+        layouts = kl.CHANNELS_LAST
+        try:
+            encoded = measured(encoding(Path(folder), given), given, ENCODER)
+        finally:
+            kl.CHANNELS_LAST = layouts
+    deliver("data_loading", given, ENCODING, encoded, "_encoding")
     return deliver("data_loading", given, COLUMNS, rows + decoding(given.rounds))
 
 

@@ -77,6 +77,26 @@ def test_a_large_batch_is_computed_a_few_images_at_a_time(folder, monkeypatch):
     assert torch.equal(logvar, logvars)
 
 
+def test_channels_last_changes_rounding_alone(folder, pictures, monkeypatch):
+    """It is used on GPUs; a CPU computes the same latents in that layout, and the fingerprint is the same."""
+    plain, codec = KL("small", folder).eval(), KL("small", folder).eval()
+    monkeypatch.setattr("ditune.autoencoders.kl.CHANNELS_LAST", ("cpu",))
+    seen = []
+    codec.vae.encoder.conv_in.register_forward_pre_hook(
+        lambda layer, inputs: seen.extend(
+            t.is_contiguous(memory_format=torch.channels_last) for t in (layer.weight, inputs[0])
+        )
+    )
+    with torch.no_grad():
+        found = codec.encode(pictures)
+        monkeypatch.undo()
+        for part, expected in zip(found, plain.encode(pictures), strict=True):
+            torch.testing.assert_close(part, expected, rtol=1e-4, atol=1e-5)
+        assert torch.equal(codec.encode(pictures)[0], plain.encode(pictures)[0])  # back in the layout of CPUs
+    assert seen == [True, True, False, False]
+    assert codec.latent_fingerprint == plain.latent_fingerprint
+
+
 def test_chunks_keep_the_values_of_the_shipped_autoencoder():
     """Batches up to 256 images of 64 px are not split; 16 of 256 px fit, and one of 1024 px is still computed."""
     sides = {64: 256, 256: 16, 512: 4, 1024: 1, 4096: 1}

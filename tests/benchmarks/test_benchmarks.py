@@ -15,9 +15,12 @@ import data_loading
 import growth
 import measuring
 import moe_layer
+import moe_network
 import sampling
+import step_profile
 import tables
 import train_step
+import trainer_overhead
 from reference import Diffusion, ReferenceDiT, reference_sampling
 
 from ditune.objectives import GaussianDiffusion
@@ -30,7 +33,10 @@ SMALLEST = {
     "train_step": (train_step, [*TINY, "--batch", "1", "--methods", "full,difffit"]),
     "sampling": (sampling, [*TINY, "--n", "1"]),
     "moe_layer": (moe_layer, ["--tokens", "256"]),
-    "data_loading": (data_loading, ["--latents", "300"]),
+    "moe_network": (moe_network, ["--depth", "1", "--batch", "1"]),
+    "data_loading": (data_loading, ["--latents", "300", "--pixels", "16"]),
+    "step_profile": (step_profile, [*TINY, "--batch", "1"]),
+    "trainer_overhead": (trainer_overhead, ["--steps", "24"]),
     "growth": (growth, ["--longest", "1", "--processes", "1"]),
     "caching": (caching, ["--n", "1", "--steps", "2"]),
 }
@@ -52,11 +58,13 @@ def test_a_benchmark_at_its_smallest_size(name, tmp_path):
     ran = [row for row in result["rows"] if "not run" not in row]
     assert len(ran) >= 2
     assert all(row["ratio"] > 0 for row in ran if "ratio" in row)
-    assert any("ratio" in row for row in ran)
+    assert any("ratio" in row for row in ran) or name == "step_profile"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="shows what a machine without a CUDA device gets")
-@pytest.mark.parametrize("name", ["train_step", "sampling", "moe_layer", "growth", "caching"])
+@pytest.mark.parametrize(
+    "name", ["train_step", "sampling", "moe_layer", "moe_network", "step_profile", "growth", "caching"]
+)
 def test_a_missing_device_is_said_in_every_cell(name, tmp_path):
     module, _ = SMALLEST[name]
     options = ["--processes", "1"] if name == "growth" else []
@@ -106,6 +114,20 @@ def test_flops_are_those_of_the_paper():
     assert sum(train_step.forward_flops(config)) == pytest.approx(2 * 118.6e9, rel=0.01)
     full, frozen = (train_step.step_flops(config, full=full) for full in (True, False))
     assert full / frozen == pytest.approx(1.474, abs=0.005)
+
+
+def test_every_operator_of_a_step_has_one_kind():
+    """The kinds and the rest make the whole; the products are what the FLOPs of the network need time for."""
+    step = train_step.our_step("emoji_s", 1, 256, "cpu", "difffit")
+    times = step_profile.times_of(step, "cpu", 1)
+    rows = {row["name"]: row for row in step_profile.rows_of(times, times)}
+    kinds = [rows[name] for name in (*step_profile.KINDS, step_profile.REST)]
+    assert sum(row["ms"] for row in kinds) == pytest.approx(step_profile.total(times))
+    assert sum(row["share"] for row in kinds) == pytest.approx(1)
+    assert all(row["ms"] > 0 for row in kinds)
+    assert step_profile.kind_of("aten::addmm") == "matrix products"
+    assert step_profile.kind_of("aten::add_") == "products and sums of elements"
+    assert step_profile.kind_of("aten::expand") == step_profile.REST
 
 
 def test_peak_memory_is_what_is_allocated():

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from ditune.autoencoders import PatchPCA
 from ditune.commands.prepare import held_out_images, held_out_source, prepare, training_source
 from ditune.commands.train import train
 from ditune.config.instantiate import instantiate
-from ditune.data import CUB, from_uint8
+from ditune.data import CUB, from_uint8, images
 from ditune.data import prepare as preparing
 from ditune.data.latents import FORMAT, Latents, Writer
 from ditune.data.stream import ImageStream
@@ -219,6 +220,20 @@ def test_a_missing_image_is_reported_and_its_return_noticed(root):
 
 
 # Stopped, shared, without room
+
+
+def test_latents_have_the_same_bits_whatever_decodes(root, monkeypatch):
+    """By the encoding thread itself, and by two threads that run ahead of it."""
+    found = []
+    for threads in (0, 2):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "cpu_count", lambda: 2)
+            if not threads:
+                for module in (preparing, images):
+                    patch.setattr(module, "ahead", lambda work, items, waiting: map(work, items))
+            prepare(prepare_config(root, "again=true"))
+        found.append((root / LATENTS / "latents.npy").read_bytes())
+    assert found[0] == found[1]
 
 
 def test_an_encoding_that_was_stopped_goes_on(root, monkeypatch):

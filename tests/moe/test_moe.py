@@ -140,6 +140,21 @@ def test_back_ends_agree(expert, dtype, autocast, monkeypatch):
         assert_close(a, b, atol=1e-5 if exact else 2e-2, rtol=1e-5 if exact else 5e-2)
 
 
+@pytest.mark.parametrize(
+    ("rows", "trains", "experts", "expected"),
+    [(64, True, 64, by_grouped_mm), (64, False, 64, by_slices), (256, True, 64, by_slices), (64, True, 8, by_slices)],
+)
+def test_many_large_experts_with_few_rows_that_train_are_computed_together(rows, trains, experts, expected):
+    """On a CPU in fp32; `test_back_ends_agree` has their values."""
+    with torch.device("meta"):
+        weights = [torch.empty(experts, 384, 1536, requires_grad=trains)]
+        x = torch.empty(rows * experts, 384)
+        assert moe_module.back_end(x, weights) is expected
+        with torch.no_grad():
+            assert moe_module.back_end(x, weights) is by_slices
+        assert moe_module.back_end(x.bfloat16(), weights) is by_slices
+
+
 def test_autocast_leaves_the_choice_alone():
     layer, expected = layer_of("moe_layer")
     with torch.autocast("cpu", torch.bfloat16):

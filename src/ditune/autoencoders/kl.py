@@ -21,6 +21,7 @@ SD_SHAPE = (4, 8)  # channels, pixels per latent along each side, of the autoenc
 # Pixels at once, whatever the size of the batch; the largest tensors are 1 GB then. A convolution's kernel is chosen by
 # the number of images: these are as many as keep the values of 64 px in batches up to 256, and on CPUs those of 256 px.
 DECODED, ENCODED = 2**20, 2**21  # 16 and 32 images of 256 px, 4 and 8 of 512 px
+CHANNELS_LAST = ("cuda",)  # kinds of devices whose convolutions are faster so; on CPUs latents keep their bits
 
 
 class KL(Autoencoder):
@@ -111,8 +112,11 @@ class KL(Autoencoder):
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance in fp32, see `Autoencoder.encode`."""
+        layout = torch.channels_last if x.device.type in CHANNELS_LAST else torch.contiguous_format
+        self.vae.encoder.to(memory_format=layout)  # nothing is done where it is so already
+        x = x.float().contiguous(memory_format=layout)
         with torch.autocast(x.device.type, enabled=False):
-            parts = [self.vae.encode(part).latent_dist for part in x.float().split(at_once(x, 1, ENCODED))]
+            parts = [self.vae.encode(part).latent_dist for part in x.split(at_once(x, 1, ENCODED))]
         return torch.cat([part.mean for part in parts]), torch.cat([part.logvar for part in parts])
 
     def decode(self, z: Tensor) -> Tensor:

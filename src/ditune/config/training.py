@@ -18,6 +18,7 @@ from ditune.data import ImageDataset
 from ditune.errors import UserError
 from ditune.evaluation.denoising_loss import REPEATS
 from ditune.generation.generator import ImageGenerator
+from ditune.networks import DiTMoE
 from ditune.stopping import Signals
 from ditune.training.callbacks import (
     Checkpoints,
@@ -39,6 +40,7 @@ from ditune.training.nonfinite import NonFinite
 from ditune.training.outlook import Outlook, forward_passes
 from ditune.training.plan import parameter_kinds
 from ditune.training.ranks import join
+from ditune.training.unprofiled import Unprofiled
 
 log = logging.getLogger(__name__)
 
@@ -135,8 +137,10 @@ def build_trainer(
         clock,
         TrainingProgress(outlook),
         SampleGrids(generator, c.images, samples.n, cfg.seed, folder / "samples", samples.every_n_steps, outlook),
-        RoutingMonitor(folder / "routing", cfg.callbacks.routing.every_n_steps),
     ]
+    # each callback costs every step six calls, so one that would never do anything is left out
+    if isinstance(c.network, DiTMoE):
+        callbacks.append(RoutingMonitor(folder / "routing", cfg.callbacks.routing.every_n_steps))
     if generator.process.network.get("step"):
         grids = cfg.callbacks.strips
         arguments = (grids.n, list(grids.steps), cfg.seed, folder / "samples", samples.every_n_steps)
@@ -146,11 +150,15 @@ def build_trainer(
     callbacks += [stop, Checkpoints(folder / "checkpoints", checkpoint.every_n_steps)]
     files = AtomicCheckpointIO(kept_checkpoints(checkpoint), checkpoint.on_full)
     others = {"callbacks": callbacks, "logger": False, "plugins": [files]}
+    if "profiler" not in cfg.trainer:
+        others["profiler"] = Unprofiled()
     if cfg.trainer.accumulate_grad_batches == AUTO:
         shape = c.autoencoder.latent_shape(c.settings.resolution)
         callbacks.append(FitMicroBatch(shape, c.settings.bf16, cfg.compile))
         others["accumulate_grad_batches"] = 1  # until it is found
     trainer = instantiate(cfg.trainer, "trainer", **others)
+    if trainer.world_size == 1:
+        trainer.callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, CompareRanks)]
     tell_ranks(folder)
     join(trainer, signals, folder)
     return trainer, clock, stop

@@ -12,7 +12,6 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ditune.ahead import ahead
 from ditune.data.classes import SHOWN, class_names_of, notes_on_classes, read_classes, untrained_classes
 from ditune.data.formats import count_kinds, decoders, left_out
 from ditune.data.layouts import read_items
@@ -35,6 +35,8 @@ from ditune.files.needs import Addresses, Need
 from ditune.progress import meter
 
 log = logging.getLogger(__name__)
+
+DECODED = 64  # images that wait for the one before them at most, while threads decode
 
 # What Pillow, zipfile and the file system raise for damaged, truncated, missing, encrypted or absurdly large files.
 BROKEN = (OSError, ValueError, SyntaxError, RuntimeError, EOFError, TypeError, IndexError, MemoryError)
@@ -237,9 +239,9 @@ class ImageDataset(Dataset):
     def load(self) -> Tensor:
         """All images, uint8 (N, 3, R, R); decoded once and kept, so do not change them in place."""
         if self._decoded is None:
-            with ThreadPoolExecutor(2) as pool, meter("decoding images", len(self), "images") as shown:
+            with meter("decoding images", len(self), "images") as shown:
                 decoded = []
-                for image in pool.map(self._decode, self._items):
+                for image in ahead(self._decode, self._items, DECODED):
                     decoded.append(image)
                     shown.advance()
             self._decoded = torch.stack(decoded)

@@ -10,15 +10,31 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from ditune.networks.kept import GateScale, NormModulate, is_plain, keeps_less
+
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:  # (N, T, D), (N, D), (N, D) -> (N, T, D)
     """x (1 + scale) + shift per channel, the adaptive part of adaLN (arXiv 2212.09748, section 3.2)."""
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
+def norm_modulate(norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """`modulate` of a norm's output; x (N, T, D), shift and scale (N, D) -> (N, T, D)."""
+    if keeps_less(x) and is_plain(norm):
+        return NormModulate.apply(x, shift, scale, norm.eps)
+    return modulate(norm(x), shift, scale)
+
+
 def apply_gamma(x: Tensor, gamma: Tensor | None) -> Tensor:
     """x (..., D) times DiffFit's scale gamma (D,) (arXiv 2304.06648, Fig. 4); None = x itself."""
     return x if gamma is None else x * gamma
+
+
+def add_branch(x: Tensor, branch: Tensor, gate: Tensor, gamma: Tensor | None) -> Tensor:
+    """x + gate branch gamma: the residual sum of x and a branch, (N, T, D) each; gate (N, D), gamma (D,) or None."""
+    if gamma is not None and keeps_less(x):
+        return x + GateScale.apply(branch, gate, gamma)
+    return x + apply_gamma(gate[:, None] * branch, gamma)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # 3 x (N, H, T, D/H) -> (N, H, T, D/H)
@@ -112,16 +128,16 @@ class TransformerBlock(nn.Module):
         """Tokens x (N, T, D) and condition c (N, D) to tokens (N, T, D), or to (tokens, routing) with experts."""
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
         branch = self.attend(x, shift_msa, scale_msa)  # (N, T, D)
-        x = x + apply_gamma(gate_msa[:, None] * branch, self.gamma1)
+        x = add_branch(x, branch, gate_msa, self.gamma1)
         output = self.transform(x, shift_mlp, scale_mlp)
         branch, *routing = output if isinstance(output, tuple) else (output,)  # (N, T, D)
-        x = x + apply_gamma(gate_mlp[:, None] * branch, self.gamma2)
+        x = add_branch(x, branch, gate_mlp, self.gamma2)
         return (x, *routing) if routing else x
 
     def attend(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:  # (N, T, D), 2 x (N, D) -> (N, T, D)
         """The attention branch before its gate."""
-        return self.attn(modulate(self.norm1(x), shift, scale))
+        return self.attn(norm_modulate(self.norm1, x, shift, scale))
 
     def transform(self, x: Tensor, shift: Tensor, scale: Tensor) -> Any:  # (N, T, D), 2 x (N, D) -> (N, T, D)
         """The MLP branch before its gate; (tokens, routing) with experts."""
-        return getattr(self, self.mlp_key)(modulate(self.norm2(x), shift, scale))
+        return getattr(self, self.mlp_key)(norm_modulate(self.norm2, x, shift, scale))

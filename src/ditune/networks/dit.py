@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ditune.networks.block import Attention, Mlp, TransformerBlock, apply_gamma, modulate
+from ditune.networks.block import Attention, Mlp, TransformerBlock, apply_gamma, modulate, norm_modulate
 from ditune.networks.embeddings import LabelEmbedder, NoTime, PatchEmbed, TimestepEmbedder, sincos_2d
 from ditune.networks.sizes import DIT as SIZES
 
@@ -40,7 +40,7 @@ class FinalLayer(nn.Module):
     def forward(self, x: Tensor, c: Tensor) -> Tensor:  # (N, T, D), (N, D) -> (N, T, P*P*C_out)
         """Values of every patch."""
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
+        return self.linear(norm_modulate(self.norm_final, x, shift, scale))
 
 
 class DiT(nn.Module):

@@ -15,6 +15,8 @@ from ditune.networks.routing import Dispatch, Router, Routing
 
 Product = Callable[[Tensor, Tensor], Tensor]  # rows (R, D), weights (D, F) -> (R, F); or of all experts at once
 
+FEW, LARGE = 128, 2**25  # rows of an expert, and bytes of the experts' matrices, see `back_end`
+
 
 def swiglu_form(mm: Product, x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
     """SwiGLU (arXiv 2002.05202): (silu(x W_gate) * x W_up) W_down. `mm` multiplies rows by the weights of experts."""
@@ -62,9 +64,19 @@ def by_grouped_mm(form: Callable[..., Tensor], x_SD: Tensor, counts_E: Tensor, w
 
 
 def back_end(x_SD: Tensor, weights: Sequence[Tensor]) -> Callable[..., Tensor]:
-    """The faster of `by_slices` and `by_grouped_mm`, whose rows must be multiples of 16 bytes (docs/results/moe.md)."""
-    aligned = all(size * x_SD.element_size() % 16 == 0 for w in weights if w.ndim == 3 for size in w.shape[1:])
-    return by_grouped_mm if x_SD.is_cuda and x_SD.dtype == torch.bfloat16 and aligned else by_slices
+    """The faster of `by_slices` and `by_grouped_mm`, whose rows must be multiples of 16 bytes (docs/results/moe.md).
+
+    In fp32 on a CPU slices are faster, unless many experts with few rows each train: autograd copies the gradients of
+    the slices into one tensor, which then takes as long as a third of the products (docs/results/speed.md).
+    """
+    stacked = [w for w in weights if w.ndim == 3]
+    if any(size * x_SD.element_size() % 16 for w in stacked for size in w.shape[1:]):
+        return by_slices
+    if x_SD.is_cuda:
+        return by_grouped_mm if x_SD.dtype == torch.bfloat16 else by_slices
+    copied = torch.is_grad_enabled() and any(w.requires_grad and w.nbytes > LARGE for w in stacked)
+    few = len(x_SD) < FEW * len(stacked[0])
+    return by_grouped_mm if copied and few and x_SD.dtype == torch.float32 else by_slices
 
 
 class Experts(nn.Module):

@@ -77,6 +77,13 @@ class GenerativeModule(pl.LightningModule):
         self.begun_with: int | None = None  # micro-batch of the run that this one goes on from
         self._logged: tuple[int, list[tuple[Loss, dict[str, Tensor]]]] = (-1, [])  # micro-batches of the logged step
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Lightning notes the hook at hand 36 times a step, for each of which nn.Module would make 15 calls."""
+        if name == "_current_fx_name":
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
     @property
     def trained(self) -> dict[str, nn.Parameter]:
         """What trains, by name; asking the method walks the whole network."""

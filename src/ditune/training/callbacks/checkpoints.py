@@ -27,9 +27,10 @@ class Checkpoints(Checkpoint):
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        step, last = trainer.global_step, trainer.global_step == trainer.max_steps
         if not self.every_n_steps or (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
+        step = trainer.global_step
+        last = step == trainer.max_steps
         if (step % self.every_n_steps == 0 or last) and step != self._saved:
             # what was trained is saved next, in a smaller file for which there may be room
             self.save(trainer, CONTINUE if last else None)

@@ -26,8 +26,7 @@ class CompareRanks(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        step = trainer.global_step
-        if trainer.world_size == 1 or not self.every_n_steps or step % self.every_n_steps:
+        if trainer.world_size == 1 or not self.every_n_steps or trainer.global_step % self.every_n_steps:
             return
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             compare(trainer, tensors_of(module))

@@ -11,6 +11,7 @@ from ditune.progress import Meter, meter
 from ditune.training.outlook import Outlook
 
 MEASURED_STEPS = 5  # the first steps allocate and compile, so the estimate skips as many before it measures
+SHOWN_EVERY = 0.1  # seconds between two notes at the least: nobody reads more, and a step may take 1 ms
 SYNCHRONISED = 10  # steps between two readings of the loss, which wait for a GPU; where a log is kept, its steps
 
 
@@ -28,6 +29,7 @@ class TrainingProgress(ProgressBar):
         self._meter: Meter | None = None
         self._marks: list[tuple[float, int]] = []  # (time, step)
         self._loss = float("nan")
+        self._shown = 0.0  # time of the last note
 
     def disable(self) -> None:
         """Called by Lightning on all ranks but the first."""
@@ -48,13 +50,17 @@ class TrainingProgress(ProgressBar):
         step = trainer.global_step
         if self._meter is None or step == self._last_step:
             return
-        self._last_step, done = step, step - self._first_step
-        if done % 10 == 0 or done <= 2 * MEASURED_STEPS:
-            self._marks = [*self._marks[-5:], (time.monotonic(), step)]
+        self._last_step, done, now = step, step - self._first_step, time.monotonic()
+        first, last = done <= 2 * MEASURED_STEPS, step == trainer.max_steps
+        if done % 10 == 0 or first:
+            self._marks = [*self._marks[-5:], (now, step)]
+        shown = first or last or now - self._shown >= SHOWN_EVERY
         read_every = trainer.log_every_n_steps or SYNCHRONISED
-        if module.device.type == "cpu" or step % read_every == 0 or step == trainer.max_steps:
+        if shown if module.device.type == "cpu" else last or step % read_every == 0:
             self._loss = outputs["loss"].item() * trainer.accumulate_grad_batches
-        steps_per_second = self._steps_per_second()
+        if not shown:
+            return
+        self._shown, steps_per_second = now, self._steps_per_second()
         images_per_second = steps_per_second * module.batch_size
         if done == 2 * MEASURED_STEPS:
             self.outlook.say(step, images_per_second)

@@ -51,9 +51,9 @@ class RoutingMonitor(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        step, last = trainer.global_step, trainer.global_step == trainer.max_steps
         if module.statistics is None or (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
+        step, last = trainer.global_step, trainer.global_step == trainer.max_steps
         if not last and (not self.every_n_steps or step % self.every_n_steps):
             return
         statistics = module.statistics
