@@ -1,7 +1,5 @@
 """The first 20 losses of every method, kind of network and objective are those written down.
 
-Every method adapts a DiT; the other networks have those methods whose formulas meet theirs.
-
 Real trainings in fp32 by Lightning's trainer, on random images, from bases whose blocks all do something. A formula
 that changes, on purpose or not, fails here with the names of what changed. Renew the losses on purpose, and read the
 diff:
@@ -48,10 +46,7 @@ NETWORKS = {
     "shortcut": ["network=tiny", "objective=shortcut"],
 }
 ADAPTED = {  # by which methods, for each network
-    "dit": [*METHODS],
-    "dit_moe": ["full", "bitfit", "difffit", "adaptformer", "lora", *MOE_METHODS],
-    "dsmoe": ["full", *MOE_METHODS],
-    "shortcut": ["full", "norm", "lora", "vpt_deep"],
+    name: [*METHODS, *(MOE_METHODS if "moe" in name else ())] for name in NETWORKS
 }
 OBJECTIVES = sorted(path.stem for path in (ROOT / "configs" / "objective").glob("[!_]*.yaml"))
 FLOW = ("shortcut", "objective=flow_matching")
