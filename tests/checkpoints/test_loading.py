@@ -123,7 +123,7 @@ def test_the_network_of_a_config(tmp_path, pictures, settings, classes):
     options = [f"data.root={pictures}", f"pretrained={path}", "network=as_pretrained", f"classes={classes}", "seed=5"]
     cfg = compose(tmp_path / "run", *settings, *options)
     objective, codec = instantiate(cfg.objective, "objective"), instantiate(cfg.autoencoder, "autoencoder")
-    found, _ = build_network(cfg, ["cat", "dog", "eel"], codec, objective.process)
+    found, _ = build_network(cfg, ["cat", "dog", "eel"], codec, objective.inputs)
     with seeded(5):
         expected = filled(own, bool(objective.process.network.get("step")))
     with seeded(5):

@@ -23,7 +23,7 @@ from ditune.config.needs import needs_of
 from ditune.config.outline import outline
 from ditune.data import CUB
 from ditune.errors import UserError
-from ditune.files import download
+from ditune.files import download, hub
 from ditune.files.atomic import sha256
 from ditune.files.needs import Need, bring, with_reasons
 from ditune.networks import build_network
@@ -158,7 +158,7 @@ def test_dry_runs_of_all_experiments_with_nothing_there(tmp_path, capsys):
             assert "difffit trains 817,952 of 674,009,888 parameters" in shown
             assert "5,994 images, 200 classes, as published" in shown
         if name in ("sun397", "stanford_cars"):
-            assert ": missing. " in shown
+            assert "a copy on the hub: to be fetched" in shown
     assert not (tmp_path / "data").exists()
     with pytest.raises(UserError, match=r"network .*/nothing.pt: missing"):
         train(compose(tmp_path / "run", "experiment=difffit_cub", f"pretrained={tmp_path}/nothing.pt", "dry_run=true"))
@@ -212,7 +212,7 @@ def test_the_command_takes_several_experiments(tmp_path):
     ended = subprocess.run([sys.executable, ROOT / "src" / "prepare.py", *command], capture_output=True, text=True)
     assert ended.returncode == 2, ended.stderr
     assert "CUB_200_2011.tgz: to be fetched" in ended.stdout
-    assert "dataset SUN397: missing. " in ended.stdout
+    assert "dataset SUN397, a copy on the hub: to be fetched" in ended.stdout
     assert ended.stdout.count("network dit_xl_2_256") == 1
     assert "of the files above are missing" in ended.stderr
 
@@ -242,11 +242,7 @@ def test_a_hub_without_network_is_said(tmp_path, monkeypatch):
     address = "hf://owner/name@main/folder/file.bin"
     with pytest.raises(UserError, match="cannot be fetched"):
         download.fetch(address, tmp_path / "file.bin")
-    assert download._on_the_hub(address) == {
-        "repo_id": "owner/name",
-        "revision": "main",
-        "filename": "folder/file.bin",
-    }
+    assert hub.parse(address) == hub.Address("model", "owner/name", "main", "folder/file.bin")
 
 
 def test_needs_are_asked_without_building(tmp_path):

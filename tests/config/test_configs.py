@@ -45,7 +45,7 @@ def test_every_option_of_every_group_composes(tmp_path, group, option):
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_builds_with_any_method(tmp_path, experiment):
     """With a small network; its base file is written in the shape that the experiment asks for."""
-    overrides = [f"experiment={experiment}", "network=tiny", "data.pictures.in_memory=false"]
+    overrides = [f"experiment={experiment}", "network=tiny", "network.name=tiny", "data.pictures.in_memory=false"]
     cfg = compose(tmp_path, *overrides, "peft=full", "pretrained=null")
     if cfg.data.name in MINIATURES:
         MINIATURES[cfg.data.name](tmp_path / "data")

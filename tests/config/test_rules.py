@@ -29,6 +29,9 @@ BROKEN = {
     "null_class_is_there": ["network.class_dropout_prob=0"],
     "latents_are_not_augmented": ["augment=drawings", "data.latents=true"],
     "batch_is_shared_evenly": ["trainer.accumulate_grad_batches=3"],
+    "own_paths_suit_the_objective": ["pretrained=@base", "objective=live_reflow", "objective.process.bridge=path"],
+    "transfer_needs_a_base": ["transfer=diff_tuning"],
+    "windows_need_a_grid": ["patches=windows", "+network.patch_size=8"],
     "micro_batches_may_be_chosen": ["network=tiny_moe", "balance=global", "trainer.accumulate_grad_batches=auto"],
 }
 

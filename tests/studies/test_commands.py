@@ -12,7 +12,7 @@ from ditune.errors import UserError
 from helpers import ROOT
 
 STUDIES = ROOT / "studies"
-NAMES = sorted(path.stem for path in STUDIES.glob("*.py"))
+NAMES = sorted(path.stem for path in (STUDIES / "configs").glob("*.yaml"))
 
 
 def composed(name: str, *overrides: str):

@@ -116,7 +116,7 @@ def refuse_without_number(cfg: DictConfig, due: list[Evaluated]) -> None:
 
 def number_given() -> bool:
     """Whether the command line sets metrics.n."""
-    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    given = OmegaConf.to_container(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
     return any(override.lstrip("+").startswith("metrics.n=") for override in given)
 
 

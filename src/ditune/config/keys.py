@@ -15,7 +15,7 @@ KEYS = (
     # of train.py
     Key("name", str),
     Key("seed", int, at_least=0, at_most=LARGEST_SEED),
-    Key("batch_size", int, at_least=1, at_most=1_000_000),
+    Key("batch_size", int, at_least=1),
     Key("max_steps", int, at_least=1),
     Key("pretrained", str, null=True),
     Key("pretrained_process", dict, null=True),  # a config of a process

@@ -42,7 +42,7 @@ class RoutingStatistics:
             time: (N,) in [0, 1], 0 = data.
             y: (N,) classes that the network was conditioned on.
         """
-        if any(layer.chosen_NTE.shape[1] != self.counts["position"].shape[1] for layer in routing):
+        if any(layer.chosen_NTE.shape[1] < self.counts["position"].shape[1] for layer in routing):
             return
         bins = (time.float() * BINS).long().clamp(0, BINS - 1)
         for i, layer in enumerate(routing):
