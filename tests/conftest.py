@@ -1,7 +1,7 @@
 """Fixtures of all tests: tiny pictures, a tiny base network, tiny trainings."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,20 @@ def pytest_configure() -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """Environment variables are those of before after every test.
+
+    A DDP training within this process leaves LOCAL_RANK and MASTER_PORT. A process that is started later takes them for
+    those of an external launcher, and waits for its other ranks.
+    """
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")
