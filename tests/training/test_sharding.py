@@ -1,0 +1,138 @@
+"""A network that is spread over two gloo processes learns what one process learns, and its files are the same."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from ditune.checkpoints import save_network
+from ditune.commands.train import train
+from ditune.config.components import build_components
+from ditune.errors import UserError
+from ditune.training.callbacks import routing
+from helpers import ROOT, SMALL, SMALL_FLOW, compose, open_gates
+
+EXPERTS = [*SMALL_FLOW, "model=dit_moe", "network=tiny_moe", "balance=global"]
+# every case with one more thing that must not change what is learned
+CASES = {
+    "dit_full": [*SMALL, "peft=full", "callbacks.held_out.every_n_steps=3"],
+    "dit_difffit": [*SMALL, "peft=difffit", "trainer.accumulate_grad_batches=2"],
+    "dit_lora": [*SMALL, "peft=lora", "gradient_checkpointing=true"],
+    "moe_full": [*EXPERTS, "peft=full"],
+    "moe_difffit": [*EXPERTS, "peft=difffit", "callbacks.samples.n=2"],
+    "moe_lora": [*EXPERTS, "peft=lora", "objective=progressive_distillation"],  # a teacher that is kept
+    "scratch": [*EXPERTS, "peft=full", "objective=shortcut", "batch_size=8", "balance.bias_rate=0.01"],
+}
+COMMON = ["optimizer.lr=1e-3", "max_steps=6", "callbacks.samples.n=0", "callbacks.checkpoint.every_n_steps=0"]
+SPREAD = ["trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true"]
+WORKER = """
+from ditune.training.callbacks import routing
+from helpers import compose
+from ditune.commands.train import train
+routing.draw_load = routing.draw_by = lambda *_: None  # heat-maps take most of such a run's time
+for folder, overrides in {runs!r}:
+    assert train(compose(folder, *overrides)) == 0
+"""
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory, pictures):
+    """Files of tiny networks, by the beginnings of the cases' names."""
+    folder = tmp_path_factory.mktemp("bases")
+    found = {"scratch": None}
+    for name, overrides in (("dit", SMALL), ("moe", EXPERTS)):
+        parts = build_components(compose(folder, *overrides, f"data.root={pictures}", "peft=full"))
+        open_gates(parts.network)
+        facts = {"class_names": parts.images.class_names, "autoencoder": parts.autoencoder.latent_fingerprint}
+        facts |= {"data": parts.images.fingerprint, "resolution": 16, "steps": 0}
+        found[name] = folder / f"{name}.safetensors"
+        save_network(found[name], parts.network, parts.objective.process.config, **facts)
+    return found
+
+
+def start(folder, runs):
+    """Two processes that train one run after the other."""
+    worker = folder / "worker.py"
+    worker.write_text(WORKER.format(runs=runs))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(worker)]
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.ddp
+@pytest.mark.slow
+def test_shares_learn_as_the_whole(tmp_path, pictures, bases, monkeypatch):
+    for name in ("draw_load", "draw_by"):
+        monkeypatch.setattr(routing, name, lambda *_: None)
+    runs = {}
+    for name, case in CASES.items():
+        base = bases[name.partition("_")[0]]
+        begin = [] if base is None else [f"pretrained={base}"]
+        runs[name] = [*case[:1], f"data.root={pictures}", *COMMON, *case[1:], *begin]
+    two = start(tmp_path, [(str(tmp_path / f"{name}_2"), [*run, *SPREAD]) for name, run in runs.items()])
+    for name, run in runs.items():
+        assert train(compose(tmp_path / f"{name}_1", *run)) == 0
+    _, errors = two.communicate(timeout=240)
+    assert two.returncode == 0, errors[-3000:]
+    for name in runs:
+        folders = [tmp_path / f"{name}_{n}" for n in (1, 2)]
+        experts = name.startswith(("moe", "scratch"))
+        written = "network" if name == "scratch" else "adapter/adapter_model"
+        one, spread = (load_file(folder / f"{written}.safetensors") for folder in folders)
+        assert one.keys() == spread.keys()
+        for key, value in one.items():
+            if key.endswith("qkv.bias"):
+                continue  # softmax cancels a third of it: its gradient is rounding, which Adam blows up to whole steps
+            at, tolerance = (name, key), 1e-5 if experts else 1e-6
+            assert_close(spread[key], value, atol=tolerance, rtol=0, msg=lambda m, at=at: f"{at}: {m}")
+        alone, together = (json.loads((folder / "result.json").read_text()) for folder in folders)
+        assert together["denoising"] == pytest.approx(alone["denoising"], abs=1e-5)
+        if experts:  # shares of tokens, so the choices of experts are equal
+            for number in ("max_vio", "cv", "dead"):
+                assert together["routing"][number] == pytest.approx(alone["routing"][number], abs=1e-6), name
+    sheets = [tmp_path / f"moe_difffit_{n}" / "samples" / "before_after.png" for n in (1, 2)]
+    a, b = (np.asarray(Image.open(path), dtype=np.int64) for path in sheets)
+    assert a.shape == b.shape
+    assert np.abs(a - b).max() <= 1
+    values = [(tmp_path / f"dit_full_{n}" / "metrics.csv").read_text() for n in (1, 2)]
+    assert all("val/loss" in text for text in values)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (["optimizer=muon", "peft=full", "pretrained=null"], "optimizer=muon"),
+        (["objective=mean_flow", "pretrained=null"], "jvp"),
+        (["objective=alpha_flow", "pretrained=null"], "jvp"),
+        (["objective=flow_matching", "transfer=dogfit"], "transfer="),
+        (["peft=adalora"], "adalora"),
+        (["trainer.accumulate_grad_batches=auto"], "accumulate_grad_batches=auto"),
+        (["dry_run=measure"], "dry_run=measure"),
+    ],
+)
+def test_what_shares_cannot_do_is_refused_before_anything_is_built(tmp_path, overrides, reason):
+    cfg = compose(tmp_path / "run", *[o for o in SMALL if "objective" not in o], "trainer=fsdp", *overrides)
+    cfg.data.root = str(tmp_path / "nowhere")  # nothing of the data is looked at
+    with pytest.raises(UserError, match=f"trainer=fsdp cannot be combined with .*{reason}") as refused:
+        train(cfg)
+    assert str(refused.value).count(". ") == 1  # what, and what instead
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_gradients_are_clipped_as_torch_does():
+    from ditune.training.module import clip
+
+    parameters = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2, 2))]
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, 5.0)
+    ours = [parameter.grad.clone() for parameter in parameters]
+    norm = torch.nn.utils.get_total_norm(ours)
+    torch.nn.utils.clip_grads_with_norm_(parameters, 1.0, norm)
+    clip(ours, 1.0, norm)
+    for parameter, gradient in zip(parameters, ours, strict=True):
+        assert torch.equal(parameter.grad, gradient)
