@@ -1,6 +1,8 @@
 """A network that is spread over two gloo processes learns what one process learns, and its files are the same."""
 
+import csv
 import json
+import shutil
 import subprocess
 import sys
 
@@ -16,9 +18,10 @@ from ditune.commands.train import train
 from ditune.config.components import build_components
 from ditune.errors import UserError
 from ditune.training.callbacks import routing
-from helpers import ROOT, SMALL, SMALL_FLOW, compose, open_gates
+from helpers import ROOT, SMALL, SMALL_FLOW, assert_same_bits, compose, open_gates
 
 EXPERTS = [*SMALL_FLOW, "model=dit_moe", "network=tiny_moe", "balance=global"]
+SAVED = "callbacks.checkpoint.every_n_steps=3"
 # every case with one more thing that must not change what is learned
 CASES = {
     "dit_full": [*SMALL, "peft=full", "callbacks.held_out.every_n_steps=3"],
@@ -27,16 +30,20 @@ CASES = {
     "moe_full": [*EXPERTS, "peft=full"],
     "moe_difffit": [*EXPERTS, "peft=difffit", "callbacks.samples.n=2"],
     "moe_lora": [*EXPERTS, "peft=lora", "objective=progressive_distillation"],  # a teacher that is kept
-    "scratch": [*EXPERTS, "peft=full", "objective=shortcut", "batch_size=8", "balance.bias_rate=0.01"],
+    "scratch": [*EXPERTS, "peft=full", "objective=shortcut", "batch_size=8", "balance.bias_rate=0.01", SAVED],
 }
 COMMON = ["optimizer.lr=1e-3", "max_steps=6", "callbacks.samples.n=0", "callbacks.checkpoint.every_n_steps=0"]
 SPREAD = ["trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true"]
 WORKER = """
+import os, shutil
+from pathlib import Path
 from ditune.training.callbacks import routing
 from helpers import compose
 from ditune.commands.train import train
 routing.draw_load = routing.draw_by = lambda *_: None  # heat-maps take most of such a run's time
-for folder, overrides in {runs!r}:
+for folder, overrides, begun in {runs!r}:
+    if begun and not int(os.environ["RANK"]):
+        shutil.copytree(begun, Path(folder) / "checkpoints" / Path(begun).name)
     assert train(compose(folder, *overrides)) == 0
 """
 
@@ -64,6 +71,20 @@ def start(folder, runs):
     return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
 
+def losses_of(folder):
+    with (folder / "metrics.csv").open() as file:
+        return [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
+
+
+def checkpoints_are_shares(folder):
+    """Each process has written about half, and nothing in the folder is a pickle."""
+    newest = folder / "step_00000006.ckpt"
+    assert sorted(path.suffix for path in newest.iterdir()) == [".json", ".safetensors", ".safetensors"]
+    assert not list(folder.glob(".*"))
+    sizes = [path.stat().st_size for path in newest.glob("*.safetensors")]
+    assert max(sizes) < 1.2 * min(sizes)
+
+
 @pytest.mark.ddp
 @pytest.mark.slow
 def test_shares_learn_as_the_whole(tmp_path, pictures, bases, monkeypatch):
@@ -74,7 +95,12 @@ def test_shares_learn_as_the_whole(tmp_path, pictures, bases, monkeypatch):
         base = bases[name.partition("_")[0]]
         begin = [] if base is None else [f"pretrained={base}"]
         runs[name] = [*case[:1], f"data.root={pictures}", *COMMON, *case[1:], *begin]
-    two = start(tmp_path, [(str(tmp_path / f"{name}_2"), [*run, *SPREAD]) for name, run in runs.items()])
+    runs["onward"] = [*runs["dit_full"], SAVED]
+    assert train(compose(tmp_path / "onward_2", *runs["onward"], "max_steps=3")) == 0  # two go on where one began
+    third = tmp_path / "scratch_2" / "checkpoints" / "step_00000003.ckpt"
+    spread = [(str(tmp_path / f"{name}_2"), [*run, *SPREAD], None) for name, run in runs.items()]
+    spread.append((str(tmp_path / "again_2"), [*runs["scratch"], *SPREAD], str(third)))
+    two = start(tmp_path, spread)
     for name, run in runs.items():
         assert train(compose(tmp_path / f"{name}_1", *run)) == 0
     _, errors = two.communicate(timeout=240)
@@ -95,6 +121,16 @@ def test_shares_learn_as_the_whole(tmp_path, pictures, bases, monkeypatch):
         if experts:  # shares of tokens, so the choices of experts are equal
             for number in ("max_vio", "cv", "dead"):
                 assert together["routing"][number] == pytest.approx(alone["routing"][number], abs=1e-6), name
+    checkpoints_are_shares(third.parent)
+    again, scratch = (load_file(tmp_path / f"{name}_2" / "network.safetensors") for name in ("again", "scratch"))
+    assert_same_bits(again, scratch)
+    shutil.copytree(third, tmp_path / "alone" / "checkpoints" / third.name)  # one goes on where two began
+    assert train(compose(tmp_path / "alone", *runs["scratch"], "trainer.precision=auto")) == 0
+    for key, value in load_file(tmp_path / "alone" / "network.safetensors").items():
+        assert_close(value, scratch[key], atol=1e-5, rtol=0)
+    losses = [losses_of(tmp_path / name) for name in ("scratch_2", "again_2", "alone")]
+    assert losses[1] == losses[0][3:]
+    assert losses[2] == pytest.approx(losses[0][3:], abs=1e-5)
     sheets = [tmp_path / f"moe_difffit_{n}" / "samples" / "before_after.png" for n in (1, 2)]
     a, b = (np.asarray(Image.open(path), dtype=np.int64) for path in sheets)
     assert a.shape == b.shape

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from ditune.autoencoders import Autoencoder
 from ditune.data import from_uint8
 from ditune.data.stream import micro_batch_size
-from ditune.distributed import is_spread, local, snapshot
+from ditune.distributed import is_spread, local, snapshot, spread_like
 from ditune.moe.balance import Balance, Watched
 from ditune.objectives import Loss, Objective, State
 from ditune.peft import Off, PeftMethod
@@ -252,7 +252,7 @@ class GenerativeModule(pl.LightningModule):
         self.method.load_state_dict(self.network, trained)  # refuses what Lightning, not strict here, would let pass
         self.method.load_training_state(checkpoint["method"])
         self.ema.load_state_dict(checkpoint["ema"])
-        self.teacher = checkpoint["teacher"]
+        self.teacher = {k: spread_like(v, self.ema.average[k]) for k, v in checkpoint["teacher"].items()}
         self.nonfinite.in_a_row = checkpoint.get("skipped", 0)  # checkpoints of before have none
         Balance.load_state_dict(self.network, checkpoint["balance"])
         rewind(checkpoint, self.trainer.accumulate_grad_batches)
