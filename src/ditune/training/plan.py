@@ -115,16 +115,15 @@ def saved_bytes(
     """Bytes that autograd keeps for one image in one pass, see `saved_activations`."""
     owned = {p.untyped_storage().data_ptr() for p in network.parameters()}
     tokens, heads = network.pos_embed.shape[1], network.config["num_heads"]
-    saved: dict[int, int] = {}
+    saved: dict[int, torch.UntypedStorage] = {}  # kept, so that no other tensor gets its address
 
-    def count(tensor: Tensor) -> Tensor:
+    def count(tensor: Tensor) -> None:  # the graph gets nothing: one that holds its own outputs is never freed
         if tensor.layout is not torch.strided:
-            return tensor  # sparse ones have no storage of their own, and are small
+            return  # sparse ones have no storage of their own, and are small
         storage = tensor.untyped_storage()
         weights_of_attention = tensor.shape[-2:] == (tokens, tokens) and tensor.numel() == 2 * heads * tokens**2
         if storage.data_ptr() not in owned and not (fused and weights_of_attention):
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
+            saved[storage.data_ptr()] = storage
 
     device = next(network.parameters()).device
     x0 = torch.zeros(2, *latent_shape, device=device)
@@ -133,7 +132,7 @@ def saved_bytes(
     with hooks, torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         state = State(step=0, max_steps=1, batch_size=2, ema=network, teacher=network, base=network)
         objective.largest.loss(network, (x0, zeros), StepRandom(0, 0, range(2), device), state)
-    return sum(saved.values()) / 2
+    return sum(storage.nbytes() for storage in saved.values()) / 2
 
 
 def announce(
