@@ -1,10 +1,12 @@
 """A network that is spread over two gloo processes learns what one process learns, and its files are the same."""
 
 import csv
+import gc
 import json
 import shutil
 import subprocess
 import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from ditune.commands.train import train
 from ditune.config.components import build_components
 from ditune.errors import UserError
 from ditune.training.callbacks import routing
+from ditune.training.plan import expected_memory
 from helpers import ROOT, SMALL, SMALL_FLOW, assert_same_bits, compose, open_gates
 
 EXPERTS = [*SMALL_FLOW, "model=dit_moe", "network=tiny_moe", "balance=global"]
@@ -172,3 +175,17 @@ def test_gradients_are_clipped_as_torch_does():
     clip(ours, 1.0, norm)
     for parameter, gradient in zip(parameters, ours, strict=True):
         assert torch.equal(parameter.grad, gradient)
+
+
+def test_the_plan_prices_a_share_and_keeps_nothing_of_the_network(tmp_path, pictures):
+    parts = build_components(compose(tmp_path, *SMALL, f"data.root={pictures}", "peft=full"))
+    network = parts.network
+    first, *later = (expected_memory(network, parts.objective, (3, 16, 16), 1, False, shares=n) for n in (1, 2, 4))
+    block = sum(p.nbytes for p in network.blocks[0].parameters()) / 2**20
+    for n, found in zip((2, 4), later, strict=True):
+        assert found["parameters"] == pytest.approx(first["parameters"] / n + block)
+        assert found["gradients, optimizer, EMA"] == pytest.approx(first["gradients, optimizer, EMA"] / n)
+    left = weakref.ref(network.blocks[0].mlp.fc1.weight)  # a graph that is never freed would hold it
+    del parts, network
+    gc.collect()
+    assert left() is None
