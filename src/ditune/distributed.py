@@ -1,4 +1,4 @@
-"""Which of several processes this one is, and its device."""
+"""Which of several processes this one is, its device, and its share of tensors that are spread over all of them."""
 
 import atexit
 import os
@@ -29,6 +29,41 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     if in_group():
         dist.all_reduce(values)
     return values
+
+
+def is_spread(value: Tensor | nn.Module) -> bool:
+    """Whether a tensor, or a network's parameters, are spread over the processes (DTensors, by `trainer=fsdp`)."""
+    tensor = value if isinstance(value, Tensor) else next(value.parameters())
+    return hasattr(tensor, "to_local")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's rows of a spread tensor, in the same memory; another tensor itself."""
+    return tensor.to_local() if is_spread(tensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All rows of a spread tensor, for which all processes call it; another tensor itself."""
+    return tensor.full_tensor() if is_spread(tensor) else tensor
+
+
+def spread_like(value: Tensor, other: Tensor) -> Tensor:
+    """A tensor that all processes have, spread as `other` is, over the same memory; itself where `other` is not."""
+    if not is_spread(other) or is_spread(value):
+        return value
+    from torch.distributed.tensor import DTensor  # takes time to import
+
+    mesh, value = other.device_mesh, value.contiguous()
+    shares = value.chunk(mesh.size())  # along dimension 0, as fully_shard does
+    own = mesh.get_local_rank()
+    share = (shares[own] if own < len(shares) else value[:0]).to(other.device)
+    arguments = {"run_check": False, "shape": value.shape, "stride": value.stride()}
+    return DTensor.from_local(share, mesh, other.placements, **arguments)
+
+
+def snapshot(tensor: Tensor) -> Tensor:
+    """A copy on the CPU. Of a spread tensor it is the tensor itself, which is written before it changes again."""
+    return tensor.detach() if is_spread(tensor) else tensor.detach().cpu().clone()
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from ditune.config.components import build_generator
 from ditune.config.hardware import BF16, device_of, settle
 from ditune.config.needs import needs_of, parts_of_a_training, without_secrets
 from ditune.config.outline import Outline, outline
+from ditune.config.sharded import is_sharded
 from ditune.config.training import build_outlook
 from ditune.errors import UserError
 from ditune.files.needs import Need, describe_needs, fetch_all, refuse, with_reasons, written
@@ -133,7 +134,8 @@ def warn(cfg: DictConfig, expected: Outline, folder: Path, needs: Sequence[Need]
     c = expected.components
     micro = cfg.batch_size // (c.processes.accumulate * c.processes.world_size)
     shape = c.autoencoder.latent_shape(cfg.data.resolution)
-    memory = expected_memory(c.network, c.objective, shape, micro, c.settings.bf16, per_sample=expected.per_sample)
+    given = {"per_sample": expected.per_sample, "shares": c.processes.shares}
+    memory = expected_memory(c.network, c.objective, shape, micro, c.settings.bf16, **given)
     for text in [*disk.shortage(spaces), *too_little_memory(sum(memory.values()))]:
         log.warning("%s", text)
 
@@ -159,4 +161,5 @@ def processes_of(cfg: DictConfig) -> Processes:
     elif devices < 0:
         devices = max(1, torch.cuda.device_count())
     world = devices * cfg.trainer.get("num_nodes", 1)
-    return Processes(world, accumulate if isinstance(accumulate, int) else 1, starts_others=False)
+    shares = world if is_sharded(cfg) else 1
+    return Processes(world, accumulate if isinstance(accumulate, int) else 1, starts_others=False, shares=shares)

@@ -25,10 +25,11 @@ from ditune.config.instantiate import instantiate, refuse_missing
 from ditune.config.keys import check
 from ditune.config.needs import without_secrets
 from ditune.config.roles import job_hash, job_identity
+from ditune.config.sharded import refuse_unspreadable
 from ditune.config.training import build_module, build_outlook, build_trainer, open_loggers, processes_of, resume_key
 from ditune.config.validation import build_validation, chosen_metric
 from ditune.data.stream import ImageStream
-from ditune.distributed import leave_at_exit, take_first_ranks_weights
+from ditune.distributed import is_spread, leave_at_exit, take_first_ranks_weights
 from ditune.evaluation.comparison import Comparison
 from ditune.evaluation.denoising_loss import HeldOutLoss
 from ditune.evaluation.held_out import HeldOut
@@ -80,6 +81,7 @@ def _train(cfg: DictConfig, folder: Path, signals: Signals) -> int:
         return 0
     if is_first_rank():
         remove_leftovers(folder)  # it is ours alone, so their writers are gone
+    refuse_unspreadable(cfg)
     instantiate(cfg.logger, "logger")  # what it refuses shows before the data is prepared
     chosen_metric(cfg)  # likewise
     torch.set_flush_denormal(True)  # every result in docs/results was made with it; no speed was gained by it
@@ -219,12 +221,17 @@ def finish(
         comparison: of the first rank; the others build theirs now, since its extractor may be large.
     """
     values, first, device = record.values, trainer.is_global_zero, trainer.strategy.root_device
+    evaluated = held_out is not None or cfg.metrics.n > 0
+    spread = is_spread(c.network)
     c.network.to(device)  # Lightning has put it back on the CPU
     with module.ema.applied():
         start = time.perf_counter()
+        if spread:
+            c.network = trainer.strategy.put_together(module, everywhere=evaluated)
         if first:
             save_trained(c, folder, values["evaluated"]["step"])
-        take_first_ranks_weights(c.network)
+        if not spread:
+            take_first_ranks_weights(c.network)
         values["denoising"] = {} if held_out is None else denoising(c, held_out)
         together = trainer.world_size == 1 or (cfg.metrics.n > 0 and meet(folder, device))
         values["metrics"] = {}

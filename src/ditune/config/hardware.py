@@ -93,7 +93,9 @@ def settle(cfg: DictConfig, checkpoint: Path | None) -> None:
     device = device_of(cfg.trainer.accelerator)
     requested = str(cfg.trainer.precision)
     if requested == AUTO and checkpoint is not None:
-        requested = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["identity"]["precision"]
+        from ditune.training.checkpoint_io import read_checkpoint  # with Lightning, which takes seconds to import
+
+        requested = read_checkpoint(checkpoint)["identity"]["precision"]
     cfg.trainer.precision = resolve_precision(requested, device)
     settle_numbers(cfg.trainer.precision, device)
 

@@ -40,6 +40,7 @@ from ditune.training.nonfinite import NonFinite
 from ditune.training.outlook import Outlook, forward_passes
 from ditune.training.plan import parameter_kinds
 from ditune.training.ranks import join
+from ditune.training.sharding import Sharded
 from ditune.training.unprofiled import Unprofiled
 
 log = logging.getLogger(__name__)
@@ -192,7 +193,8 @@ def processes_of(trainer: pl.Trainer, in_sweep: bool) -> Processes:
     strategy = trainer.strategy
     alone = trainer.world_size == 1 or strategy.cluster_environment.creates_processes_externally
     searched = any(isinstance(callback, FitMicroBatch) for callback in trainer.callbacks)
-    return Processes(trainer.world_size, trainer.accumulate_grad_batches, in_sweep and not alone, searched)
+    shares = trainer.world_size if isinstance(strategy, Sharded) else 1
+    return Processes(trainer.world_size, trainer.accumulate_grad_batches, in_sweep and not alone, searched, shares)
 
 
 def tell_ranks(folder: Path) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ditune.distributed import in_group, rank, sum_over_ranks, world_size
+from ditune.distributed import in_group, is_spread, rank, sum_over_ranks, world_size
 from ditune.evaluation.held_out import HeldOut
 from ditune.memory import memory_for
 from ditune.objectives import Objective
@@ -76,7 +76,8 @@ def image_losses(
     count = len(source) if limit is None else min(limit, len(source))
     size = images_at_once(network)
     losses = torch.zeros(REPEATS, count, dtype=torch.float64, device=device)
-    first, ranks = (rank(), world_size()) if in_group() else (0, 1)
+    shared = in_group() and not is_spread(network)  # of a spread network every pass is one of all ranks
+    first, ranks = (rank(), world_size()) if shared else (0, 1)
     starts = range(first * size, count, ranks * size)
     shortage = memory_for(f"the loss on {size} held-out images at once", REMEDY)
     total = REPEATS * sum(min(size, count - start) for start in starts)
@@ -91,7 +92,7 @@ def image_losses(
                     losses[repeat, start : columns.stop] = objective.denoising(network, batch, random)
                 progress.advance(len(columns))
     # each value is one rank's, and zero is added to it
-    return sum_over_ranks(losses)
+    return sum_over_ranks(losses) if shared else losses
 
 
 def images_at_once(network: nn.Module) -> int:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ditune.distributed import snapshot, spread_like
 from ditune.errors import UserError
 from ditune.peft.dial import Dial
 from ditune.peft.slots import Slots, all_or_nothing, separate
@@ -116,8 +117,8 @@ class PeftMethod(ABC):
         return {name: p for name, p in network.named_parameters() if p.requires_grad}
 
     def state_dict(self, network: nn.Module) -> dict[str, Tensor]:
-        """Copies of the trained parameters, on the CPU, by name."""
-        return {name: p.detach().cpu().clone() for name, p in self.trainable(network).items()}
+        """Copies of the trained parameters, on the CPU, by name; see `snapshot` where they are spread."""
+        return {name: snapshot(p) for name, p in self.trainable(network).items()}
 
     @torch.no_grad()
     def load_state_dict(self, network: nn.Module, tensors: dict[str, Tensor]) -> None:
@@ -144,7 +145,7 @@ class PeftMethod(ABC):
                 "Load it with the network, the number of classes and the method that it was trained with."
             )
         for name, parameter in own.items():
-            parameter.copy_(tensors[name])
+            parameter.copy_(spread_like(tensors[name], parameter))
 
     @torch.no_grad()
     def merge(self, network: nn.Module) -> None:

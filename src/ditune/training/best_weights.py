@@ -7,6 +7,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 
+from ditune.distributed import is_spread, spread_like, whole
 from ditune.errors import UserError
 from ditune.metrics.names import lower_is_better
 from ditune.moe.balance import Balance
@@ -87,10 +88,12 @@ class BestWeights:
         if self.found and not (value < self.value if self.lower else value > self.value):
             return
         kept = False
+        network = module.network
+        trained = module.method.state_dict(network) if self.writes or is_spread(network) else {}
+        trained = {name: whole(value).cpu() for name, value in trained.items()}
         if self.writes:
-            network = module.network
             content = {"metric": self.metric, "value": value, "step": trainer.global_step}
-            content |= {"state_dict": module.method.state_dict(network), "method": module.method.training_state()}
+            content |= {"state_dict": trained, "method": module.method.training_state()}
             content |= {"balance": Balance.state_dict(network)}
             kept = trainer.strategy.checkpoint_io.write(content, self.path)
         if trainer.strategy.broadcast(kept):  # nobody reads what is not written yet, or not at all
@@ -122,6 +125,6 @@ class BestWeights:
         module.method.load_training_state(saved["method"])
         Balance.load_state_dict(module.network, saved["balance"])
         for name, average in module.ema.average.items():
-            average.copy_(saved["state_dict"][name])
+            average.copy_(spread_like(saved["state_dict"][name], average))
         log.info("saved and evaluated is the best by val/%s: step %d, %.4f", self.metric, self.step, self.value)
         return {"checkpoint": "best", "step": self.step, "metric": f"val/{self.metric}", "value": self.value}

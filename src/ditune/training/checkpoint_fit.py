@@ -33,12 +33,17 @@ def require_fit(content: dict[str, Any], module: GenerativeModule) -> None:
     if content["teacher"]:
         _require_same("teacher", content["teacher"], module.ema.average)
     for table in (content["state_dict"], content["ema"], content["teacher"]):
-        name = next((name for name, value in table.items() if not torch.isfinite(value).all()), None)
+        name = next((name for name, value in table.items() if not _is_finite(value)), None)
         if name is not None:
             raise Unusable(f"holds numbers that are not finite, in {name}")
     if content["method"].keys() != module.method.training_state().keys():
         raise Unusable(f"lacks the state of {module.method.title}")
     _require_optimizer(content, module.configure_optimizers()["optimizer"])
+
+
+def _is_finite(value: Tensor) -> bool:
+    """Of a checkpoint in shares, whose values are not here, it is seen when each process has read its own."""
+    return value.is_meta or bool(torch.isfinite(value).all())
 
 
 def _require_same(what: str, theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor | nn.Parameter]) -> None:

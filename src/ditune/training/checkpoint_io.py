@@ -18,6 +18,7 @@ from ditune.checkpoints.source import UNREADABLE
 from ditune.errors import CAUSES, FULL, UserError
 from ditune.files.atomic import atomic
 from ditune.progress import amount
+from ditune.training.sharded_checkpoint import Unusable, leftovers, read, read_facts
 
 log = logging.getLogger(__name__)
 
@@ -42,10 +43,6 @@ PARTS = {
     "optimizer_states": list,
     "lr_schedulers": list,
 }
-
-
-class Unusable(Exception):
-    """Why a file is no checkpoint that a training can go on from, as a part of a sentence."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -73,14 +70,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """
         path = Path(path)
         if self.write(checkpoint, path, storage_options or self.on_full):
-            self._written.add(path)
-            self._retain(path)
+            self.retain(path)
 
-    def _retain(self, newest: Path) -> None:
-        """Remove the checkpoints that are too old, by the files that are there.
+    def retain(self, newest: Path) -> None:
+        """Remove the checkpoints that are too old, by the files that are there; the newest one has just been written.
 
         What follows the newest one stays: it is of steps that are still to come, or of another run.
         """
+        self._written.add(newest)
         if self.keep < 0:
             return
         kept = 1
@@ -88,14 +85,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             if not -1 < step_of(path) < step_of(newest):
                 continue
             if kept >= max(self.keep, LEAST):
-                path.unlink(missing_ok=True)
+                remove(path)
             elif path in self._written or unreadable(path) is None:
                 kept += 1
 
     def write(self, content: dict[str, Any], path: Path, on_full: str | None = None) -> bool:
         """Write a file if there is room for it; whether it was written. See `save_checkpoint`."""
-        needed = OVERHEAD[0] + sum(t.numel() * t.element_size() + OVERHEAD[1] for t in tensors(content))
-        code = None
+        needed, code = size_of(content), None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(path.parent).free
@@ -107,10 +103,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             if error.errno not in CAUSES:
                 raise
             code = error.errno
-        self._refuse(path, needed, code, on_full or self.on_full)
+        self.refuse(path, needed, code, on_full or self.on_full)
         return False
 
-    def _refuse(self, path: Path, needed: int, code: int | None, on_full: str) -> None:
+    def refuse(self, path: Path, needed: int, code: int | None, on_full: str) -> None:
         """Say why a file was not written; `code` is the system's, None = there is no room."""
         if code is None or code in FULL:
             free = amount(shutil.disk_usage(path.parent).free, "bytes")
@@ -125,7 +121,22 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         raise UserError(f"{text}. {remedy}; resume=auto goes on from the checkpoint before.")
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict:
+        if Path(path).is_dir():
+            return read(Path(path))
         return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def size_of(content: Any) -> int:
+    """Bytes that a checkpoint takes on the disk, of all processes together."""
+    return OVERHEAD[0] + sum(t.numel() * t.element_size() + OVERHEAD[1] for t in tensors(content))
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint, a file or a folder."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def tensors(content: Any) -> Iterator[Tensor]:
@@ -199,15 +210,15 @@ def none_usable(folder: Path, reasons: dict[Path, str]) -> UserError:
 def unreadable(path: Path) -> str | None:
     """Why a file is no checkpoint of ours, None if it is one; said once in the log."""
     try:
-        facts = path.stat()
+        facts = [file.stat() for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
     except OSError as error:
         return f"cannot be read ({error.strerror})"
-    return _unreadable(path, facts.st_size, facts.st_mtime_ns)
+    return _unreadable(path, tuple((fact.st_size, fact.st_mtime_ns) for fact in facts))
 
 
 @lru_cache(maxsize=1000)
-def _unreadable(path: Path, size: int, _: int) -> str | None:
-    """The same of one state of a file, which is read whole once."""
+def _unreadable(path: Path, _: tuple[tuple[int, int], ...]) -> str | None:
+    """The same of one state of its files, which are read whole once."""
     try:
         read_checkpoint(path)
     except Unusable as reason:
@@ -219,10 +230,12 @@ def _unreadable(path: Path, size: int, _: int) -> str | None:
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Content of a checkpoint, memory-mapped: its tensors are read when they are used.
 
+    Those of a checkpoint in shares, a folder, are on the meta device: they have shapes and no values.
+
     Raises:
         Unusable: the file is damaged or none of ours.
     """
-    content = read_whole(path)
+    content = read_facts(path) if path.is_dir() else read_whole(path)
     wrong = [name for name, kind in PARTS.items() if not isinstance(content.get(name), kind)]
     if wrong:
         raise Unusable(f"is no checkpoint of ours: it lacks {', '.join(wrong)}")
@@ -273,10 +286,11 @@ def remove_checkpoints(folder: Path) -> None:
     Args:
         folder: of a finished run's checkpoints.
     """
-    files = sorted(path for path in folder.glob("*") if path.suffix in (".ckpt", BEST.suffix))
-    size = sum(path.stat().st_size for path in files)
-    for path in files:
-        path.unlink()
+    found = sorted(path for path in folder.glob("*") if path.suffix in (".ckpt", BEST.suffix))
+    files = [file for path in found for file in (path.iterdir() if path.is_dir() else [path])]
+    size = sum(file.stat().st_size for file in files)
+    for path in (*found, *leftovers(folder)):
+        remove(path)
     if files:
         text = "the run has finished: %d files of its checkpoints are removed, %s (callbacks.checkpoint.keep_finished)"
         log.info(text, len(files), amount(size, "bytes"))

@@ -66,12 +66,14 @@ class Processes:
         accumulate: micro-steps of an optimizer step.
         starts_others: whether a job of a sweep would have to start the other processes itself.
         searched: whether `accumulate` is only the least, and the device decides before the first step.
+        shares: parts that the network, its gradients, optimizer state and EMA are cut into; 1 = each process has all.
     """
 
     world_size: int
     accumulate: int
     starts_others: bool
     searched: bool = False
+    shares: int = 1
 
 
 @dataclass

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ditune.distributed import is_spread, local, snapshot, spread_like
+
 
 class Ema:
     """EMA of named parameters in fp32.
@@ -31,7 +33,7 @@ class Ema:
         """
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
         self.follow()
-        averages, values = list(self.average.values()), [p.detach() for p in self.parameters.values()]
+        averages, values = ([local(v.detach()) for v in of.values()] for of in (self.average, self.parameters))
         if skipped is None:
             torch._foreach_lerp_(averages, values, weight)
             return
@@ -51,26 +53,45 @@ class Ema:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """The network computes with the average inside of the block."""
-        trained = {name: p.detach().clone() for name, p in self.parameters.items()}
-        self._copy(self.average)
+        with self.exchanged(self.parameters, self.average):
+            yield
+
+    @staticmethod
+    @contextmanager
+    def exchanged(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> Iterator[None]:
+        """Named parameters have other values inside of the block."""
+        before = {name: p.detach().clone() for name, p in parameters.items()}
+        _copy(values, parameters)
         try:
             yield
         finally:
-            self._copy(trained)
-
-    @torch.no_grad()
-    def _copy(self, values: dict[str, Tensor]) -> None:
-        for name, parameter in self.parameters.items():
-            parameter.copy_(values[name])
+            _copy(before, parameters)
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {name: value.detach().cpu().clone() for name, value in self.average.items()}
+        return {name: snapshot(value) for name, value in self.average.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         for name, value in self.average.items():
-            value.copy_(state[name])
+            value.copy_(spread_like(state[name], value))
+
+
+@torch.no_grad()
+def _copy(values: dict[str, Tensor], parameters: dict[str, nn.Parameter]) -> None:
+    for name, parameter in parameters.items():
+        parameter.copy_(values[name])
 
 
 def with_weights(network: nn.Module, weights: dict[str, Tensor]) -> Callable[..., Tensor]:
-    """The network's function with other weights (of what trains); the network itself stays as it is."""
-    return lambda *inputs: torch.func.functional_call(network, weights, inputs)
+    """The network's function with other weights (of what trains); the network itself stays as it is.
+
+    Where they are spread over the processes, the network has them during the call, and no gradient reaches them.
+    """
+    if not is_spread(network):
+        return lambda *inputs: torch.func.functional_call(network, weights, inputs)
+
+    @torch.no_grad()
+    def call(*inputs: Tensor) -> Tensor:
+        with Ema.exchanged({name: network.get_parameter(name) for name in weights}, weights):
+            return network(*inputs)
+
+    return call

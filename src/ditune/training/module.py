@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from ditune.autoencoders import Autoencoder
 from ditune.data import from_uint8
 from ditune.data.stream import micro_batch_size
+from ditune.distributed import is_spread, local, snapshot, spread_like
 from ditune.moe.balance import Balance, Watched
 from ditune.objectives import Loss, Objective, State
 from ditune.peft import Off, PeftMethod
@@ -19,6 +20,7 @@ from ditune.training.checkpoint_io import rewind
 from ditune.training.ema import Ema, with_weights
 from ditune.training.nonfinite import NonFinite, is_maskable, norms_of
 from ditune.training.random_ahead import RandomAhead
+from ditune.training.sharding import Sharded
 
 STEP_LEVELS = 7  # losses of steps of length 1, 1/2, ... 1/128 are logged apart, those between with the longer one
 LOSS_BINS = 4  # quarters of the process whose losses are logged apart: 0 next to the data, 3 next to noise
@@ -89,6 +91,12 @@ class GenerativeModule(pl.LightningModule):
         """What trains, by name; asking the method walks the whole network."""
         return self.ema.parameters
 
+    def configure_model(self) -> None:
+        """The processes know each other: a strategy that spreads the network over them does it here."""
+        if isinstance(self.trainer.strategy, Sharded):
+            self.trainer.strategy.spread(self)
+            self.ema = Ema(self.method.trainable(self.network), self.ema.decay)
+
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = self.make_optimizer(list(self.trained.items()))
         return {
@@ -99,7 +107,8 @@ class GenerativeModule(pl.LightningModule):
     def on_fit_start(self) -> None:
         """The network lies on its device."""
         devices = {parameter.device for parameter in self.trained.values()}
-        self.masks = is_maskable(self.trainer.optimizers[0], self.method, devices)
+        maskable = is_maskable(self.trainer.optimizers[0], self.method, devices)
+        self.masks = maskable and not is_spread(self.network)
 
     def on_fit_end(self) -> None:
         self.random.close()
@@ -197,7 +206,7 @@ class GenerativeModule(pl.LightningModule):
                 optimizer.zero_grad(set_to_none=True)  # optimizers leave alone what has no gradient, and its state
                 return
         if gradient_clip_val is not None:
-            torch.nn.utils.clip_grads_with_norm_(list(self.trained.values()), gradient_clip_val, norm)
+            clip([local(gradient) for gradient in gradients.values()], gradient_clip_val, norm)
         if self._is_logged(step):
             self.log("train/grad_norm", norm)
 
@@ -229,7 +238,7 @@ class GenerativeModule(pl.LightningModule):
         self.settle()
         checkpoint["state_dict"] = {f"network.{k}": v for k, v in self.method.state_dict(self.network).items()}
         checkpoint["ema"] = self.ema.state_dict()
-        checkpoint["teacher"] = {name: value.cpu() for name, value in self.teacher.items()}
+        checkpoint["teacher"] = {name: snapshot(value) for name, value in self.teacher.items()}
         checkpoint["method"] = self.method.training_state()
         checkpoint["balance"] = Balance.state_dict(self.network)
         checkpoint["skipped"] = self.nonfinite.in_a_row
@@ -243,10 +252,15 @@ class GenerativeModule(pl.LightningModule):
         self.method.load_state_dict(self.network, trained)  # refuses what Lightning, not strict here, would let pass
         self.method.load_training_state(checkpoint["method"])
         self.ema.load_state_dict(checkpoint["ema"])
-        self.teacher = checkpoint["teacher"]
+        self.teacher = {k: spread_like(v, self.ema.average[k]) for k, v in checkpoint["teacher"].items()}
         self.nonfinite.in_a_row = checkpoint.get("skipped", 0)  # checkpoints of before have none
         Balance.load_state_dict(self.network, checkpoint["balance"])
         rewind(checkpoint, self.trainer.accumulate_grad_batches)
+
+
+def clip(gradients: list[Tensor], limit: float, norm: Tensor) -> None:
+    """Scale gradients down in place to a norm of at most `limit`, as torch.nn.utils.clip_grads_with_norm_ does."""
+    torch._foreach_mul_(gradients, torch.clamp(limit / (norm + 1e-6), max=1.0))
 
 
 def whole(micro: list[tuple[Loss, dict[str, Tensor]]]) -> tuple[Loss, dict[str, Tensor]]:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from ditune.distributed import is_spread, local, sum_over_ranks, whole
 from ditune.errors import UserError, require
 from ditune.peft import PeftMethod
 
@@ -148,7 +149,9 @@ def is_maskable(optimizer: Optimizer, method: PeftMethod, devices: Iterable[torc
 
 def norms_of(gradients: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Norm of all gradients, scalar, as `torch.nn.utils.get_total_norm` computes it, and of each one, (P,)."""
-    norms = torch.stack(torch._foreach_norm(gradients))
+    norms = torch.stack(torch._foreach_norm([local(gradient) for gradient in gradients]))
+    if is_spread(gradients[0]):  # sums of squares in float64, which do not overflow where the norm would not
+        norms = sum_over_ranks(norms.double().square()).sqrt().to(norms.dtype)
     return torch.linalg.vector_norm(norms), norms
 
 
@@ -176,7 +179,7 @@ def cause(checked: Checked, trained: dict[str, nn.Parameter], trainer: pl.Traine
 def first_bad(trained: dict[str, nn.Parameter], checked: Checked) -> str:
     """The first weight that is not finite, or else the first parameter whose gradient's norm is not."""
     for name, parameter in trained.items():
-        if not torch.isfinite(parameter.detach()).all():
+        if not torch.isfinite(whole(parameter.detach())).all():
             return f"the weight of {name}"
     for name, finite in zip(checked.names, torch.isfinite(checked.norms).tolist(), strict=True):
         if not finite:

@@ -61,6 +61,7 @@ def expected_memory(
     bf16: bool,
     fused: bool = False,
     per_sample: float | None = None,
+    shares: int = 1,
 ) -> dict[str, float]:
     """MiB of parameters, of gradients with optimizer state and EMA, and of what one micro-batch saves for its backward.
 
@@ -68,11 +69,15 @@ def expected_memory(
         network, objective, latent_shape, bf16, fused: as in `saved_activations`.
         micro_batch: samples of one process in one micro-step.
         per_sample: what `saved_activations` has given for an equal network; None = it is asked.
+        shares: processes that the network is spread over; a block is whole for as long as it computes.
     """
     if per_sample is None:
         per_sample = saved_activations(network, objective, latent_shape, bf16, fused)
     weights = sum(p.numel() * p.element_size() for p in network.parameters())
     training = sum(4 * 4 * p.numel() for p in network.parameters() if p.requires_grad)  # gradient, two moments, EMA
+    if shares > 1:
+        blocks = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in network.blocks]
+        weights, training = weights / shares + max(blocks), training / shares
     return {
         "parameters": weights / 2**20,
         "gradients, optimizer, EMA": training / 2**20,
@@ -110,16 +115,15 @@ def saved_bytes(
     """Bytes that autograd keeps for one image in one pass, see `saved_activations`."""
     owned = {p.untyped_storage().data_ptr() for p in network.parameters()}
     tokens, heads = network.pos_embed.shape[1], network.config["num_heads"]
-    saved: dict[int, int] = {}
+    saved: dict[int, torch.UntypedStorage] = {}  # kept, so that no other tensor gets its address
 
-    def count(tensor: Tensor) -> Tensor:
+    def count(tensor: Tensor) -> None:  # the graph gets nothing: one that holds its own outputs is never freed
         if tensor.layout is not torch.strided:
-            return tensor  # sparse ones have no storage of their own, and are small
+            return  # sparse ones have no storage of their own, and are small
         storage = tensor.untyped_storage()
         weights_of_attention = tensor.shape[-2:] == (tokens, tokens) and tensor.numel() == 2 * heads * tokens**2
         if storage.data_ptr() not in owned and not (fused and weights_of_attention):
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
+            saved[storage.data_ptr()] = storage
 
     device = next(network.parameters()).device
     x0 = torch.zeros(2, *latent_shape, device=device)
@@ -128,7 +132,7 @@ def saved_bytes(
     with hooks, torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         state = State(step=0, max_steps=1, batch_size=2, ema=network, teacher=network, base=network)
         objective.largest.loss(network, (x0, zeros), StepRandom(0, 0, range(2), device), state)
-    return sum(saved.values()) / 2
+    return sum(storage.nbytes() for storage in saved.values()) / 2
 
 
 def announce(
@@ -169,7 +173,8 @@ def facts(c: Components, trainer: pl.Trainer | None, folder: Path, per_sample: f
     micro = micro_batch_size(settings.batch_size, spread.accumulate, spread.world_size)
     shape = c.autoencoder.latent_shape(settings.resolution)
     fused = trainer is not None and trainer.strategy.root_device.type != "cpu"
-    memory = expected_memory(c.network, c.objective, shape, micro, settings.bf16, fused, per_sample)
+    memory = expected_memory(c.network, c.objective, shape, micro, settings.bf16, fused, per_sample, spread.shares)
+    of_shares = f"of each of {spread.shares} processes, " if spread.shares > 1 else ""
     passes = settings.max_steps * settings.batch_size / len(c.images)
     return {
         "base": base_line(c),
@@ -178,7 +183,7 @@ def facts(c: Components, trainer: pl.Trainer | None, folder: Path, per_sample: f
         "steps": f"{settings.max_steps:,} of {settings.batch_size} images ({passes:.1f} passes over the data)",
         "batch": f"{micro} x {spread.accumulate} micro-steps x {spread.world_size} processes"
         + (", in smaller micro-batches where that does not fit" if spread.searched else ""),
-        "memory": ", ".join(f"{k} {v:,.0f} MiB" for k, v in memory.items()) + " (expected)",
+        "memory": ", ".join(f"{k} {v:,.0f} MiB" for k, v in memory.items()) + f" ({of_shares}expected)",
         "device": device(settings.precision, trainer),
         "folder": f"{folder} (config.yaml there has every setting; verbose=true shows them)",
     }

@@ -7,6 +7,7 @@ import torch
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
+from ditune.distributed import is_spread
 from ditune.moe.balance import Balance
 from ditune.training.ranks import RankError
 
@@ -33,7 +34,9 @@ class CompareRanks(Callback):
 
 
 def tensors_of(module: pl.LightningModule) -> dict[str, Tensor]:
-    """What must be the same on all ranks, by name."""
+    """What must be the same on all ranks, by name: of a network that is spread over them, the routers' biases alone."""
+    if is_spread(module.network):
+        return Balance.state_dict(module.network)
     trained = {f"weight of {name}": p.detach() for name, p in module.method.trainable(module.network).items()}
     averages = {f"EMA of {name}": value for name, value in module.ema.average.items()}
     return trained | averages | Balance.state_dict(module.network)
@@ -45,6 +48,8 @@ def compare(trainer: pl.Trainer, tensors: dict[str, Tensor]) -> None:
     Raises:
         RankError: a tensor differs; names the first one, the ranks and the step.
     """
+    if not tensors:
+        return
     device = trainer.strategy.root_device
     sums = trainer.strategy.all_gather(torch.stack([checksum(tensor).to(device) for tensor in tensors.values()])).cpu()
     different = (sums != sums[0]).nonzero()  # (rank, tensor)

@@ -1,7 +1,7 @@
 """Sample grids: the same noise and classes before, during and after a training."""
 
 import time
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from PIL import Image, UnidentifiedImageError
 from pytorch_lightning.callbacks import Callback
 
 from ditune.data import ImageDataset
+from ditune.distributed import is_spread
 from ditune.files.atomic import atomic, set_aside
 from ditune.files.spared import spared
 from ditune.generation.generator import ImageGenerator, example_plan
@@ -63,16 +64,18 @@ class SampleGrids(Callback):
         step, every = trainer.global_step, self.every_n_steps
         if step == 0 or (every and step % every == 0 and step < trainer.max_steps):
             module.settle()
-            with suppress(Interrupted), interruptible():
+            with suppress(Interrupted), interruptible_alone(module):
                 self._draw(trainer, module)
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if trainer.global_step < trainer.max_steps or not trainer.is_global_zero or not self.rows:
+        if trainer.global_step < trainer.max_steps or not self.rows:
             return
         try:
-            with interruptible():
+            with interruptible_alone(module):
                 self._draw(trainer, module)
         except Interrupted:
+            return
+        if not trainer.is_global_zero:
             return
         examples, _ = self.images.__getitems__(self.rows)
         panels = {"before": self._sheet(0), "after": self._sheet(trainer.global_step)}
@@ -90,7 +93,7 @@ class SampleGrids(Callback):
 
     def _draw(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         path = self._sheet(trainer.global_step)
-        if not trainer.is_global_zero or path.exists() or not self.rows:
+        if not self.rows or not generates(trainer, module) or is_there(path, trainer, module):
             return
         module.network.eval()
         labels, start = self.images.labels[self.rows], time.perf_counter()
@@ -100,9 +103,26 @@ class SampleGrids(Callback):
         finally:
             module.network.train()
         self.outlook.image_seconds = (time.perf_counter() - start) / len(labels)
+        if not trainer.is_global_zero:
+            return
         sheet = grid(images, self.columns)
         save(sheet, path)
         log_image(trainer.loggers, "samples", sheet, trainer.global_step)
+
+
+def generates(trainer: pl.Trainer, module: pl.LightningModule) -> bool:
+    """Whether this process generates a sheet: the first one, or all of them together where the network is spread."""
+    return trainer.is_global_zero or is_spread(module.network)
+
+
+def is_there(path: Path, trainer: pl.Trainer, module: pl.LightningModule) -> bool:
+    """Whether the first process has a file; all that generate together decide by it."""
+    return trainer.strategy.broadcast(path.exists()) if is_spread(module.network) else path.exists()
+
+
+def interruptible_alone(module: pl.LightningModule) -> AbstractContextManager[None]:
+    """A signal gives up what is done inside, unless the other processes would wait for this one's share of it."""
+    return nullcontext() if is_spread(module.network) else interruptible()
 
 
 def save(image: Image.Image, path: Path) -> None:

@@ -16,8 +16,8 @@ from ditune.generation.generator import ImageGenerator, example_plan
 from ditune.generation.grids import before_after_sheet
 from ditune.rng import StepRandom
 from ditune.samplers import ShortcutSampler, check
-from ditune.stopping import Interrupted, interruptible
-from ditune.training.callbacks.samples import save
+from ditune.stopping import Interrupted
+from ditune.training.callbacks.samples import generates, interruptible_alone, is_there, save
 from ditune.training.loggers.images import log_image
 
 
@@ -61,7 +61,7 @@ class StepGrids(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         # a signal may have left no time for the grid of the step that it goes on from
-        if trainer.global_step and not self._path(trainer).exists():
+        if trainer.global_step and not is_there(self._path(trainer), trainer, module):
             self._draw_if_due(trainer, module)
 
     def make_up(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -79,8 +79,8 @@ class StepGrids(Callback):
         due = step == trainer.max_steps or (self.every_n_steps and step % self.every_n_steps == 0)
         if due:
             module.settle()
-        if due and self.rows and trainer.is_global_zero:
-            with suppress(Interrupted), interruptible():
+        if due and self.rows and generates(trainer, module):
+            with suppress(Interrupted), interruptible_alone(module):
                 self._draw(trainer, module)
 
     def _path(self, trainer: pl.Trainer) -> Path:
@@ -95,6 +95,8 @@ class StepGrids(Callback):
                 dependence = self.dependence(module)
         finally:
             module.network.train()
+        if not trainer.is_global_zero:
+            return
         save(rows, self._path(trainer))
         for logger in trainer.loggers:
             logger.log_metrics({"samples/step_dependence": dependence}, step=step)

@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 
+from ditune.distributed import is_spread
 from ditune.stopping import Signals, Stopped
 from ditune.training.callbacks.checkpoints import Checkpoints
 from ditune.training.checkpoint_io import checkpoint_path
@@ -106,6 +107,7 @@ class StopOnSignal(Callback):
             yield
         except Stopped:
             path = checkpoint_path(self.checkpoints, trainer.global_step)
-            if unchanged and not path.exists():  # the first process alone writes, and waits for no other
+            apart = is_spread(trainer.lightning_module.network)  # then a checkpoint is a work of all processes
+            if unchanged and not apart and not path.exists():  # the first process alone writes, and waits for no other
                 trainer.strategy.save_checkpoint(trainer._checkpoint_connector.dump_checkpoint(), path)
             raise

@@ -15,8 +15,9 @@ from ditune.generation.generator import ImageGenerator
 from ditune.metrics import MetricSuite
 from ditune.metrics.names import family
 from ditune.progress import meter
-from ditune.stopping import Interrupted, interruptible
+from ditune.stopping import Interrupted
 from ditune.training.best_weights import BestWeights
+from ditune.training.callbacks.samples import interruptible_alone
 
 log = logging.getLogger(__name__)
 
@@ -171,7 +172,7 @@ class Validation(Callback):
     def _values(self, trainer: pl.Trainer, module: pl.LightningModule, due: Sequence[Measure]) -> dict | None:
         """None where a signal ends the training: what was due is measured when it goes on."""
         try:
-            with interruptible():
+            with interruptible_alone(module):
                 values = {}
                 for measure in due:
                     values |= measure(trainer, module)
