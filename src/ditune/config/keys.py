@@ -139,6 +139,9 @@ KEYS = (
     Key("network.class_dropout_prob", float, at_least=0, at_most=1),
     Key("network.learn_sigma", bool),
     Key("network.pos_embed_scale", float, above=0),
+    Key("network.choice", str, choices=("token", "expert", "time")),
+    Key("network.route_on", str, choices=("modulated", "unmodulated")),
+    Key("network.time_range", float, above=0),
     Key("network.checkpoint", str, null=True),
     Key("network.cache_dir", str),
     # objective
