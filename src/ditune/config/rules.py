@@ -214,6 +214,13 @@ def windows_need_a_grid(c: Components) -> str | None:
     return f"patches= cuts windows of a grid of {side} x {side} tokens, and 4 x 4 is the smallest. Set patches=none."
 
 
+def masks_suit_the_weights(c: Components) -> str | None:
+    """Masks are of weights that train."""
+    if c.sparsity is None:
+        return None
+    return refusal(lambda: c.sparsity.targets(c.method.trainable(c.network)))
+
+
 def null_class_is_there(c: Components) -> str | None:
     """Dropped labels, guidance in the objective and augmented images need the null class."""
     needed = c.objective.needs_null_class or c.settings.augmented
@@ -282,6 +289,7 @@ OF_A_TRAINING: tuple[Rule, ...] = (
     own_paths_suit_the_objective,
     transfer_needs_a_base,
     windows_need_a_grid,
+    masks_suit_the_weights,
     null_class_is_there,
     latents_are_not_augmented,
 )
