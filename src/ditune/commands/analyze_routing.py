@@ -76,6 +76,7 @@ def analyse(cfg: DictConfig) -> Path:
     for name in statistics.counts:
         draw_by(statistics, name, folder / f"{name}.png")
     facts = {"layers": statistics.layers, "load": statistics.load_LE.tolist()}
+    facts["unit_of_mutual_information"] = "nats"  # of mi_time, mi_position and mi_class
     facts |= {name: values.tolist() for name, values in statistics.per_layer().items()}
     write_json(
         folder / "routing.json", {"pictures": cfg.n, "steps": generator.steps, "guidance": generator.guidance, **facts}

@@ -5,13 +5,23 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ditune.autoencoders import KL
-from ditune.checkpoints import diffusers_dit, locate, locate_adapter, save_network
+from ditune.checkpoints import (
+    diffusers_dit,
+    is_ours,
+    locate,
+    locate_adapter,
+    read_adapter,
+    read_header,
+    save_network,
+)
+from ditune.commands.prune import refuse_filled
 from ditune.errors import UserError
 from ditune.files.atomic import atomic, write_json
 from ditune.networks import DiT
@@ -48,11 +58,29 @@ def export(cfg: DictConfig) -> Path:
         else:
             adapter = locate_adapter(cfg.adapter, f"{cfg.paths.cache_dir}/networks")
             trained = load_adapted(checkpoint, adapter, cfg.autoencoder, cfg.sampler, False)
+    sparsity, what = sparsity_of(cfg, source), f"{source}={cfg[source]}"
     merge(trained.network)
+    sparse = refuse_filled(trained.network, sparsity, what, cfg.fill_zeros)
     out = Path(cfg.out).expanduser()
-    path = to_diffusers(trained, out) if cfg.format == "diffusers" else to_dit(trained, out)
+    kept = sparsity if sparse else None
+    path = to_diffusers(trained, out) if cfg.format == "diffusers" else to_dit(trained, out, kept)
     log.info("the network is in %s", path)
     return path
+
+
+def sparsity_of(cfg: DictConfig, source: str) -> dict[str, Any] | None:
+    """What the file of the source says of its zeros; of several runs, the first one's."""
+    if source == "checkpoint" and cfg.adapter is None:
+        path = locate(cfg.checkpoint, f"{cfg.paths.cache_dir}/networks")
+        return read_header(path)["provenance"].get("sparsity") if is_ours(path) else None
+    if source == "checkpoint":
+        folder = locate_adapter(cfg.adapter, f"{cfg.paths.cache_dir}/networks")
+    else:
+        run = Path(cfg.run if source == "run" else cfg.experts[0]).expanduser()
+        folder = run / "adapter"
+        if not folder.is_dir():
+            return read_header(run / "network.safetensors")["provenance"].get("sparsity")
+    return read_adapter(folder)[0].get("sparsity")
 
 
 def merged_experts(cfg: DictConfig) -> Trained:
@@ -72,8 +100,8 @@ def merged_experts(cfg: DictConfig) -> Trained:
     return replace(trained, network=network, generator=replace(trained.generator, experts=None))
 
 
-def to_dit(trained: Trained, folder: Path) -> Path:
-    """One safetensors file with DiT's own keys, position table included; our header says process and classes."""
+def to_dit(trained: Trained, folder: Path, sparsity: dict[str, Any] | None = None) -> Path:
+    """One safetensors file with DiT's own keys, position table included; our header says process, classes and zeros."""
     generator = trained.generator
     facts = {
         "class_names": trained.class_names,
@@ -81,6 +109,8 @@ def to_dit(trained: Trained, folder: Path) -> Path:
         "autoencoder_name": generator.autoencoder.name,
         "resolution": generator.resolution,
     }
+    if sparsity is not None:
+        facts["sparsity"] = sparsity
     path = folder / "network.safetensors"
     save_network(path, trained.network, generator.process.config, position_table=True, **facts)
     return path

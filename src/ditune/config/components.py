@@ -46,6 +46,7 @@ def build_components(cfg: DictConfig) -> Components:
         objective=objective,
         base=base,
         balance=instantiate(cfg.balance, "balance"),
+        sparsity=instantiate(cfg.get("sparsity"), "sparsity"),
         settings=settings_of(cfg),
     )
     rules.check(components, rules.OF_THE_BASE)

@@ -139,6 +139,9 @@ KEYS = (
     Key("network.class_dropout_prob", float, at_least=0, at_most=1),
     Key("network.learn_sigma", bool),
     Key("network.pos_embed_scale", float, above=0),
+    Key("network.choice", str, choices=("token", "expert", "time")),
+    Key("network.route_on", str, choices=("modulated", "unmodulated")),
+    Key("network.time_range", float, above=0),
     Key("network.checkpoint", str, null=True),
     Key("network.cache_dir", str),
     # objective
@@ -194,6 +197,20 @@ KEYS = (
     Key("patches.sizes", str, choices=("half", "half_quarter")),
     Key("patches.schedule", str, choices=("stochastic", "progressive")),
     Key("patches.by_area", bool),
+    # sparsity
+    Key("sparsity", dict, null=True),
+    Key("sparsity.pattern", str),
+    Key("sparsity.target", str, null=True),
+    Key("sparsity.scope", str, choices=("global", "layer")),
+    Key("sparsity.way", str, choices=("hard", "ste")),
+    Key("sparsity.final", float, at_least=0, at_most=1),
+    Key("sparsity.schedule", str, choices=("constant", "cubic", "progressive")),
+    Key("sparsity.start", int, at_least=0),
+    Key("sparsity.end", int, at_least=0),
+    Key("sparsity.every", int, at_least=1),
+    Key("sparsity.power", float, above=0),
+    Key("sparsity.stages", str, many=True),
+    Key("sparsity.decay", float, at_least=0),
     # sampler
     Key("sampler", dict, null=True),
     Key("sampler.sampler", dict, null=True),
@@ -330,7 +347,7 @@ APART = {
         Key("policy", str, choices=("raise", "skip")),
     ),
     "report": (Key("sweep", str), Key("metric", str, null=True)),
-    "export": (Key("format", str),),
+    "export": (Key("format", str), Key("fill_zeros", bool)),
     "app": (
         Key("runs", str),
         Key("sweeps", str),
@@ -350,6 +367,12 @@ APART = {
         Key("options.shared_ratio", float, at_least=0),
         Key("options.moe_every", int, at_least=1),
         Key("options.moe_from", float, at_least=0, at_most=1),
+    ),
+    "prune": (
+        Key("pattern", str),
+        Key("target", str, null=True),
+        Key("scope", str, choices=("global", "layer")),
+        Key("share", float, at_least=0, at_most=1),
     ),
     "parameters": (
         Key("networks", str, many=True),

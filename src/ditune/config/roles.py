@@ -59,6 +59,7 @@ ROLES: dict[str, Role] = {
     "objective": TRAINING,
     "transfer": Role(Decides.TRAINING, neutral=None),
     "patches": Role(Decides.TRAINING, neutral=None),
+    "sparsity": Role(Decides.TRAINING, neutral=None),
     "peft": TRAINING,
     "optimizer": TRAINING,
     "scheduler": TRAINING,

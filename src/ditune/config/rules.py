@@ -5,6 +5,8 @@ A rule takes the built components and returns its sentences, or None. No rule ch
 
 from collections.abc import Callable, Sequence
 
+import torch
+
 from ditune.config.base_network import differences, other_latents
 from ditune.data.stream import micro_batch_size
 from ditune.errors import UserError
@@ -139,6 +141,31 @@ def balance_needs_experts(c: Components) -> str | None:
     return "The network has no experts whose load could be balanced. Leave balance= out, or set network=."
 
 
+def routing_by_time_is_not_balanced(c: Components) -> str | None:
+    """Where the time chooses, the load is that of the times, and no loss changes it."""
+    b = c.balance
+    if b is None or c.network.config.get("choice") != "time" or not (b.alpha or b.z or b.bias_rate):
+        return None
+    return (
+        "network.choice=time has no learned router, so nothing can balance its load. "
+        "Set balance.alpha=0 balance.z=0 balance.bias_rate=0, which still records the routing, or balance=none."
+    )
+
+
+def routing_by_time_knows_its_end(c: Components) -> str | None:
+    """The slices of the time are those of the process."""
+    config = c.network.config
+    if config.get("choice") != "time":
+        return None
+    end = c.objective.process.part(torch.tensor([config["time_range"]], dtype=torch.float64)).item()
+    if min(abs(end), abs(end - 1)) < 1e-6:
+        return None
+    return (
+        f"network.time_range is {config['time_range']:g}, and the process ends at another time. Set it to "
+        "objective.process.time_scale of a flow, or objective.process.timesteps of a diffusion."
+    )
+
+
 def adapters_have_no_router_biases(c: Components) -> str | None:
     """Loss-free balance moves biases that an adapter's file does not hold."""
     if c.base is None or c.balance is None or not c.balance.bias_rate:
@@ -185,6 +212,13 @@ def windows_need_a_grid(c: Components) -> str | None:
     if not isinstance(c.objective, Patches) or side >= 4:
         return None
     return f"patches= cuts windows of a grid of {side} x {side} tokens, and 4 x 4 is the smallest. Set patches=none."
+
+
+def masks_suit_the_weights(c: Components) -> str | None:
+    """Masks are of weights that train."""
+    if c.sparsity is None:
+        return None
+    return refusal(lambda: c.sparsity.targets(c.method.trainable(c.network)))
 
 
 def null_class_is_there(c: Components) -> str | None:
@@ -248,11 +282,14 @@ OF_A_TRAINING: tuple[Rule, ...] = (
     labels_from_scratch_are_trained,
     objective_takes_the_batch,
     balance_needs_experts,
+    routing_by_time_is_not_balanced,
+    routing_by_time_knows_its_end,
     adapters_have_no_router_biases,
     forward_mode_suits_the_method,
     own_paths_suit_the_objective,
     transfer_needs_a_base,
     windows_need_a_grid,
+    masks_suit_the_weights,
     null_class_is_there,
     latents_are_not_augmented,
 )

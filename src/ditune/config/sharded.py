@@ -35,6 +35,8 @@ def _reasons(cfg: DictConfig) -> Iterator[tuple[str, str]]:
         )
     if cfg.get("transfer") is not None and not cfg.transfer._target_.endswith("NoiseAwareness"):
         yield "transfer=, which computes with a second copy of what trains", "transfer=none"
+    if cfg.get("sparsity") is not None:
+        yield "sparsity=, which ranks the values of whole matrices", "sparsity=none"
     if cfg.peft.get("name") == "adalora":
         yield "peft=adalora, which prunes ranks between the steps", "peft=lora"
     if cfg.trainer.accumulate_grad_batches == "auto":

@@ -45,6 +45,8 @@ from ditune.training.unprofiled import Unprofiled
 
 log = logging.getLogger(__name__)
 
+AROUND = ("transfer", "patches", "sparsity")  # groups that change what an objective does to the weights
+
 
 def resume_key(cfg: DictConfig, c: Components) -> dict[str, Any]:
     """What must be the same when a run goes on, by the roles of the keys.
@@ -53,7 +55,7 @@ def resume_key(cfg: DictConfig, c: Components) -> dict[str, Any]:
     stands as plain values, unless what it names is known by something better, such as a fingerprint.
     """
     # inside of the objective, so that a run that goes on without it differs too
-    around = {group: plain(cfg[group]) for group in ("transfer", "patches") if cfg.get(group) is not None}
+    around = {group: plain(cfg[group]) for group in AROUND if cfg.get(group) is not None}
     known_by = {
         "network": {"network": c.network.config},
         "objective": {
@@ -68,6 +70,7 @@ def resume_key(cfg: DictConfig, c: Components) -> dict[str, Any]:
         },
         "transfer": {},
         "patches": {},
+        "sparsity": {},
         "new_resolution": {},  # the network's config says it
         "data": {"data": c.images.fingerprint, "flip": cfg.data.flip},
         "trainer": {"precision": cfg.trainer.precision, "gradient_clip_val": cfg.trainer.gradient_clip_val},
@@ -107,6 +110,7 @@ def build_module(cfg: DictConfig, c: Components, key: dict[str, Any]) -> Generat
         balance=c.balance,
         log_every=cfg.trainer.log_every_n_steps,
         nonfinite=NonFinite(**cfg.callbacks.nonfinite),
+        sparsity=c.sparsity,
     )
 
 

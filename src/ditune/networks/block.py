@@ -124,12 +124,15 @@ class TransformerBlock(nn.Module):
         self.register_parameter("gamma1", None)  # (D,), scales the attention branch: added by DiffFit
         self.register_parameter("gamma2", None)  # (D,), scales the MLP branch: added by DiffFit
 
-    def forward(self, x: Tensor, c: Tensor) -> Any:
-        """Tokens x (N, T, D) and condition c (N, D) to tokens (N, T, D), or to (tokens, routing) with experts."""
+    def forward(self, x: Tensor, c: Tensor, *time: Tensor) -> Any:
+        """Tokens x (N, T, D) and condition c (N, D) to tokens (N, T, D), or to (tokens, routing) with experts.
+
+        The network's time (N,) follows where experts are chosen by it; blocks without experts ignore it.
+        """
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
         branch = self.attend(x, shift_msa, scale_msa)  # (N, T, D)
         x = add_branch(x, branch, gate_msa, self.gamma1)
-        output = self.transform(x, shift_mlp, scale_mlp)
+        output = self.transform(x, shift_mlp, scale_mlp, *time)
         branch, *routing = output if isinstance(output, tuple) else (output,)  # (N, T, D)
         x = add_branch(x, branch, gate_mlp, self.gamma2)
         return (x, *routing) if routing else x
@@ -138,6 +141,6 @@ class TransformerBlock(nn.Module):
         """The attention branch before its gate."""
         return self.attn(norm_modulate(self.norm1, x, shift, scale))
 
-    def transform(self, x: Tensor, shift: Tensor, scale: Tensor) -> Any:  # (N, T, D), 2 x (N, D) -> (N, T, D)
+    def transform(self, x: Tensor, shift: Tensor, scale: Tensor, *_: Tensor) -> Any:  # (N, T, D) -> (N, T, D)
         """The MLP branch before its gate; (tokens, routing) with experts."""
         return getattr(self, self.mlp_key)(norm_modulate(self.norm2, x, shift, scale))

@@ -219,17 +219,18 @@ class DiT(nn.Module):
         positions = self.pos_embed if window is None else self.pos_embed[0, window]  # (1 or N, T, D)
         return self.x_embedder(x) + positions, c
 
-    def run_block(self, block: nn.Module, x: Tensor, c: Tensor) -> Any:
+    def run_block(self, block: nn.Module, x: Tensor, c: Tensor, *time: Tensor) -> Any:
         """Run a block, with activation checkpointing if enabled.
 
         Args:
             block: one of `blocks`, perhaps adapted.
             x: (N, T, D) tokens.
             c: (N, D) condition.
+            time: (N,) the network's time, where experts are chosen by it.
         """
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, c, use_reentrant=False)
-        return block(x, c)
+            return checkpoint(block, x, c, *time, use_reentrant=False)
+        return block(x, c, *time)
 
     def unpatchify(self, x: Tensor, height: int) -> Tensor:  # (N, T, P*P*C_out) -> (N, C_out, H, W)
         """Patches back to an image of H = `height` P."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, silu
 
 from ditune.networks.block import apply_gamma
-from ditune.networks.routing import Dispatch, Router, Routing
+from ditune.networks.routing import Dispatch, Router, Routing, TimeRouter
 
 Product = Callable[[Tensor, Tensor], Tensor]  # rows (R, D), weights (D, F) -> (R, F); or of all experts at once
 
@@ -199,7 +199,9 @@ class MoE(nn.Module):
         expert_size: F, width of a routed expert.
         shared_size: width of all shared SwiGLU experts together; 0 = none.
         expert: form of the routed experts, 'swiglu' or 'gelu'.
-        **routing: arguments of `Router`.
+        choice: see `Router`; 'time' builds a `TimeRouter`.
+        time_range: see `TimeRouter`.
+        **routing: arguments of `Router`, of which `TimeRouter` knows top_k and scale only.
     """
 
     def __init__(
@@ -209,10 +211,16 @@ class MoE(nn.Module):
         expert_size: int,
         shared_size: int,
         expert: str = "swiglu",
+        choice: str = "token",
+        time_range: float = 1000.0,
         **routing: Any,
     ):
         super().__init__()
-        self.router = Router(hidden_size, num_experts, **routing)
+        self.hidden_size, self.num_experts = hidden_size, num_experts
+        if choice == "time":
+            self.router = TimeRouter(num_experts, routing["top_k"], routing.get("scale", 1.0), time_range)
+        else:
+            self.router = Router(hidden_size, num_experts, choice=choice, **routing)
         self.experts = Experts(num_experts, hidden_size, expert_size, expert)
         self.shared_experts = SwiGLU(hidden_size, shared_size) if shared_size else None
         self.register_parameter("gamma_routed", None)  # (D,), scales the routed sum: added by DiffFit
@@ -220,12 +228,17 @@ class MoE(nn.Module):
 
     def initialize_weights(self) -> None:
         """Router and routed experts; the shared experts are linear layers of the network."""
-        nn.init.kaiming_uniform_(self.router.weight, a=5**0.5)
+        self.router.initialize_weights()
         self.experts.initialize_weights()
 
-    def forward(self, x_NTD: Tensor) -> tuple[Tensor, Routing]:  # (N, T, D)
-        """Tokens (N, T, D) to tokens (N, T, D), and the routing."""
-        dispatch, routing = self.router(x_NTD)
+    def forward(self, x_NTD: Tensor, by: Tensor | None = None) -> tuple[Tensor, Routing]:  # (N, T, D)
+        """Tokens (N, T, D) to tokens (N, T, D), and the routing.
+
+        Args:
+            x_NTD: the tokens.
+            by: what the router decides by, instead of the tokens: others of the same shape, or their times (N, T).
+        """
+        dispatch, routing = self.router(x_NTD if by is None else by)
         x_MD = x_NTD.flatten(0, 1)
         y_SD = self.experts(to_rows(x_MD, dispatch), dispatch.counts_E)
         y_SD = y_SD * dispatch.weight_S.to(y_SD.dtype)[:, None]

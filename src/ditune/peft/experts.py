@@ -61,10 +61,10 @@ class DiffFitExperts(Router):
     def inject(self, network: nn.Module) -> None:
         """Add the scales."""
         for layer in moe_layers(network):
-            size = layer.router.weight.shape[1]
-            layer.gamma_routed = ones(size, layer.router.weight)
+            like = next(layer.experts.parameters())
+            layer.gamma_routed = ones(layer.hidden_size, like)
             if layer.shared_experts is not None:
-                layer.gamma_shared = ones(size, layer.router.weight)
+                layer.gamma_shared = ones(layer.hidden_size, like)
 
     def fold(self, network: nn.Module) -> None:
         """Multiply the scales into the experts' last layers."""

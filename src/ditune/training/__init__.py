@@ -4,9 +4,14 @@ from importlib import import_module
 from typing import Any
 
 # Lightning takes seconds to import, and a command that only generates images needs the objects of a run alone.
-PLACES = {"Balance": "ditune.moe.balance", "Ema": "ditune.training.ema", "GenerativeModule": "ditune.training.module"}
+PLACES = {
+    "Balance": "ditune.moe.balance",
+    "Ema": "ditune.training.ema",
+    "GenerativeModule": "ditune.training.module",
+    "Sparsity": "ditune.training.sparsity",
+}
 
-__all__ = ["Balance", "Ema", "GenerativeModule"]
+__all__ = ["Balance", "Ema", "GenerativeModule", "Sparsity"]
 
 
 def __getattr__(name: str) -> Any:

@@ -9,6 +9,7 @@ from ditune.data import ImageDataset
 from ditune.networks import DiT
 from ditune.objectives import Objective
 from ditune.peft import PeftMethod
+from ditune.training.sparsity import Sparsity
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ class Components:
     base: Base | None  # None = the network starts from scratch
     balance: Any | None  # a ditune.moe.balance.Balance, for networks with experts
     settings: Settings
+    sparsity: Sparsity | None = None  # None = no weight is masked
     processes: Processes | None = field(default=None)  # None = not known yet
 
     @property

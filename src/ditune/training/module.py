@@ -21,6 +21,7 @@ from ditune.training.ema import Ema, with_weights
 from ditune.training.nonfinite import NonFinite, is_maskable, norms_of
 from ditune.training.random_ahead import RandomAhead
 from ditune.training.sharding import Sharded
+from ditune.training.sparsity import Sparsity
 
 STEP_LEVELS = 7  # losses of steps of length 1, 1/2, ... 1/128 are logged apart, those between with the longer one
 LOSS_BINS = 4  # quarters of the process whose losses are logged apart: 0 next to the data, 3 next to noise
@@ -43,6 +44,7 @@ class GenerativeModule(pl.LightningModule):
         balance: of the experts' load; None = the network has no experts, or nobody looks at them.
         log_every: steps between two lines of the log; 0 = none.
         nonfinite: what is done at a step whose gradient is not finite; None = the training stops.
+        sparsity: which weights are zero; None = none is masked.
     """
 
     strict_loading = False  # checkpoints hold only what trains; on_load_checkpoint checks that it is all of it
@@ -62,6 +64,7 @@ class GenerativeModule(pl.LightningModule):
         balance: Balance | None = None,
         log_every: int = 10,
         nonfinite: NonFinite | None = None,
+        sparsity: Sparsity | None = None,
     ):
         super().__init__()
         self.network, self.objective, self.method = network, objective, method
@@ -74,6 +77,7 @@ class GenerativeModule(pl.LightningModule):
         self.seed, self.batch_size, self.identity, self.log_every = seed, batch_size, identity, log_every
         self.base = Off(network) if objective.needs_base else None  # of the values that no checkpoint has changed yet
         self.nonfinite, self.masks = nonfinite or NonFinite(), False
+        self.sparsity = sparsity
         self.random = RandomAhead(seed, batch_size)
         self.names: Callable[[list[int]], list[str]] = lambda positions: []  # files of the images at positions
         self.begun_with: int | None = None  # micro-batch of the run that this one goes on from
@@ -109,6 +113,9 @@ class GenerativeModule(pl.LightningModule):
         devices = {parameter.device for parameter in self.trained.values()}
         maskable = is_maskable(self.trainer.optimizers[0], self.method, devices)
         self.masks = maskable and not is_spread(self.network)
+        if self.sparsity is not None:
+            self.ema.follow()
+            self.sparsity.begin(self.trained, self.ema.average)
 
     def on_fit_end(self) -> None:
         self.random.close()
@@ -193,6 +200,8 @@ class GenerativeModule(pl.LightningModule):
     ) -> None:
         """Clip by the norm, which Lightning refuses for fused optimizers, and let no update have one not finite."""
         step = self.global_step
+        if self.sparsity is not None:
+            self.sparsity.of_gradients(self.trained)
         gradients = {name: p.grad for name, p in self.trained.items() if p.grad is not None}
         norm, norms = norms_of(list(gradients.values()))
         self.settle()  # the step before, which has ended while this one was handed to the device
@@ -202,9 +211,11 @@ class GenerativeModule(pl.LightningModule):
             optimizer.found_inf = self.nonfinite.skipped  # the fused update leaves all as it is where this is 1
         else:
             optimizer.found_inf, self.nonfinite.skipped = None, not self.settle()
-            if self.nonfinite.skipped:
-                optimizer.zero_grad(set_to_none=True)  # optimizers leave alone what has no gradient, and its state
-                return
+        if self.sparsity is not None:
+            self.sparsity.open(self.trained, self.ema.average)
+        if self.nonfinite.skipped is True:
+            optimizer.zero_grad(set_to_none=True)  # optimizers leave alone what has no gradient, and its state
+            return
         if gradient_clip_val is not None:
             clip([local(gradient) for gradient in gradients.values()], gradient_clip_val, norm)
         if self._is_logged(step):
@@ -224,13 +235,14 @@ class GenerativeModule(pl.LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
         skipped = self.nonfinite.skipped  # a number on the device where it is not known here yet
-        if skipped is True:
-            return
-        skipped = None if skipped is False else skipped
-        if self.balance is not None:
-            self.balance.update(self.network, skipped)
-        self.method.after_step(self.network, self.global_step + 1)
-        self.ema.update(self.global_step, skipped)
+        if skipped is not True:
+            skipped = None if skipped is False else skipped
+            if self.balance is not None:
+                self.balance.update(self.network, skipped)
+            self.method.after_step(self.network, self.global_step + 1)
+            self.ema.update(self.global_step, skipped)
+        if self.sparsity is not None:
+            self.sparsity.close(self.trained, self.ema.average, self.global_step + 1)
 
     # Checkpoints: only what trains, its average, and what they belong to
 
@@ -241,6 +253,8 @@ class GenerativeModule(pl.LightningModule):
         checkpoint["teacher"] = {name: snapshot(value) for name, value in self.teacher.items()}
         checkpoint["method"] = self.method.training_state()
         checkpoint["balance"] = Balance.state_dict(self.network)
+        if self.sparsity is not None:
+            checkpoint["sparsity"] = self.sparsity.state_dict()
         checkpoint["skipped"] = self.nonfinite.in_a_row
         checkpoint["identity"] = self.identity
         checkpoint["micro_batch"] = micro_batch_size(
@@ -253,6 +267,8 @@ class GenerativeModule(pl.LightningModule):
         self.method.load_training_state(checkpoint["method"])
         self.ema.load_state_dict(checkpoint["ema"])
         self.teacher = {k: spread_like(v, self.ema.average[k]) for k, v in checkpoint["teacher"].items()}
+        if self.sparsity is not None:
+            self.sparsity.load_state_dict(checkpoint["sparsity"])
         self.nonfinite.in_a_row = checkpoint.get("skipped", 0)  # checkpoints of before have none
         Balance.load_state_dict(self.network, checkpoint["balance"])
         rewind(checkpoint, self.trainer.accumulate_grad_batches)

@@ -231,6 +231,9 @@ def save_trained(components: Components, folder: Path, steps: int) -> None:
     }
     if components.objective.part is not None:
         common["part"] = list(components.objective.part)
+    sparsity = sparsity_of(components)
+    if sparsity is not None:
+        common["sparsity"] = sparsity
     process = components.objective.process.config
     if base is None:
         save_network(folder / "network.safetensors", components.network, process, **common)
@@ -242,6 +245,14 @@ def save_trained(components: Components, folder: Path, steps: int) -> None:
         "classes": components.settings.classes,
     }
     save_adapter(components.network, folder / "adapter", base=origin, process=process, **common)
+
+
+def sparsity_of(components: Components) -> dict[str, Any] | None:
+    """What the saved file says of its zeros: those that were trained, or the base's; None = there are none."""
+    if components.sparsity is not None:
+        return components.sparsity.facts(components.method.trainable(components.network))
+    header = None if components.base is None else components.base.header
+    return None if header is None else header["provenance"].get("sparsity")
 
 
 def summarise(result: dict[str, Any], folder: Path) -> None:
