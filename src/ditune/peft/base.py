@@ -67,7 +67,7 @@ class PeftMethod(ABC):
 
     def moves(self, name: str) -> bool:
         """Whether the injected parameter of this full name moves along the dial."""
-        return any(part in name for part in self.path or ())
+        return any(part in f"{name}." for part in self.path or ())
 
     def apply(self, network: nn.Module, base: Slots | None = None, new_classes: bool = False) -> None:
         """Adapt a network: inject, then freeze every parameter that the method does not select.
