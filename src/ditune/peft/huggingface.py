@@ -41,8 +41,8 @@ HUGGINGFACE: dict[str, tuple[str, dict[str, Any]]] = {
     "beft": ("BEFT", {}),
 }
 # What moves along the dial, by peft's type: of each product the factor that begins at zero. HRA's reflections do not
-# become the identity along any path of their vectors, and the start of DEFT's projection is random and not in its files. A
-# type that is missing here has no path either.
+# become the identity along any path of their vectors, and the start of DEFT's projection is random and not in its
+# files. A type that is missing here has no path either.
 PATHS: dict[str, tuple[str, ...]] = {
     "LORA": ("lora_B.", "lora_magnitude_vector."),
     "ADALORA": ("lora_E.",),
