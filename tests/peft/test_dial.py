@@ -73,6 +73,19 @@ def test_the_ends_are_exact_and_the_path_leads_from_one_to_the_other(name):
     assert torch.equal(output(network), end)
 
 
+def test_of_a_product_one_factor_moves():
+    """The other one is random, and its start is not in an adapter's file."""
+    _, method = adapted("glora")
+    moved = {name.split("qkv.")[1] for name in method.dial.start if "blocks.0" in name}
+    assert moved == {
+        "glora_A.default.Xd",
+        "glora_B.default.Xd",
+        "glora_C.default.Xd",
+        "glora_D.default.X",
+        "glora_E.default.X",
+    }
+
+
 def test_the_dial_is_a_change_of_weights_not_of_factors():
     network, method = adapted("lora", train_labels=False)
     base = network_of().blocks[0].attn.qkv.weight
@@ -131,7 +144,7 @@ def sum_of(weights: dict[Path, float]) -> nn.Module:
     return network.eval()
 
 
-ADDED = ("full", "bitfit", "difffit", "norm", "lora", "rslora", "ia3", "shira", "fourierft", "miss")
+ADDED = ("full", "bitfit", "difffit", "norm", "lora", "rslora", "ia3", "shira", "fourierft", "miss", "beft")
 
 
 @pytest.mark.parametrize("name", ADDED)

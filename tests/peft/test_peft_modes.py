@@ -24,7 +24,7 @@ from peft_helpers import CASES, adapt, build_base, inputs
 
 OBJECTIVES = sorted(path.stem for path in (ROOT / "configs" / "objective").glob("[!_]*.yaml"))
 THREE = ("bitfit", "difffit", "lora")
-FAMILIES = ("difffit", "adaptformer", "vpt_shallow", "lora")  # new parameters, modules, tokens; peft's layers
+FAMILIES = ("difffit", "adaptformer", "vpt_shallow", "lora", "tlora")  # parameters, modules, tokens; peft's layers
 
 
 def gradients(network, method) -> dict[str, torch.Tensor]:

@@ -48,6 +48,9 @@ NETWORKS = {
 ADAPTED = {  # by which methods, for each network
     name: [*METHODS, *(MOE_METHODS if "moe" in name else ())] for name in NETWORKS
 }
+RATES = {
+    "hira": 0.03
+}  # a small rate leaves a product of two small numbers where it was: nothing would tell it from IA3
 OBJECTIVES = sorted(path.stem for path in (ROOT / "configs" / "objective").glob("[!_]*.yaml"))
 FLOW = ("shortcut", "objective=flow_matching")
 OPTIONS = {  # further parts that enter a loss: network and overrides, then options of groups, then keys
@@ -116,6 +119,7 @@ class Trainings:
     def adapted(self, network: str, method: str) -> DictConfig:
         cfg = with_options(self.config(network), peft=method)
         cfg.pretrained = str(self.base(network))
+        cfg.optimizer.lr = RATES.get(method, cfg.optimizer.lr)
         return cfg
 
     def all(self) -> Iterator[tuple[str, DictConfig]]:

@@ -38,6 +38,7 @@ def build_components(cfg: DictConfig) -> Components:
     network, base = build_network(cfg, images.class_names, autoencoder, objective.inputs)
     if base is not None:
         objective.process = match_process(objective.process, base.process)
+    method.bind(objective.process.part)
     components = Components(
         images=images,
         autoencoder=autoencoder,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from ditune.networks.block import Attention, Mlp, TransformerBlock, apply_gamma, modulate, norm_modulate
 from ditune.networks.embeddings import LabelEmbedder, NoTime, PatchEmbed, TimestepEmbedder, sincos_2d
@@ -105,6 +105,7 @@ class DiT(nn.Module):
         self.out_channels = in_channels * 2 if learn_sigma else in_channels
         self.patch_size = patch_size
         self.gradient_checkpointing = False
+        self.recompute_context = noop_context_fn  # contexts of a block and of its second computation
 
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
@@ -229,7 +230,7 @@ class DiT(nn.Module):
             time: (N,) the network's time, where experts are chosen by it.
         """
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, c, *time, use_reentrant=False)
+            return checkpoint(block, x, c, *time, use_reentrant=False, context_fn=self.recompute_context)
         return block(x, c, *time)
 
     def unpatchify(self, x: Tensor, height: int) -> Tensor:  # (N, T, P*P*C_out) -> (N, C_out, H, W)

@@ -18,6 +18,7 @@ from ditune.peft.huggingface import HUGGINGFACE, HuggingFace, from_peft_config
 from ditune.peft.label_table import adapt_labels
 from ditune.peft.norm import NormTuning
 from ditune.peft.off import Off
+from ditune.peft.tlora import TLora
 from ditune.peft.vpt import VPT
 
 METHODS: dict[str, Callable[..., PeftMethod]] = {
@@ -30,6 +31,7 @@ METHODS: dict[str, Callable[..., PeftMethod]] = {
     "vpt_shallow": partial(VPT, deep=False),
     "norm": NormTuning,
     "adalora": AdaLora,
+    "tlora": TLora,
     **{name: partial(HuggingFace, peft_type, **fixed) for name, (peft_type, fixed) in HUGGINGFACE.items()},
 }
 MOE_METHODS: dict[str, Callable[..., PeftMethod]] = {"router": Router}  # for networks with experts only

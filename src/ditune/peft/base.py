@@ -68,7 +68,14 @@ class PeftMethod(ABC):
 
     def moves(self, name: str) -> bool:
         """Whether the injected parameter of this full name moves along the dial."""
-        return any(part in name for part in self.path or ())
+        return any(part in f"{name}." for part in self.path or ())
+
+    def bind(self, part: Callable[[Tensor], Tensor]) -> None:  # noqa: B027, most methods do not know the time
+        """Learn what the network's time means, before `apply`.
+
+        Args:
+            part: from the network's time (N,) to the part of the process, 0 = data, 1 = noise.
+        """
 
     def apply(self, network: nn.Module, base: Slots | None = None, new_classes: bool = False) -> None:
         """Adapt a network: inject, then freeze every parameter that the method does not select.

@@ -32,9 +32,17 @@ HUGGINGFACE: dict[str, tuple[str, dict[str, Any]]] = {
     "fourierft": ("FOURIERFT", {}),
     "shira": ("SHIRA", {}),
     "miss": ("MISS", {}),
+    "glora": ("GLORA", {}),
+    "deft": ("DEFT", {}),
+    "road": ("ROAD", {}),
+    "gralora": ("GRALORA", {}),
+    "psoft": ("PSOFT", {}),
+    "hira": ("HIRA", {}),
+    "beft": ("BEFT", {}),
 }
 # What moves along the dial, by peft's type: of each product the factor that begins at zero. HRA's reflections do not
-# become the identity along any path of their vectors; a type that is missing here has no path either.
+# become the identity along any path of their vectors, and the start of DEFT's projection is random and not in its
+# files. A type that is missing here has no path either.
 PATHS: dict[str, tuple[str, ...]] = {
     "LORA": ("lora_B.", "lora_magnitude_vector."),
     "ADALORA": ("lora_E.",),
@@ -47,8 +55,14 @@ PATHS: dict[str, tuple[str, ...]] = {
     "FOURIERFT": ("fourierft_spectrum.",),
     "SHIRA": ("shira_weight.",),
     "MISS": ("miss_block.",),
+    "GLORA": (".Xd.", ".X."),  # the low-rank terms' factor that begins at zero, and the other terms
+    "ROAD": ("road_theta.", "road_alpha."),  # angles and lengths
+    "GRALORA": ("gralora_B.",),
+    "PSOFT": ("psoft_R.",),  # the generator of the rotation, and its two scales
+    "HIRA": ("hira_B.",),
+    "BEFT": ("beft_bias.",),
 }
-ADDED = ("IA3", "FOURIERFT", "SHIRA", "MISS")  # by their parameters: the weights are linear in them
+ADDED = ("IA3", "FOURIERFT", "SHIRA", "MISS", "BEFT")  # by their parameters: the weights are linear in them
 CHANGES_THE_BASE = ("pissa", "olora")  # initial values of LoRA that are subtracted from the base weight
 PREFIX = "base_model.model."  # of every key in peft's files
 ADAPTER = "default"  # peft's name of the adapter inside the network
@@ -120,7 +134,7 @@ class HuggingFace(PeftMethod):
         """Put peft's layers around those that `target_modules` names.
 
         On the meta device the layers are made on the CPU, from uninitialised memory: some of peft's methods compute at
-        construction.
+        construction. PSOFT decomposes the weights there, for which only shapes are needed, and stays on it.
 
         Raises:
             UserError: peft refuses the network, a target is not a linear layer, or the rank is 0.
@@ -131,12 +145,13 @@ class HuggingFace(PeftMethod):
             name for name in (prefix.rstrip(".") for prefix in network.new_parameter_prefixes) if name not in self.saved
         ]
         meta, config = next(network.parameters()).is_meta, self.config
-        if meta:
+        device = "cpu" if meta and config.peft_type != "PSOFT" else next(network.parameters()).device
+        if meta and device == "cpu":
             network.to_empty(device="cpu")
             if self._changes_the_base:
                 config = replace(config, init_lora_weights=True)  # there are no weights to decompose
         try:
-            with quiet(), torch.device("cpu" if meta else torch.get_default_device()):
+            with quiet(), torch.device(device if meta else torch.get_default_device()):
                 self.tuner = get_peft_model(network, config).base_model
         except (ValueError, ZeroDivisionError) as error:
             raise UserError(f"peft cannot adapt this network: {first_line(error)}. See configs/peft/.") from error

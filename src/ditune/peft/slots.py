@@ -13,7 +13,7 @@ from torch import nn
 # (module, name of the module's dict, key in it): the object
 Slots = dict[tuple[nn.Module, str, str], Any]
 # plain attributes of a network that change with its adaptation
-ATTRIBUTES = ("num_classes", "config", "adaptation")
+ATTRIBUTES = ("num_classes", "config", "adaptation", "recompute_context")
 
 
 def slots(network: nn.Module) -> Slots:
