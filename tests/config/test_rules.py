@@ -11,6 +11,7 @@ from ditune.errors import UserError
 from ditune.training.components import Processes
 from helpers import SMALL, SMALL_FLOW, compose
 
+BY_TIME = ["+network.choice=time", "+network.time_range=7"]
 # Overrides of a small training that break a rule; @base is a tiny diffusion network, @flow a flow.
 BROKEN = {
     "classes_are_as_many": ["pretrained=@base", "data.classes=@four_classes"],
@@ -24,6 +25,9 @@ BROKEN = {
     "labels_from_scratch_are_trained": ["peft.train_labels=false"],
     "objective_takes_the_batch": ["objective=shortcut_code"],
     "balance_needs_experts": ["balance=batch"],
+    "routing_by_time_is_not_balanced": ["network=tiny_moe", *BY_TIME, "balance=batch"],
+    "routing_by_time_knows_its_end": ["network=tiny_moe", *BY_TIME],
+    "masks_suit_the_weights": ["pretrained=@base", "peft=bitfit", "sparsity=n_m"],
     "adapters_have_no_router_biases": ["pretrained=@experts", "network=tiny_moe", "balance=loss_free"],
     "forward_mode_suits_the_method": ["pretrained=@flow", "objective=mean_flow", "peft=loha", "peft.r=2"],
     "null_class_is_there": ["network.class_dropout_prob=0"],
