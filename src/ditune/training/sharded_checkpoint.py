@@ -159,7 +159,7 @@ def leftovers(folder: Path) -> list[Path]:
 
 
 def alone() -> warnings.catch_warnings:
-    """Silence torch's warning that a process which was told to work alone does so."""
+    """Silence torch's warning that a process works alone, where that is intended."""
     return warnings.catch_warnings(action="ignore", category=UserWarning)
 
 
