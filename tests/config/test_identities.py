@@ -70,11 +70,12 @@ def test_networks_in_headers():
 
 
 def test_record_of_the_shipped_bases():
+    """Measures that runs of this version find; studies of other styles add theirs."""
     record = json.loads((ASSETS / "emoji" / "base_record.json").read_text(encoding="utf-8"))["metrics"]
-    assert {key[:12]: sorted(values) for key, values in record.items()} == {
-        "831be0c796a3": ["02f245c86b320115", "e265a85ca7afdb52"],
-        "84270fdb7903": [
-            *("042dc3c7fe7cdea7", "547aeb79eb28c04e", "93f2117698e8ed54", "9887d0fd081f48ff"),  # of 256 images
-            *("efe9a7ea417581bc", "f25aa55350e96b7a"),
-        ],
+    found = {key[:12]: set(values) for key, values in record.items()}
+    assert found["831be0c796a3"] >= {"02f245c86b320115", "e265a85ca7afdb52"}
+    assert found["84270fdb7903"] >= {
+        *("042dc3c7fe7cdea7", "547aeb79eb28c04e", "93f2117698e8ed54", "9887d0fd081f48ff"),  # of 256 images
+        *("efe9a7ea417581bc", "f25aa55350e96b7a"),
+        *("7e595fe67f0ed290", "f5222a9131e4cf5a", "6ecc421587eeb813"),  # emoji_openmoji, emoji_base, emoji_fluent_color
     }
