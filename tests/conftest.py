@@ -89,3 +89,11 @@ def base(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
         steps=0,
     )
     return path
+
+
+@pytest.fixture
+def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """W&B sees no account of the developer, and nothing could be sent."""
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))

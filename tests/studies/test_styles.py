@@ -1,5 +1,7 @@
 """What is measured of single images, what is kept in docs, and that a sweep knows restored runs as finished."""
 
+from pathlib import Path
+
 import hydra
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from ditune.launch.jobs import Job, place
 from ditune.report.results import find_results
 from helpers import ROOT, compose, task
 from studies.styles import CONFIGS, study
+from wandb_files import summary_of, values, wandb_records
 
 STYLES = [path.stem for path in (ROOT / "configs" / "data").glob("emoji_*.yaml")]
 BASES = {"emoji_base", "emoji_all", "emoji_styles"}
@@ -35,13 +38,14 @@ def job(tmp_path, *overrides: str):
     return compose(
         tmp_path / "sweep" / "0",
         *("sweep=styles_table", "experiment=styles", "data=emoji_streamline", "peft=difffit", "max_steps=1"),
-        *("batch_size=4", "data.latents=false", "+metrics.base_reference.limit=300", *SMALL, *SAMPLER[:2]),
-        *(f"metrics.record={tmp_path}/record.json", f"paths.cache_dir={tmp_path}/cache", *overrides),
+        *("batch_size=4", "data.latents=false", "trainer.log_every_n_steps=1", *SMALL, *SAMPLER[:2]),
+        "+metrics.base_reference.limit=300",
+        *(f"metrics.record={tmp_path}/record.json", f"paths.cache_dir={tmp_path}/cache", "logger=wandb", *overrides),
     )
 
 
 @pytest.fixture
-def ran(tmp_path):
+def ran(tmp_path, offline):
     """A finished run of one step, and the base's images by the same protocol."""
     evaluate(
         task(
@@ -60,6 +64,7 @@ def ran(tmp_path):
 def test_measured_kept_and_restored(ran, tmp_path):
     folder = tmp_path / "sweep" / "0"
     result = read_json(folder / "result.json")
+    assert_wandb_shows(result, folder)
     assert result["metrics"]["before_is"] == "record"  # the command of the docs measures by the runs' own protocol
     with np.load(folder / "samples.npz", allow_pickle=False) as images:
         assert images["arr_0"].shape == (8, 64, 64, 3)
@@ -97,6 +102,23 @@ def test_measured_kept_and_restored(ran, tmp_path):
     write_json(kept / "result.json", result | {"job_identity": "another"})
     with pytest.raises(UserError, match="holds another job"):
         study(settings(tmp_path, "do=keep"))
+
+
+def assert_wandb_shows(result: dict, folder: Path) -> None:
+    """The sweep's runs are one group, and the columns of the dashboard have a job's values."""
+    written, (file,) = wandb_records(folder)
+    run = written["run"][0].run
+    assert (run.run_group, run.display_name) == ("styles_table", "styles_table-difffit-emoji_streamline-0")
+    assert {"difffit", "emoji_streamline"} <= set(run.tags)
+    summary = summary_of(written)
+    metrics = result["metrics"]
+    assert summary["eval/kid_efflite0"] == metrics["after"]["kid_efflite0"]
+    assert summary["before/kid_efflite0"] == metrics["before"]["kid_efflite0"]
+    assert summary["eval/gap_closed"] == metrics["gap_closed"]
+    assert summary["parameters/trained"] == result["parameters"]["trainable"]
+    losses = [row["train/loss"] for r in written["history"] if "train/loss" in (row := values(r.history.item))]
+    assert len(losses) == 1
+    assert list((file.parent / "files" / "media").rglob("eval/grid*.png"))
 
 
 def test_a_folder_without_finished_runs_is_refused(tmp_path):

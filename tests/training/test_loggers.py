@@ -5,9 +5,7 @@ import json
 import os
 import re
 import signal
-import struct
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,6 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.testing import assert_close
-from wandb.proto.wandb_internal_pb2 import Record
 
 from ditune.commands.train import train
 from ditune.config.components import build_components
@@ -29,63 +26,9 @@ from ditune.training import GenerativeModule
 from ditune.training.loggers.wandb import ID_FILE, NAME, run_id, shortened, tags_of
 from ditune.training.loggers.wandb import summary_of as summary_of_result
 from helpers import SMALL, compose
+from wandb_files import summary_of, values, wandb_records
 
 STEPS = 3
-
-
-def records(path: Path) -> list[Record]:
-    """Records of an offline W&B file: LevelDB's log format behind a header of seven bytes.
-
-    32-KiB blocks of frames [crc32c u32, length u16, type u8]; types: 1 whole, 2 first, 3 middle, 4 last part.
-    """
-    content, at, found, payload = path.read_bytes(), 7, [], b""
-    assert content[:4] == b":W&B"
-    while at + 7 <= len(content):
-        left = 32768 - at % 32768
-        if left < 7:  # too little for a frame: the block is padded
-            at += left
-            continue
-        _, length, kind = struct.unpack_from("<IHB", content, at)
-        payload += content[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):
-            found.append(Record.FromString(payload))
-            payload = b""
-    return found
-
-
-@pytest.fixture
-def offline(tmp_path, monkeypatch):
-    """A developer's account sees nothing of the tests; and nothing could be sent."""
-    for name in ("WANDB_MODE", "WANDB_API_KEY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-
-
-def key(item) -> str:
-    return item.key or "/".join(item.nested_key)
-
-
-def wandb_records(folder: Path) -> tuple[dict[str, list], list[Path]]:
-    """Records by kind of all W&B files of a run folder, oldest first, and the files; W&B writes them a little later."""
-    files = sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.parent.name)
-    kinds: dict[str, list] = {}
-    for file in files:
-        end = time.monotonic() + 30
-        while "exit" not in [r.WhichOneof("record_type") for r in records(file)] and time.monotonic() < end:
-            time.sleep(0.1)
-        for record in records(file):
-            kinds.setdefault(record.WhichOneof("record_type"), []).append(record)
-    return kinds, files
-
-
-def values(items) -> dict:
-    return {key(item): json.loads(item.value_json) for item in items}
-
-
-def summary_of(written: dict[str, list]) -> dict:
-    """The run's summary as W&B shows it: the last value of each key, under its full name."""
-    return {k: v for r in written["summary"] for k, v in values(r.summary.update).items()}
 
 
 def assert_all_plain(summary: dict) -> None:
