@@ -6,6 +6,7 @@ import statistics
 
 import pytest
 
+from ditune.report.gap_plots import learned_and_forgotten
 from ditune.report.gap_tables import MEASURED, drift_table, gaps_markdown, kid_difference, loss_difference
 from ditune.report.gaps import gaps
 from ditune.report.intervals import paired, stratified, t_quantile
@@ -148,6 +149,22 @@ def test_drift_and_forgotten_classes_are_shown_where_they_were_measured(tmp_path
     text = drift_table(gaps(find_results(tmp_path)))
     assert "| full | far | 0 | 0.250 ± 0.010 | 0.200 | 0.300 | 0.020 |" in text
     assert "| difffit | far | 0 | 0.125 ± 0.010 |  |  |  |" in text
+
+
+def test_the_plane_of_learned_and_forgotten(tmp_path):
+    for seed, change in ((0, 0.1), (1, 0.2)):
+        forgotten = {"before": 0.2, "after": 0.2 + change, "error": 0.02, "classes": 30, "n": 8}
+        write(tmp_path / f"full_{seed}", "Full", "far", 0.3, seed=seed, losses=LOSSES, forgotten=forgotten)
+    write(tmp_path / "difffit", "DiffFit", "far", 0.4, losses=LOSSES)  # not measured there
+    write(tmp_path / "other", "Full", "other", 0.4)
+    (axes,) = learned_and_forgotten(find_results(tmp_path)).axes
+    assert axes.get_title() == "far"
+    (mark,) = axes.containers
+    ((x, y),) = mark.lines[0].get_xydata()
+    assert (x, y) == (pytest.approx(50), pytest.approx(0.15))  # KID 0.5 of before, 0.1 of the own domain, 0.3 after
+    assert [text.get_text() for text in axes.figure.legends[0].get_texts()] == ["full"]
+    write_report(tmp_path)
+    assert (tmp_path / "forgotten.png").is_file()
 
 
 def test_a_report_writes_them_where_there_is_a_gap(tmp_path):

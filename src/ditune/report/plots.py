@@ -30,10 +30,10 @@ def pareto(runs: Sequence[Run], metric: str) -> Figure:
     """
     table = pivot(runs, [], metric)
     names = ([MEAN] if any(line.mean is not None for line in table.lines) else []) + table.data
-    figure, panels = _panels(len(names))
+    figure, panels = panels_of(len(names))
     for axes, name in zip(panels, names, strict=True):
         _pareto(axes, name, table.lines, metric)
-    return _with_legend(figure, panels)
+    return legend_below(figure, panels)
 
 
 def pareto_panels(runs: Sequence[Run], metric: str) -> dict[str, Figure]:
@@ -42,29 +42,29 @@ def pareto_panels(runs: Sequence[Run], metric: str) -> dict[str, Figure]:
     names = ([MEAN] if any(line.mean is not None for line in table.lines) else []) + table.data
     found = {}
     for name in names:
-        figure, panels = _panels(1)
+        figure, panels = panels_of(1)
         _pareto(panels[0], name, table.lines, metric)
-        found[name] = _with_legend(figure, panels)
+        found[name] = legend_below(figure, panels)
     return found
 
 
 def curves(runs: Sequence[Run]) -> Figure:
     """Plot smoothed training losses of all runs: one panel per dataset, one colour per method."""
     data = list(dict.fromkeys(run.data for run in runs))
-    figure, panels = _panels(len(data))
+    figure, panels = panels_of(len(data))
     for axes, name in zip(panels, data, strict=True):
         _curves(axes, name, runs)
-    return _with_legend(figure, panels)
+    return legend_below(figure, panels)
 
 
 def curve_panels(runs: Sequence[Run]) -> dict[str, Figure]:
     """The panels of `curves`, each a figure of its own, by dataset; those without a curve are left out."""
     found = {}
     for name in dict.fromkeys(run.data for run in runs):
-        figure, panels = _panels(1)
+        figure, panels = panels_of(1)
         _curves(panels[0], name, runs)
         if panels[0].lines:
-            found[name] = _with_legend(figure, panels)
+            found[name] = legend_below(figure, panels)
     return found
 
 
@@ -128,7 +128,7 @@ def _curves(axes: Axes, name: str, runs: Sequence[Run]) -> None:
             axes.plot(*zip(*points, strict=True), label=None if known else label, **style)
 
 
-def _panels(count: int) -> tuple[Figure, list[Axes]]:
+def panels_of(count: int) -> tuple[Figure, list[Axes]]:
     """A figure of `count` panels: one or two of them side by side, many in rows of three."""
     across = min(count, 2 if count <= 4 else 3)
     down = math.ceil(count / across)
@@ -141,7 +141,7 @@ def _panels(count: int) -> tuple[Figure, list[Axes]]:
     return figure, panels[:count]
 
 
-def _with_legend(figure: Figure, panels: Sequence[Axes]) -> Figure:
+def legend_below(figure: Figure, panels: Sequence[Axes]) -> Figure:
     """Add one legend for all panels, below them."""
     handles = {label: h for axes in panels for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     if handles:

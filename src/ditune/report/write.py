@@ -4,6 +4,7 @@ from pathlib import Path
 
 from ditune.errors import UserError
 from ditune.files.atomic import atomic
+from ditune.report.gap_plots import learned_and_forgotten
 from ditune.report.gap_tables import gaps_markdown
 from ditune.report.notes import notes
 from ditune.report.page import html_page
@@ -18,7 +19,10 @@ DPI = 140
 
 
 def write_report(sweep: str | Path, metric: str | None = None) -> str:
-    """Write results.csv, table.csv, table.md, table.tex, gaps.md, pareto.png, curves.png, samples.png and report.html.
+    """Write the tables, plots and the page of a sweep.
+
+    They are results.csv, table.csv, table.md, table.tex, gaps.md, pareto.png, forgotten.png, curves.png, samples.png
+    and report.html; those that the runs have no figures for are left out.
 
     Args:
         sweep: folder with runs below it; gets the files.
@@ -51,6 +55,8 @@ def write_report(sweep: str | Path, metric: str | None = None) -> str:
     texts |= {"table.md": markdown, "report.html": html_page(folder, runs, jobs, table)}
     if (of_gaps := gaps_markdown(runs)) is not None:
         texts["gaps.md"] = of_gaps
+        if (plane := learned_and_forgotten(runs)) is not None:
+            plane.savefig(folder / "forgotten.png", dpi=DPI)
     if any((run.folder / "metrics.csv").is_file() for run in runs):
         curves(runs).savefig(folder / "curves.png", dpi=DPI)
     samples = methods_sheet(runs)
