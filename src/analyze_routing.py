@@ -1,4 +1,4 @@
-"""What experts do: `python src/analyze_routing.py run=<folder>` draws their choice over class, position and time."""
+"""What experts do: `python src/analyze_routing.py run=<folder>` plots their choice over class, position and time."""
 
 from omegaconf import DictConfig
 

@@ -1,4 +1,4 @@
-"""Draw: `python src/sample.py run=<folder> n=64 seed=0` writes pictures of a run; `checkpoint=<file>` of a network."""
+"""Sample: `python src/sample.py run=<folder> n=64 seed=0` writes images of a run; `checkpoint=<file>` of a network."""
 
 from omegaconf import DictConfig
 

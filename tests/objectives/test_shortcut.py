@@ -119,7 +119,7 @@ def test_the_straightened_flow_is_drawn_by_itself():
     assert type(default_sampler(TOLD)) is ShortcutSampler
 
 
-# Networks that were not told steps
+# Networks without a step size as input
 
 
 def test_a_converted_network_begins_as_it_was(tmp_path):

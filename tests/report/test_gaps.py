@@ -78,7 +78,7 @@ def test_a_table_that_is_not_complete_estimates_nothing(tmp_path):
     assert found.common == ["far"]
     text = gaps_markdown(find_results(tmp_path))
     assert "| difffit | 25 % | not run | 2 of 2 | 2.00 |" in text
-    assert "-0.100 (one dataset) | not told |" in text
+    assert "-0.100 (one dataset) | not ranked |" in text
     assert gaps([run for run in find_results(tmp_path) if not run.finished]) is None
 
 
@@ -109,7 +109,7 @@ def test_pairs_are_compared_image_by_image_and_ranked_outside_of_the_interval_on
     ordered = next(line for pair, line in pairs.items() if {"full", "difffit"} == set(pair.split(" less ")))
     assert ordered.split("|")[3].strip() == "full"
     level = next(line for pair, line in pairs.items() if {"bitfit", "difffit"} == set(pair.split(" less ")))
-    assert level.split("|")[3].strip() == "not told apart"
+    assert level.split("|")[3].strip() == "not ranked"
 
 
 def test_kid_is_paired_over_datasets(tmp_path):

@@ -182,7 +182,7 @@ def plan_price(
 
 
 def make_up_grids(trainer: pl.Trainer, module: GenerativeModule) -> None:
-    """Draw the last grids of a training that was killed behind its last step."""
+    """Generate the last grids of a training that was killed after its last step."""
     module.network.to(trainer.strategy.root_device)  # Lightning has put it back on the CPU
     for callback in trainer.callbacks:
         if isinstance(callback, SampleGrids | StepGrids):

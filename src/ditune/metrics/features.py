@@ -97,7 +97,7 @@ class FrozenExtractor(nn.Module, ABC):
 
     name: str
     columns: ClassVar[dict[str, slice]] = {"features": slice(None)}
-    width: ClassVar[int | None] = None  # numbers of one image, for the plan's disk space; None = not told
+    width: ClassVar[int | None] = None  # numbers of one image, for the plan's disk space; None = unknown
 
     def train(self, mode: bool = True) -> Self:
         """Stay in evaluation mode: a parent's train() must not switch the statistics of a batch norm."""
@@ -254,8 +254,8 @@ def extract(
         extractor: see `Extractor`.
         images: uint8 (N, 3, H, W), or a dataset, which is read in its own order.
         batch_size: rows of a batch.
-        advance: told how many images each batch has, by a caller who shows the progress of more than these; None =
-            shown here.
+        advance: gets the number of images of each batch, from a caller who shows the progress of more than these;
+            None = it is shown here.
 
     Returns:
         Features (N, D), float32 on the CPU.

@@ -153,9 +153,9 @@ def _verdict(difference: Difference | None, one: Method, other: Method, form: st
     if difference is None:
         return [NOT_RUN, NOT_RUN]
     if math.isinf(difference.low):
-        return [f"{form.format(difference.mean)} (one dataset)", "not told"]
+        return [f"{form.format(difference.mean)} (one dataset)", "not ranked"]
     ends = ", ".join(form.format(end) for end in (difference.low, difference.high))
-    better = (one if difference.mean < 0 else other).name if difference.decides else "not told apart"
+    better = (one if difference.mean < 0 else other).name if difference.decides else "not ranked"
     return [f"{form.format(difference.mean)} [{ends}]", better]
 
 

@@ -58,19 +58,19 @@ class Run:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """Dotted keys and values of config.yaml; if the file is missing, those that result.json tells of."""
+        """Dotted keys and values of config.yaml; if the file is missing, those that result.json has."""
         path = self.folder / "config.yaml"
         if path.is_file():
             return dict(_flat(_read_config(path)))
         result, protocol = self.result, self.result.get("metrics", {}).get("protocol", {})
-        told = {
+        known = {
             "batch_size": result.get("batch_size"),
             PRECISION: result.get("precision"),
             "metrics.n": protocol.get("n"),
             "sampler.steps": protocol.get("steps"),
             "sampler.guidance": protocol.get("guidance"),
         }
-        return dict(_flat({"peft": result.get("peft", {})})) | {k: v for k, v in told.items() if v is not None}
+        return dict(_flat({"peft": result.get("peft", {})})) | {k: v for k, v in known.items() if v is not None}
 
     def protocol(self, name: str) -> dict[str, Any]:
         """How a metric was measured; {} if it was not.

@@ -29,13 +29,13 @@ class SampleGrids(Callback):
     At the end before_after.png has the first sheet, the last one and training images of the same classes.
 
     Args:
-        generator: how to draw.
+        generator: how images are generated.
         images: the training set, whose classes are generated.
         n: number of images; 0 = no sheets.
         seed: of noise and classes.
         folder: of the sheets.
         every_n_steps: steps between two sheets; 0 = only the first and the last.
-        outlook: is given the time that an image takes.
+        outlook: gets the time that an image takes.
         columns: images in a row.
     """
 

@@ -102,7 +102,7 @@ class StopOnSignal(Callback):
             Stopped: a signal has come.
         """
         try:
-            if self.signals.number is not None:  # while the last sheet was drawn
+            if self.signals.number is not None:  # while the last sheet was generated
                 raise Stopped(self.signals.number)
             yield
         except Stopped:
