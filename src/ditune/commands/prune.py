@@ -8,10 +8,8 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from ditune.checkpoints import is_ours, locate, read_header, save_network
+from ditune.commands.derived import read_original, save_derived
 from ditune.errors import UserError
-from ditune.files.atomic import sha256
-from ditune.run import load_checkpoint
 from ditune.training.masks import chosen, masks, parsed, zeros
 
 log = logging.getLogger(__name__)
@@ -23,23 +21,11 @@ def prune_file(cfg: DictConfig) -> Path:
     Raises:
         UserError: the file or the settings are wrong.
     """
-    out = Path(cfg.out).expanduser()
-    if out.suffix != ".safetensors":
-        raise UserError(f"out is {out}, but networks are written as safetensors. Set out=<file>.safetensors.")
-    path = locate(cfg.checkpoint, Path(cfg.paths.cache_dir) / "networks")
-    trained = load_checkpoint(path, cfg.autoencoder, cfg.sampler, False, cfg.process, cfg.network_overrides)
-    facts = read_header(path)["provenance"] if is_ours(path) else {}
-    facts |= {
-        "class_names": trained.class_names,
-        "autoencoder": trained.generator.autoencoder.latent_fingerprint,
-        "autoencoder_name": trained.generator.autoencoder.name,
-        "resolution": trained.generator.resolution,
-        "pruned_from": {"file": path.name, "sha256": sha256(path)},
-        "sparsity": prune(trained.network, cfg.pattern, cfg.target, cfg.share, cfg.scope),
-    }
-    save_network(out, trained.network, trained.generator.process.config, **facts)
-    count = sum(facts["sparsity"]["zeros"].values())
-    total = sum(p.numel() for p in trained.network.parameters())
+    original, path, out = read_original(cfg)
+    sparsity = prune(original.network, cfg.pattern, cfg.target, cfg.share, cfg.scope)
+    save_derived(out, original.network, original, path, "pruned_from", sparsity=sparsity)
+    count = sum(sparsity["zeros"].values())
+    total = sum(p.numel() for p in original.network.parameters())
     log.info("%s: %s of %s parameters are zero", out, f"{count:,}", f"{total:,}")
     log.info("train on from it with pretrained=%s and the network= of before", out)
     return out
