@@ -22,7 +22,7 @@ from torch.testing import assert_close
 from ditune import cli
 from ditune.commands.evaluate_sweep import evaluate_sweep
 from ditune.config.roles import job_hash
-from ditune.config.swept import held_back, joined, lacking
+from ditune.config.swept import held_back, is_sweep, joined, lacking
 from ditune.errors import UserError
 from ditune.files.locks import alone
 from ditune.launch.jobs import Job, needs, of_the_job, place
@@ -474,6 +474,10 @@ def test_a_sweep_that_is_stopped_shows_its_table(tmp_path, pictures):
 
 
 def test_a_sweep_is_stopped_while_its_jobs_are_composed(capsys):
+    assert is_sweep(["sweep=emoji_table"])
+    assert not is_sweep(
+        ["sweep=emoji_table", "peft=full", "hydra.mode=RUN"]
+    )  # one of its jobs, of which nothing is said
     with pytest.raises(SystemExit) as ended, cli.stoppable(sweep=True):
         signal.raise_signal(signal.SIGTERM)
     assert ended.value.code == 128 + signal.SIGTERM

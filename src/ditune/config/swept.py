@@ -15,13 +15,14 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
 FLAGS = ("-m", "--multirun", "hydra.mode=MULTIRUN")
+ALONE = "hydra.mode=RUN"  # which the launcher gives to every job
 REFUSED = re.compile(r"Could not (?:override|append to config\. An item is already at) '(.+?)'")
 JOINED = 60  # characters of experiments' names in that of a folder
 
 
 def is_sweep(arguments: Sequence[str]) -> bool:
-    """Whether the command line asks for several jobs; each file of configs/sweep/ does."""
-    return any(argument in FLAGS or argument.startswith("sweep=") for argument in arguments)
+    """Whether the command line asks for several jobs; each file of configs/sweep/ does, but for one of its jobs."""
+    return ALONE not in arguments and any(argument in FLAGS or argument.startswith("sweep=") for argument in arguments)
 
 
 def held_back(error: Exception, arguments: Sequence[str]) -> list[str] | None:

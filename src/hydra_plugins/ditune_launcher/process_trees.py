@@ -64,10 +64,11 @@ class ProcessTreeLauncher(Launcher):
     def _job(self, overrides: list[str], gpus: int) -> "Job":
         from ditune.config.keys import check
         from ditune.config.roles import job_hash, job_identity
+        from ditune.config.swept import ALONE
         from ditune.errors import UserError
         from ditune.launch.jobs import Job, needs
 
-        job = Job([*overrides, "hydra.mode=RUN"])
+        job = Job([*overrides, ALONE])
         try:
             cfg = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
             check(cfg)
