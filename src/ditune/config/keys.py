@@ -221,6 +221,7 @@ KEYS = (
     Key("sparsity.power", float, above=0),
     Key("sparsity.stages", str, many=True),
     Key("sparsity.decay", float, at_least=0),
+    Key("sparsity.teacher", float, at_least=0),
     # sampler
     Key("sampler", dict, null=True),
     Key("sampler.sampler", dict, null=True),

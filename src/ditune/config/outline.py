@@ -128,6 +128,7 @@ def outline(cfg: DictConfig, processes: Processes) -> Outline | None:
         base=base,
         balance=instantiate(cfg.balance, "balance"),
         settings=settings,
+        sparsity=instantiate(cfg.get("sparsity"), "sparsity"),
         processes=processes,
     )
     for part in (rules.OF_THE_LABELS, rules.OF_A_TRAINING, rules.OF_THE_PROCESSES):
