@@ -70,9 +70,19 @@ class Adapters:
         if self.name is not None:
             undo(self.changes[self.name], self.base)
         if name is not None:
+            self._follow(self.changes[name])
             fill(self.changes[name])
             self.network.train(self.network.training)
         self.name = name
+
+    def _follow(self, change: Slots) -> None:
+        """Bring an adapter to the network's device, which has moved without the adapters that are not in use."""
+        device = next(self.network.parameters()).device
+        for value in change.values():
+            if isinstance(value, nn.Module):
+                value.to(device)
+            elif isinstance(value, nn.Parameter):
+                value.data = value.data.to(device)
 
     @contextmanager
     def used(self, name: str | None) -> Iterator[nn.Module]:
