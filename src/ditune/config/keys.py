@@ -385,6 +385,13 @@ APART = {
         Key("scope", str, choices=("global", "layer")),
         Key("share", float, at_least=0, at_most=1),
     ),
+    "federate": (
+        Key("clients", int, at_least=1),
+        Key("rounds", int, at_least=1),
+        Key("share_by", str, choices=("random", "classes")),
+        Key("merge", str, choices=("fedavg", "nnz", "majority")),
+        Key("purge", str, choices=("global", "local")),
+    ),
     "parameters": (
         Key("networks", str, many=True),
         Key("num_classes", int, at_least=1),
