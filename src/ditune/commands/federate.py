@@ -72,7 +72,8 @@ def trained_as(cfg: DictConfig) -> DictConfig:
         for row in APART["federate"]:
             cfg.pop(row.pattern, None)
         for name, parent, key in list(leaves(cfg)):  # schedules are of the whole training, and rounds end earlier
-            if "${max_steps}" in str(OmegaConf.to_container(parent)[key]) and not name.startswith("trainer."):
+            refers = OmegaConf.is_interpolation(parent, key) and OmegaConf.to_container(parent)[key] == "${max_steps}"
+            if refers and not name.startswith("trainer."):
                 parent[key] = parent[key]
         cfg.trainer.devices = 1
         if cfg.get("sparsity") is not None:  # the server purges, and hands out its masks
@@ -112,8 +113,8 @@ def key_of_all(cfg: DictConfig) -> dict[str, Any]:
     objective = type(c.objective).__name__
     if c.objective.has_teacher or c.objective.scheduled:
         raise UserError(
-            f"{objective} has a teacher or a schedule over the whole training, which rounds would cut. Choose "
-            "objective=diffusion, diffusion_v or flow_matching."
+            f"{objective} has a teacher or a schedule over the whole training, which rounds would cut. Set "
+            "objective=diffusion, diffusion_v or flow_matching, without schedules of transfer= or patches=."
         )
     if c.balance is not None and c.balance.bias_rate:
         raise UserError(
