@@ -78,11 +78,11 @@ class Adapters:
     def _follow(self, change: Slots) -> None:
         """Bring an adapter to the network's device, which has moved without the adapters that are not in use."""
         device = next(self.network.parameters()).device
-        for value in change.values():
+        for slot, value in change.items():
             if isinstance(value, nn.Module):
                 value.to(device)
-            elif isinstance(value, nn.Parameter):
-                value.data = value.data.to(device)
+            elif isinstance(value, nn.Parameter) and value.device != device:
+                change[slot] = nn.Parameter(value.detach().to(device), requires_grad=value.requires_grad)
 
     @contextmanager
     def used(self, name: str | None) -> Iterator[nn.Module]:
