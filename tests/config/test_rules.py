@@ -27,6 +27,7 @@ BROKEN = {
     "balance_needs_experts": ["balance=batch"],
     "routing_by_time_is_not_balanced": ["network=tiny_moe", *BY_TIME, "balance=batch"],
     "routing_by_time_knows_its_end": ["network=tiny_moe", *BY_TIME],
+    "teacher_is_dense": ["sparsity=n_m", "sparsity.teacher=0.1"],
     "masks_suit_the_weights": ["pretrained=@base", "peft=bitfit", "sparsity=n_m"],
     "adapters_have_no_router_biases": ["pretrained=@experts", "network=tiny_moe", "balance=loss_free"],
     "forward_mode_suits_the_method": ["pretrained=@flow", "objective=mean_flow", "peft=loha", "peft.r=2"],

@@ -1,16 +1,20 @@
 """Adapters by time while sampling, and adapters merged by weights."""
 
 import json
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
 
 from ditune.checkpoints import load_network
+from ditune.commands.evaluate import evaluate
 from ditune.commands.export import export
 from ditune.commands.sample import sample as sample_command
 from ditune.commands.train import train
 from ditune.errors import UserError
+from ditune.evaluation.protocol import weights_of
 from ditune.peft import Adapters, merge_adapters
 from ditune.processes import FlowProcess, GaussianProcess
 from ditune.run import load_experts, load_run
@@ -205,3 +209,70 @@ def test_from_two_trainings_to_images_and_one_network(small, base, tmp_path):
         load_experts([runs[0], runs[0]])
     with pytest.raises(UserError, match="exactly one"):
         sample_command(task("sample", given, f"run={runs[0]}"))
+
+
+def test_an_adapter_follows_the_network_to_its_device():
+    several = adapters("lora", "difffit")
+    several.network.to("meta")
+    for name in several.changes:
+        with several.used(name) as network:
+            assert {parameter.device.type for parameter in network.parameters()} == {"meta"}
+
+
+def test_evaluations_of_experts(small, base, pictures, tmp_path):
+    """One expert for the whole process is its run, to the bit; two are what sampling with two gives."""
+    common = [
+        f"pretrained={base}",
+        "peft=lora",
+        "max_steps=2",
+        "optimizer.lr=0.05",
+        "ema.decay=0",
+        "sampler.guidance=2",
+    ]
+    common.append("callbacks.samples.n=0")
+    parts = {"whole": "null", "data": "[0,0.5]", "noise": "[0.5,1]"}
+    for name, interval in parts.items():
+        assert train(small(*common, f"objective.interval={interval}", folder=tmp_path / name)) == 0
+    whole, data, noise = (tmp_path / name for name in parts)
+
+    def evaluated(name, *overrides):
+        given = ["data=folder", f"data.root={pictures}", "data.resolution=16", f"paths.cache_dir={tmp_path}/cache"]
+        metrics = ["metrics.n=6", "metrics.seed=5", "+metrics.judge.batch_size=4"]
+        path = evaluate(task("evaluate", *given, *metrics, f"out={tmp_path / ('out_' + name)}", *overrides))
+        with np.load(path.parent / "samples.npz") as file:
+            return json.loads(path.read_text()), file["arr_0"], file["arr_1"]
+
+    plain, one, two = (
+        evaluated("plain", f"adapters=[{whole}:1]"),
+        evaluated("one", f"experts=[{whole}]"),
+        evaluated("two", f"experts=[{noise},{data}]"),
+    )
+    assert np.array_equal(one[1], plain[1])
+    assert one[0]["metrics"]["values"] == plain[0]["metrics"]["values"]
+    assert "experts" not in plain[0]["metrics"]["protocol"]
+    assert one[0]["metrics"]["protocol"] == plain[0]["metrics"]["protocol"] | {"experts": [[0.0, 1.0]]}
+    assert two[0]["metrics"]["protocol"]["experts"] == [[0.0, 0.5], [0.5, 1.0]]
+    assert two[0]["experts"] == {str(data): [0.0, 0.5], str(noise): [0.5, 1.0]}
+    trained = load_experts([noise, data])
+    images = trained.generator.generate(trained.network, torch.from_numpy(two[2]), seed=5, fixed_batch=True)
+    assert np.array_equal(two[1], images.permute(0, 2, 3, 1).numpy())
+    assert not np.array_equal(two[1], one[1])
+    with pytest.raises(UserError, match=r"strength is 0\.5"):
+        evaluate(task("evaluate", f"experts=[{whole}]", "strength=0.5"))
+    with pytest.raises(UserError, match="guide=null_class"):
+        evaluate(task("evaluate", f"experts=[{whole}]", "guide=base"))
+
+
+def test_the_images_of_an_evaluation_belong_to_all_experts():
+    """The base alone has equal weights, whatever its adapters are."""
+
+    def hash_of(several, parts):
+        return weights_of(several.network, SimpleNamespace(experts=Experts(several, parts)))
+
+    several, parts = adapters("lora", "lora"), {"lora_0": (0, 0.5), "lora_1": (0.5, 1)}
+    before = hash_of(several, parts)
+    assert hash_of(several, parts) == before
+    with several.used("lora_1") as network, torch.no_grad():
+        next(p for name, p in network.named_parameters() if "lora_A" in name).add_(1)
+    assert hash_of(several, parts) != before
+    assert hash_of(several, {"lora_0": (0, 0.5)}) not in (before, hash_of(several, parts))

@@ -139,7 +139,14 @@ def apply_adapter(
             resize_labels(network, _num_classes(network, config))
         method.apply(network, before, new_classes)
         method.from_file(network, tensors)
+    if keep_base:
+        method.dial.masked = masked_by(config)
     return method
+
+
+def masked_by(config: dict[str, Any]) -> tuple[str, ...]:
+    """Names of the parameters that an adapter's config says to have a pattern of zeros."""
+    return tuple((config.get("sparsity") or {}).get("zeros", {}))
 
 
 def load_adapters(network: nn.Module, folders: dict[str, Path | str]) -> Adapters:

@@ -12,7 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ditune.checkpoints.adapters import apply_adapter, build_method, check_network, check_rank, read_adapter
+from ditune.checkpoints.adapters import (
+    apply_adapter,
+    build_method,
+    check_network,
+    check_rank,
+    masked_by,
+    read_adapter,
+)
 from ditune.errors import UserError
 from ditune.peft import PeftMethod
 from ditune.peft.huggingface import PREFIX
@@ -131,10 +138,24 @@ def _added(network: nn.Module, method: PeftMethod, terms: Sequence[Term]) -> Pef
             fixed[name] = each
         else:
             value.data.copy_(_sum(start.to(value), each, [term.weight for term in terms]))
+            _refuse_filled(name, value, each, terms)
+    method.dial.masked = tuple(dict.fromkeys(name for term in terms for name in masked_by(term.config)))
     for name, each in fixed.items():
         if not all(torch.equal(one, each[0]) for one in each):
             raise UserError(f"The adapters differ in {name}, which is no change of a weight. Add up others.")
     return method
+
+
+def _refuse_filled(name: str, value: Tensor, each: Sequence[Tensor], terms: Sequence[Term]) -> None:
+    """Raises UserError if a sum of adapters, some of which were trained with zeros, does not have these zeros."""
+    masked = [found for found, term in zip(each, terms, strict=True) if name in masked_by(term.config)]
+    if not masked or not any(term.weight for term in terms):  # weights of 0 alone: the base is none of the adapters
+        return
+    if (value == 0).sum() < max(int((found == 0).sum()) for found in masked):
+        raise UserError(
+            f"The sum would fill zeros of {name} with which an adapter was trained (sparsity=). Give that run alone, "
+            "as run=, or add up dense runs."
+        )
 
 
 def _sum(start: Tensor, values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

@@ -1,10 +1,10 @@
-"""What sample.py and evaluate.py share: a run at a strength of its adapter, or a sum of runs' adapters."""
+"""What sample.py and evaluate.py share: a run at a strength of its adapter, a sum of adapters, or experts by time."""
 
 from omegaconf import DictConfig
 
 from ditune.config.guides import needs_base
 from ditune.errors import UserError
-from ditune.run import Run, load_run, load_sum
+from ditune.run import Run, Trained, load_experts, load_run, load_sum
 
 
 def load_weighted(cfg: DictConfig) -> Run:
@@ -19,6 +19,18 @@ def load_weighted(cfg: DictConfig) -> Run:
             run.network.adaptation.dial.set(cfg.strength)
         return run
     return load_run(cfg.run, cfg.strength, keep_base=needs_base(cfg) or needs_base(cfg.get("sampler") or {}))
+
+
+def load_parts(cfg: DictConfig) -> Trained:
+    """The runs of `experts=`, each of which runs in its part of the process.
+
+    Raises:
+        UserError: a run is missing, they do not belong together, or strength= or a guide by the base is given.
+    """
+    refuse_strength(cfg)
+    if needs_base(cfg) or needs_base(cfg.get("sampler") or {}):
+        raise UserError("experts= has several adapters, and a guide by the base needs one. Set guide=null_class.")
+    return load_experts(cfg.experts)
 
 
 def weights(adapters: list[str]) -> dict[str, float]:

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
 from ditune.checkpoints import locate
-from ditune.commands.adapted import load_weighted, refuse_strength
+from ditune.commands.adapted import load_parts, load_weighted, refuse_strength
 from ditune.commands.evaluate_sweep import number_given
 from ditune.config.components import build_comparison, build_evaluation
 from ditune.config.guides import build_guide
@@ -125,11 +125,18 @@ def of_adapters(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
     return of_network(cfg, replace(run, generator=generator), facts)
 
 
+def of_experts(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
+    """Several runs, each in its part of the process, by the sampler of the first one and the metrics of the command."""
+    trained = load_parts(cfg)
+    generator = guided(trained.generator, cfg)
+    return of_network(cfg, replace(trained, generator=generator), {"experts": generator.experts.settings})
+
+
 def of_checkpoint(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
     """A network file."""
     refuse_strength(cfg)
     if cfg.guide is not None or cfg.guidance is not None:
-        raise UserError("guide= and guidance= are of run= and adapters=. Set sampler.guide and sampler.guidance.")
+        raise UserError("guide= and guidance= are not of checkpoint=. Set sampler.guide and sampler.guidance.")
     checkpoint = locate(cfg.checkpoint, f"{cfg.paths.cache_dir}/networks")
     bf16 = bare_precision(cfg.precision, cfg.bf16)
     given = (cfg.process, cfg.network_overrides)
@@ -202,7 +209,14 @@ def of_set(cfg: DictConfig, images: ImageSet, facts: dict[str, Any]) -> tuple[Pa
     return folder / "result.json", metrics
 
 
-SOURCES = {"run": of_run, "adapters": of_adapters, "checkpoint": of_checkpoint, "images": of_images, "npz": of_npz}
+SOURCES = {
+    "run": of_run,
+    "adapters": of_adapters,
+    "experts": of_experts,
+    "checkpoint": of_checkpoint,
+    "images": of_images,
+    "npz": of_npz,
+}
 
 
 def check_reference(trained: Trained, reference: ImageDataset) -> None:

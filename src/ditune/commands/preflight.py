@@ -136,6 +136,8 @@ def warn(cfg: DictConfig, expected: Outline, folder: Path, needs: Sequence[Need]
     shape = c.autoencoder.latent_shape(cfg.data.resolution)
     given = {"per_sample": expected.per_sample, "shares": c.processes.shares}
     memory = expected_memory(c.network, c.objective, shape, micro, c.settings.bf16, **given)
+    if c.sparsity is not None:
+        memory["masks, dense copies"] = c.sparsity.memory(c.method.trainable(c.network)) / 2**20
     for text in [*disk.shortage(spaces), *too_little_memory(sum(memory.values()))]:
         log.warning("%s", text)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ditune.checkpoints import locate, locate_adapter
 from ditune.cli import CONFIGS
-from ditune.commands.adapted import load_weighted, refuse_strength
+from ditune.commands.adapted import load_parts, load_weighted, refuse_strength
 from ditune.config import hardware
 from ditune.config.guides import build_guide, build_sampling, needs_base
 from ditune.config.hardware import AUTO, BF16, FP32, bare_precision
@@ -27,7 +27,7 @@ from ditune.generation.generator import ImageGenerator
 from ditune.generation.grids import save_grid
 from ditune.progress import meter
 from ditune.rng import generator
-from ditune.run import Trained, exactly_one, load_adapted, load_checkpoint, load_experts
+from ditune.run import Trained, exactly_one, load_adapted, load_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -77,13 +77,7 @@ def load(cfg: DictConfig, source: str) -> Trained:
     if source != "checkpoint":
         if cfg.adapter is not None:
             raise UserError(f"{source}= has its own adapter. Give adapter= with checkpoint=<its base network> instead.")
-        if source == "experts":
-            refuse_strength(cfg)
-            if needs_base(cfg) or needs_base(cfg.sampler or {}):
-                raise UserError(
-                    "experts= has several adapters, and a guide by the base needs one. Set guide=null_class."
-                )
-        run = load_experts(cfg.experts) if source == "experts" else load_weighted(cfg)
+        run = load_parts(cfg) if source == "experts" else load_weighted(cfg)
         return replace(run, generator=in_precision(run.generator, cfg))
     refuse_strength(cfg)
     if needs_base(cfg) or needs_base(cfg.sampler or {}):

@@ -17,7 +17,7 @@ from ditune.evaluation.comparison import Comparison
 from ditune.evaluation.protocol import Evaluation, Record
 from ditune.generation.generator import ImageGenerator
 from ditune.networks import DiT
-from ditune.objectives import Objective
+from ditune.objectives import DenseTeacher, Objective
 from ditune.peft.slots import slots
 from ditune.rng import seeded
 from ditune.samplers import BaseGuide, check
@@ -62,12 +62,13 @@ def build_components(cfg: DictConfig) -> Components:
 
 
 def build_objective(cfg: DictConfig) -> Objective:
-    """The objective of a config, inside of the one of `transfer=` or `patches=`."""
+    """The objective of a config, inside of the one of `transfer=`, `patches=` or `sparsity.teacher=`."""
     objective = instantiate(cfg.objective, "objective")
     for group in ("transfer", "patches"):
         if cfg.get(group) is not None:
             objective = instantiate(cfg[group], group, objective=objective)
-    return objective
+    weight = (cfg.get("sparsity") or {}).get("teacher")
+    return DenseTeacher(objective, weight) if weight else objective
 
 
 def settings_of(cfg: DictConfig) -> Settings:

@@ -49,7 +49,7 @@ def training_images(cfg: DictConfig) -> Any:
     images = instantiate(cfg.data.pictures, "data").part(cfg.data.get("fraction"))  # configs of before have no such key
     if cfg.data.get("subset") is None:
         return images
-    from ditune.data.subsets import choose  # with torch, which most readers of configs do without
+    from ditune.data.subsets import choose, of_client  # with torch, which most readers of configs do without
     from ditune.distributed import best_device
 
     def features() -> Any:  # (N, D)
@@ -58,6 +58,8 @@ def training_images(cfg: DictConfig) -> Any:
         return suite.reference(images)[:, suite.extractor.columns["features"]]
 
     given = plain(cfg.data.subset)
+    if {"client", "clients"} <= set(given) <= {"client", "clients", "by", "seed"}:  # of src/federate.py
+        return images.subset(of_client(images.names, images.labels, **given))
     if "n" not in given or not set(given) <= {"n", "by", "seed", "balanced"}:
         raise UserError(f"data.subset has the keys {', '.join(given)}. Give n, and by, seed or balanced as you like.")
     return images.subset(choose(images.names, images.labels, features, **given))

@@ -221,6 +221,7 @@ KEYS = (
     Key("sparsity.power", float, above=0),
     Key("sparsity.stages", str, many=True),
     Key("sparsity.decay", float, at_least=0),
+    Key("sparsity.teacher", float, at_least=0),
     # sampler
     Key("sampler", dict, null=True),
     Key("sampler.sampler", dict, null=True),
@@ -383,6 +384,13 @@ APART = {
         Key("target", str, null=True),
         Key("scope", str, choices=("global", "layer")),
         Key("share", float, at_least=0, at_most=1),
+    ),
+    "federate": (
+        Key("clients", int, at_least=1),
+        Key("rounds", int, at_least=1),
+        Key("share_by", str, choices=("random", "classes")),
+        Key("merge", str, choices=("fedavg", "nnz", "majority")),
+        Key("purge", str, choices=("global", "local")),
     ),
     "parameters": (
         Key("networks", str, many=True),

@@ -128,6 +128,7 @@ def outline(cfg: DictConfig, processes: Processes) -> Outline | None:
         base=base,
         balance=instantiate(cfg.balance, "balance"),
         settings=settings,
+        sparsity=instantiate(cfg.get("sparsity"), "sparsity"),
         processes=processes,
     )
     for part in (rules.OF_THE_LABELS, rules.OF_A_TRAINING, rules.OF_THE_PROCESSES):
@@ -175,7 +176,8 @@ def expected_images(cfg: DictConfig) -> Any:
         count = sum(value for key, value in cls.published.items() if key != "classes")
     limit = cfg.data.pictures.get("limit")
     count = round(min(count, limit or count) * (cfg.data.get("fraction") or 1))
-    count = min(count, (cfg.data.get("subset") or {}).get("n", count))
+    subset = cfg.data.get("subset") or {}
+    count = min(count, subset.get("n", count)) // subset.get("clients", 1)
     return ExpectedImages([str(i) for i in range(cls.published["classes"])], count)
 
 

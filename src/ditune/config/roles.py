@@ -109,6 +109,7 @@ NEUTRAL_BELOW = {
     "metrics.keep_images": False,
     "objective.interval": None,
     "objective.process.bridge": "aligned",
+    "sparsity.teacher": 0.0,
     "sampler.noise_awareness": 0.0,
     "sampler.guidance_input": None,
 }

@@ -196,6 +196,28 @@ def own_paths_suit_the_objective(c: Components) -> str | None:
     )
 
 
+def teacher_is_dense(c: Components) -> str | None:
+    """The dense network that a sparse one learns from is the base, with the run's classes and resolution."""
+    if c.sparsity is None or not c.sparsity.teacher:
+        return None
+    if c.base is None:
+        return (
+            "sparsity.teacher compares with the dense pretrained network, and there is none. Set pretrained=<file>, or "
+            "sparsity.teacher=0."
+        )
+    if (c.base.sha256 and c.base.reshaped) or c.settings.classes is not None:  # a base that is not here yet has no hash
+        return (
+            f"sparsity.teacher compares with {c.base.path.name}, which has other classes or another resolution than "
+            "the run. Leave classes= and new_resolution= out, or set sparsity.teacher=0."
+        )
+    if c.base.header is not None and c.base.header["provenance"].get("sparsity"):
+        return (
+            f"sparsity.teacher compares with {c.base.path.name}, which is pruned itself. Set pretrained= to the dense "
+            "file and let sparsity= mask it, or set sparsity.teacher=0."
+        )
+    return None
+
+
 def transfer_needs_a_base(c: Components) -> str | None:
     """Objectives for transfer call the pretrained network."""
     if c.base is not None or not c.objective.needs_base:
@@ -287,6 +309,7 @@ OF_A_TRAINING: tuple[Rule, ...] = (
     adapters_have_no_router_biases,
     forward_mode_suits_the_method,
     own_paths_suit_the_objective,
+    teacher_is_dense,
     transfer_needs_a_base,
     windows_need_a_grid,
     masks_suit_the_weights,

@@ -56,6 +56,8 @@ def resume_key(cfg: DictConfig, c: Components) -> dict[str, Any]:
     """
     # inside of the objective, so that a run that goes on without it differs too
     around = {group: plain(cfg[group]) for group in AROUND if cfg.get(group) is not None}
+    if not around.get("sparsity", {}).get("teacher", True):
+        del around["sparsity"]["teacher"]  # newer than stored checkpoints
     known_by = {
         "network": {"network": c.network.config},
         "objective": {

@@ -61,6 +61,37 @@ def choose(
     return sorted(rows)
 
 
+def of_client(
+    names: Sequence[str], labels: Tensor, *, client: int, clients: int, by: str = "random", seed: int = 0
+) -> list[int]:
+    """Rows of one client's share of the images, ascending; the shares are disjoint, and together they are all.
+
+    Args:
+        names: (N) names of the images.
+        labels: (N,) their classes.
+        client: of 0..clients - 1.
+        clients: number of shares.
+        by: 'random': equal shares, by a hash of each name; 'classes': every class has one client, and each client
+            equally many classes.
+        seed: of the order of names or classes.
+
+    Raises:
+        UserError: `by` is unknown, or there are too few images or classes.
+    """
+    require(by in ("random", "classes"), "data.subset.by", by, "Choose one of random, classes.")
+    units = list(names) if by == "random" else [f"class {k}" for k in labels.unique().tolist()]
+    if not 0 <= client < clients or clients > len(units):
+        raise UserError(
+            f"data.subset has client {client} of {clients}, and there are {len(units):,} "
+            f"{'images' if by == 'random' else 'classes'} to share. Give 0 <= client < clients, and fewer clients."
+        )
+    mine = at_random(units, len(units), seed)[client::clients]
+    if by == "random":
+        return sorted(mine)
+    classes = labels.unique()[mine]
+    return torch.isin(labels, classes).nonzero()[:, 0].tolist()
+
+
 def quotas(sizes: Sequence[int], n: int) -> list[int]:
     """n shared among groups as evenly as their sizes allow; what is left goes to the first ones."""
     shares = [0] * len(sizes)

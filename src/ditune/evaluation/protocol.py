@@ -78,7 +78,8 @@ class Evaluation:
         for name in ("noise_awareness", "guidance_input"):
             value = getattr(generator, name)
             values[name] = None if value is None else float(value)
-        values["experts"] = None if generator.experts is None else generator.experts.settings
+        # the parts alone: which run knows each is a matter of the weights
+        values["experts"] = None if generator.experts is None else list(generator.experts.settings.values())
         cache = generator.cache
         values["cache"] = None if cache is None else f"{cache.kind} {cache.settings}"
         guide = generator.guide
@@ -114,7 +115,7 @@ class Evaluation:
 
     def shards(self, network: nn.Module) -> ImageShards:
         """Where the store keeps this network's images."""
-        header = {"protocol": self.protocol, "network": weights_hash(network)}
+        header = {"protocol": self.protocol, "network": weights_of(network, self.generator)}
         folder = self.store / f"{self.key}_{header['network'][:16]}"
         return ImageShards(folder, header, self.labels(), self.generator.batch_size, ranks_of(self.store.parent))
 
@@ -175,6 +176,18 @@ def compare(
         distance, index = suite.nearest(features[:count], reference_features, k=4)
         neighbours_sheet(shown[:count], reference, index, distance).save(folder / "nearest.png")
     return suite.compare(features, reference_features)
+
+
+def weights_of(network: nn.Module, generator: ImageGenerator) -> str:
+    """Hash of all weights that images come from: of the network and, where there are experts, with each of them."""
+    experts = generator.experts
+    if experts is None:
+        return weights_hash(network)
+    hashes = [weights_hash(network)]
+    for name in experts.parts:
+        with experts.adapters.used(name):
+            hashes.append(weights_hash(network))
+    return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
 
 class Record:

@@ -3,6 +3,7 @@
 from ditune.objectives.alpha_flow import AlphaFlow
 from ditune.objectives.base import Loss, Objective, State, drop_labels
 from ditune.objectives.consistency import ConsistencyDistillation, ConsistencyTraining
+from ditune.objectives.dense_teacher import DenseTeacher
 from ditune.objectives.diff_tuning import DiffTuning
 from ditune.objectives.diffusion import GaussianDiffusion
 from ditune.objectives.dogfit import DogFit
@@ -21,6 +22,7 @@ __all__ = [
     "AlphaFlow",
     "ConsistencyDistillation",
     "ConsistencyTraining",
+    "DenseTeacher",
     "DiffTuning",
     "DogFit",
     "Draws",

@@ -32,12 +32,14 @@ class Transfer(Objective):
     """
 
     group: ClassVar[str] = "transfer"  # of the config, for messages
+    neutral: ClassVar[str] = "none"  # its value without this objective
 
     def __init__(self, objective: Objective):
         if not isinstance(objective, GaussianDiffusion | FlowMatching):
             raise UserError(
                 f"{self.group}= cannot be used with {type(objective).__name__}, whose target has other networks or "
-                f"times. Set objective=diffusion, diffusion_v or flow_matching, or {self.group}=none."
+                f"times. Set objective=diffusion, diffusion_v or flow_matching, or "
+                f"{self.group}={self.neutral}."
             )
         self.objective, self.any_path = objective, objective.any_path
 

@@ -70,9 +70,19 @@ class Adapters:
         if self.name is not None:
             undo(self.changes[self.name], self.base)
         if name is not None:
+            self._follow(self.changes[name])
             fill(self.changes[name])
             self.network.train(self.network.training)
         self.name = name
+
+    def _follow(self, change: Slots) -> None:
+        """Bring an adapter to the network's device, which has moved without the adapters that are not in use."""
+        device = next(self.network.parameters()).device
+        for slot, value in change.items():
+            if isinstance(value, nn.Module):
+                value.to(device)
+            elif isinstance(value, nn.Parameter) and value.device != device:
+                change[slot] = nn.Parameter(value.detach().to(device), requires_grad=value.requires_grad)
 
     @contextmanager
     def used(self, name: str | None) -> Iterator[nn.Module]:

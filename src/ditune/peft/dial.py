@@ -57,6 +57,7 @@ class Dial:
             if base.get(self._slot(name)) is None and method.moves(name)
         }
         self.now = Position(1.0)
+        self.masked: tuple[str, ...] = ()  # trained parameters whose zeros are a pattern that a strength must keep
         self._adapters: Slots = {}  # what stands in the slots of `now` at 1
 
     @property
@@ -71,15 +72,33 @@ class Dial:
             strength: lambda; 0 = the base, 1 = the adapter. Values outside of 0..1 extrapolate.
 
         Raises:
-            UserError: the method has no path between the base and the adapter.
+            UserError: the method has no path between the base and the adapter, or zeros of `masked` would be filled.
         """
-        self._enter(self.position(strength))
+        self._enter(self._sparse(self.position(strength)))
 
     @contextmanager
     def turned(self, strength: float) -> Iterator[nn.Module]:
         """Turn the dial inside of the block, then back; yields the network. See `set`."""
-        with self._held(self.position(strength)):
+        with self._held(self._sparse(self.position(strength))):
             yield self.network
+
+    def _sparse(self, position: Position) -> Position:
+        """The position, refused if it fills zeros of `masked`; the base (0) is none of the adapter's networks."""
+        with self._held(Position(1.0)):
+            values = self.method.trainable(self.network)
+            filled = [
+                name
+                for name in self.masked
+                if name in values and self._slot(name) in position.filled
+                if (position.filled[self._slot(name)] == 0).sum() < (values[name] == 0).sum()
+            ]
+        if filled:
+            raise UserError(
+                f"strength is {position.strength:g}, and the adapter was trained with zeros (sparsity=) that weights "
+                f"between it and its base do not have, such as in {filled[0]}. Set it to 0 (the base) or 1 (the "
+                "adapter), or merge dense runs."
+            )
+        return position
 
     def at(self, strength: float) -> Turned:
         """The network at a strength as a function, while it stays as it is between the calls. See `set`."""

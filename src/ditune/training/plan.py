@@ -175,6 +175,8 @@ def facts(c: Components, trainer: pl.Trainer | None, folder: Path, per_sample: f
     fused = trainer is not None and trainer.strategy.root_device.type != "cpu"
     memory = expected_memory(c.network, c.objective, shape, micro, settings.bf16, fused, per_sample, spread.shares)
     of_shares = f"of each of {spread.shares} processes, " if spread.shares > 1 else ""
+    if c.sparsity is not None:
+        memory["masks, dense copies"] = c.sparsity.memory(c.method.trainable(c.network)) / 2**20
     passes = settings.max_steps * settings.batch_size / len(c.images)
     return {
         "base": base_line(c),

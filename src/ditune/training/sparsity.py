@@ -37,6 +37,7 @@ class Sparsity:
         power: of 'cubic'; 3 in the paper, 1 = linear.
         stages: patterns n:m of 'progressive', for equal parts of start..end; the last must be `pattern`.
         decay: lambda of SR-STE (arXiv 2102.04010): masked weights get lambda w added to their gradient.
+        teacher: weight of the dense network's term in the loss, see `ditune.objectives.DenseTeacher`; 0 = none.
 
     Raises:
         UserError: an unknown name, a number out of range, or a schedule that does not suit the pattern.
@@ -56,6 +57,7 @@ class Sparsity:
         power: float = 3.0,
         stages: Sequence[str] = STAGES,
         decay: float = 2e-4,
+        teacher: float = 0.0,
     ):
         self.structure = parsed(pattern)
         require(scope in SCOPES, "sparsity.scope", scope, f"Choose one of {', '.join(SCOPES)}.")
@@ -71,6 +73,7 @@ class Sparsity:
         require(every >= 1, "sparsity.every", every, "Set it to 1 or more.")
         require(power > 0, "sparsity.power", power, "Set it above 0.")
         require(decay >= 0, "sparsity.decay", decay, "Set it to 0 or more.")
+        require(teacher >= 0, "sparsity.teacher", teacher, "Set it to 0 or more.")
         self.stages = [parsed(stage, "sparsity.stages") for stage in stages]
         last = self.stages[-1] if schedule == "progressive" and self.stages else self.structure
         require(last == self.structure, "sparsity.stages", list(stages), f"Let it end with {pattern}.")
@@ -79,7 +82,7 @@ class Sparsity:
         require(falling, "sparsity.stages", list(stages), "Give patterns n:m that keep less and less.")
         self.pattern, self.target, self.scope, self.way, self.final = pattern, target, scope, way, final
         self.schedule, self.start, self.end, self.every, self.power = schedule, start, end, every, power
-        self.decay, self.step = decay, 0
+        self.decay, self.teacher, self.step = decay, teacher, 0
         self.applied: Amount | None = None  # the amount of the 'hard' masks
         self.masks: dict[str, Tensor] = {}  # of the weights; empty = all stay
         self.dense: dict[str, Tensor] = {}  # of 'ste': what the masks were made of
@@ -170,8 +173,8 @@ class Sparsity:
         weights = self.targets(trained)
         averages = {name: average[name] for name in weights}
         if self.way == "ste":
-            self.dense = {name: w.detach().clone() for name, w in weights.items()}
-            self.dense_average = {name: a.clone() for name, a in averages.items()}
+            _copy(weights, self.dense)
+            _copy(averages, self.dense_average)
             self.masks = masks(weights, amount, self.scope)
             of_average = masks(averages, amount, self.scope)  # by its own values, as if it were trained
         else:
@@ -183,6 +186,18 @@ class Sparsity:
         for name, weight in weights.items():
             weight *= self.masks[name]  # Adam's and Muon's updates have moved what had no gradient
             averages[name] *= of_average[name]
+
+    def memory(self, trained: Mapping[str, Tensor]) -> int:
+        """Bytes on the device besides those of a dense training.
+
+        Args:
+            trained: what trains, by name; only shapes are asked.
+        """
+        of_teacher = sum(4 * w.numel() for w in trained.values()) if self.teacher else 0  # `ditune.peft.Off` keeps them
+        if self.amount(max(self.start, self.end)) is None:
+            return of_teacher
+        of_weight = 1 + (2 * 4 if self.way == "ste" else 0)  # the mask; the dense weight and its average in fp32
+        return of_teacher + of_weight * sum(w.numel() for w in self.targets(trained).values())
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps: the masks, which a weight of zero does not tell; of 'ste' the dense weights."""
@@ -206,3 +221,12 @@ class Sparsity:
             trained: the weights that are saved, by name.
         """
         return {"pattern": self.pattern, "zeros": zeros(self.targets(trained))}
+
+
+def _copy(values: Mapping[str, Tensor], kept: dict[str, Tensor]) -> None:
+    """Copy values into what is kept of them, which is made the first time."""
+    for name, value in values.items():
+        if name in kept:
+            kept[name].copy_(value)
+        else:
+            kept[name] = value.detach().clone()

@@ -87,6 +87,7 @@ class ProcessTreeLauncher(Launcher):
         returned = JobReturn()
         returned.overrides = job.overrides
         if job.succeeded:
+            returned.working_dir = str(job.folder)
             returned.status = JobStatus.COMPLETED
             if job.status == "planned":
                 return returned

@@ -1,0 +1,1 @@
+"""Hydra finds its sweepers in this namespace; this one searches the ranks of LoRA."""
