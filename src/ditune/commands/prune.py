@@ -1,4 +1,4 @@
-"""A network file with zeros from a dense one, once and without training."""
+"""A network file with zeros, or with fewer blocks, from another one, once and without training."""
 
 import logging
 from pathlib import Path
@@ -9,16 +9,17 @@ from omegaconf import DictConfig
 from torch import nn
 
 from ditune.checkpoints import is_ours, locate, read_header, save_network
+from ditune.checkpoints.shallower import shallower
 from ditune.errors import UserError
 from ditune.files.atomic import sha256
-from ditune.run import load_checkpoint
+from ditune.run import Trained, load_checkpoint
 from ditune.training.masks import chosen, masks, parsed, zeros
 
 log = logging.getLogger(__name__)
 
 
 def prune_file(cfg: DictConfig) -> Path:
-    """Read `cfg.checkpoint`, set its smallest weights to zero, write `cfg.out`.
+    """Read `cfg.checkpoint`, set its smallest weights to zero or leave out whole blocks, write `cfg.out`.
 
     Raises:
         UserError: the file or the settings are wrong.
@@ -35,13 +36,25 @@ def prune_file(cfg: DictConfig) -> Path:
         "autoencoder_name": trained.generator.autoencoder.name,
         "resolution": trained.generator.resolution,
         "pruned_from": {"file": path.name, "sha256": sha256(path)},
-        "sparsity": prune(trained.network, cfg.pattern, cfg.target, cfg.share, cfg.scope),
     }
+    if cfg.depth is not None:
+        return save_shallower(cfg, out, trained, facts)
+    facts["sparsity"] = prune(trained.network, cfg.pattern, cfg.target, cfg.share, cfg.scope)
     save_network(out, trained.network, trained.generator.process.config, **facts)
     count = sum(facts["sparsity"]["zeros"].values())
     total = sum(p.numel() for p in trained.network.parameters())
     log.info("%s: %s of %s parameters are zero", out, f"{count:,}", f"{total:,}")
     log.info("train on from it with pretrained=%s and the network= of before", out)
+    return out
+
+
+def save_shallower(cfg: DictConfig, out: Path, trained: Trained, facts: dict[str, Any]) -> Path:
+    """Write the network of `cfg.depth` blocks."""
+    made = shallower(trained.network, cfg.depth)
+    save_network(out, made, trained.generator.process.config, **facts)
+    before, after = (len(network.blocks) for network in (trained.network, made))
+    log.info("%s: %s of %s blocks", out, after, before)
+    log.info("train on from it with network=as_pretrained pretrained=%s objective.teacher=%s", out, cfg.checkpoint)
     return out
 
 
