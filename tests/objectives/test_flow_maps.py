@@ -114,6 +114,88 @@ def test_the_derivative_of_a_transformer():
     assert (rough - found).norm() < 0.1 * found.norm()
 
 
+def test_a_central_difference_is_of_second_order():
+    """Against forward mode in fp64, through a transformer: half of h has a quarter of the error."""
+    network, (x, t, d, y) = dit().double(), points()
+    v = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    exact = MeanFlow(PROCESS).derivative(network, x, v, t, d, y)
+    errors = [
+        (
+            MeanFlow(PROCESS, derivative="difference", difference_step=h).derivative(network, x, v, t, d, y) - exact
+        ).norm()
+        for h in (1e-2, 5e-3)
+    ]
+    assert (errors[0] / errors[1]).item() == pytest.approx(4, rel=0.01)
+    assert errors[1] < 1e-3 * exact.norm()
+
+
+def test_no_difference_reaches_beyond_the_end_of_a_step():
+    """A step of d < h has h = d: the network is never asked for a step below 0, or a time below r."""
+    asked = []
+
+    def network(x, t, y, d):
+        asked.append((t, d))
+        return gaussian(x, t, y, d)
+
+    x, t, _, y = points()
+    d = torch.linspace(1e-4, 0.05, len(t), dtype=torch.float64)
+    found = MeanFlow(PROCESS, derivative="difference", difference_step=0.01).derivative(network, x, x, t, d, y)
+    assert all((step >= 0).all() and (time - step >= -1e-12).all() for time, step in asked)
+    assert len(asked) == 2
+    assert found.isfinite().all()
+
+
+def test_the_true_mean_velocity_is_the_target_of_improved_mean_flow():
+    """Along the velocity u(x_t, t, t) of the network, whatever velocity the sample has."""
+    x, t, d, y = points()
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    v = velocity_at(x, t) + noise
+    target = MeanFlow(PROCESS, tangent="network").mean_velocity(gaussian, x, v, t, d, y, state())
+    assert_close(target - noise, gaussian(x, t, y, d), atol=1e-9, rtol=0)
+    plain = MeanFlow(PROCESS).mean_velocity(gaussian, x, v, t, d, y, state())
+    assert (plain - target).abs().max() > 0.1  # MeanFlow's derivative has the sample's velocity as its direction
+
+
+def test_improved_mean_flow_of_a_linear_field():
+    """u = a x + b t + c d has du/dt = a u(x, t, 0) + b + c, so the target is v - d (a (a x + b t) + b + c)."""
+    a, b, c = 0.7, -0.3, 0.2
+
+    def linear(x, t, y, d):
+        return a * x + b * t.view(-1, 1, 1, 1) + c * d.view(-1, 1, 1, 1)
+
+    x, t, d, y = points()
+    v, (time, step) = torch.ones_like(x), (value.view(-1, 1, 1, 1) for value in (t, d))
+    for derivative in ("jvp", "difference"):
+        objective = MeanFlow(PROCESS, tangent="network", derivative=derivative)
+        target = objective.mean_velocity(linear, x, v, t, d, y, state())
+        assert_close(target, v - step * (a * (a * x + b * time) + b + c), atol=1e-9, rtol=0)
+
+
+def test_the_regression_of_the_two_papers_is_one():
+    """V - v = u - (v - d sg(du/dt)): value and gradient of improved MeanFlow's loss on V are those of the loss on u."""
+    network, (x, t, d, y) = dit(), floats(points())
+    v = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    objective = MeanFlow(PROCESS, tangent="network")
+    u = PROCESS.velocity(network, x, t, y, d)
+    slope = objective.derivative(network, x, PROCESS.velocity(network, x, t, y).detach(), t, d, y)
+    whole = u + d.view(-1, 1, 1, 1) * slope  # V
+    weight = network.final_layer.linear.weight
+    (on_v,) = torch.autograd.grad((whole - v).square().mean(), weight, retain_graph=True)
+    target = objective.mean_velocity(network, x, v, t, d, y, state())
+    (on_u,) = torch.autograd.grad((u - target).square().mean(), weight)
+    assert_close(on_u, on_v, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tangent", ["path", "network"])
+def test_without_steps_it_is_flow_matching_to_the_bit(tangent):
+    """r = t for every sample."""
+    network, random = dit(), StepRandom(0, 0, range(6))
+    batch = floats(points())[0], torch.arange(6) % 5
+    plain = FlowMatching(PROCESS, times="logit_normal", mean=-0.4)
+    found = MeanFlow(PROCESS, share=0, power=0, tangent=tangent).loss(network, batch, random, state(network))
+    assert torch.equal(found.total, plain.loss(network, batch, random, state(network)).total)
+
+
 def test_alpha_falls_and_the_ratio_shrinks():
     objective = AlphaFlow(PROCESS)
     alphas = [objective.alpha(state(step=step)) for step in range(101)]
@@ -281,6 +363,9 @@ def test_rescaled_guidance_has_the_spread_of_none():
         (lambda: MeanFlow(FlowProcess()), "step=size"),
         (lambda: MeanFlow(FlowProcess(step="log2", base_steps=128)), "base_steps=null"),
         (lambda: MeanFlow(PROCESS, share=2), "objective.share"),
+        (lambda: MeanFlow(PROCESS, derivative="forward"), "jvp, difference"),
+        (lambda: MeanFlow(PROCESS, difference_step=0.0), "difference_step"),
+        (lambda: MeanFlow(PROCESS, tangent="sample"), "path, network"),
         (lambda: AlphaFlow(PROCESS, begin=0.8, end=0.5), "objective.end is"),
         (lambda: SoFlow(PROCESS, first_ratio=0), "first_ratio"),
         (lambda: RungeKutta("rk4"), "heun, midpoint"),
@@ -291,3 +376,56 @@ def test_rescaled_guidance_has_the_spread_of_none():
 def test_what_cannot_work_is_refused(work, message):
     with pytest.raises(UserError, match=message):
         work()
+
+
+# Decoupled time: the last blocks alone are conditioned on the step size
+
+
+def decoupled(kind, late):
+    torch.manual_seed(0)
+    sizes = {"input_size": 4, "in_channels": 3, "num_classes": 5, "learn_sigma": False}
+    network = build_network(kind, **sizes, step=True, step_blocks=late)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return network
+
+
+@pytest.mark.parametrize("kind", ["tiny", "tiny_moe"])
+def test_all_blocks_late_is_the_plain_network_to_the_bit(kind):
+    x, t, d, y = floats(points())
+    plain = decoupled(kind, None)
+    depth = len(plain.blocks)
+    with torch.no_grad():
+        expected = plain(x, t, y, d)
+        assert torch.equal(decoupled(kind, depth)(x, t, y, d), expected)
+        assert not torch.equal(decoupled(kind, depth - 1)(x, t, y, d), expected)
+    assert "step_blocks" not in plain.config  # files of before have none
+
+
+@pytest.mark.parametrize("kind", ["tiny", "tiny_moe"])
+def test_early_blocks_do_not_know_the_step(kind):
+    network, (x, t, d, y) = decoupled(kind, 1), floats(points())
+    conditions = []
+    for block in network.blocks:
+        block.register_forward_pre_hook(lambda _, args: conditions.append(args[1]))
+    with torch.no_grad():
+        outputs = [network(x, t, y, step) for step in (d, d / 2)]
+    depth = len(network.blocks)
+    changed = [not torch.equal(conditions[i], conditions[depth + i]) for i in range(depth)]
+    assert changed == [False] * (depth - 1) + [True]
+    assert not torch.equal(*outputs)
+
+
+def test_the_process_says_how_many_blocks_are_late():
+    process = FlowProcess(step="size", step_blocks=2)
+    assert process.network == {"step": True, "step_blocks": 2}
+    assert process.changed(time_scale=1.0).network == process.network
+    assert process.config == FlowProcess(step="size").config
+    diffusion = GaussianProcess(variance="fixed_small").config
+    for bridge in ("aligned", "path"):
+        read = FlowProcess(step="size", step_blocks=2, bridge=bridge).on_diffusion(diffusion)
+        assert read.changed(sigma_min=0.0).network == process.network
+    with pytest.raises(UserError, match="step_blocks is 2"):
+        FlowProcess(step_blocks=2)
+    with pytest.raises(UserError, match="step_blocks is 0"):
+        FlowProcess(step="size", step_blocks=0)

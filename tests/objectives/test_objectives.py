@@ -13,7 +13,8 @@ from ditune.errors import UserError
 from ditune.objectives import FlowMatching, GaussianDiffusion, MeanFlow, State
 from ditune.processes import FlowProcess, GaussianProcess
 from ditune.rng import StepRandom
-from helpers import ROOT, SMALL_FLOW, compose
+from ditune.run import load_run
+from helpers import ROOT, SMALL_FLOW, compose, open_gates
 
 OBJECTIVES = sorted(path.stem for path in (ROOT / "configs" / "objective").glob("[!_]*.yaml"))
 NETWORKS = ("tiny", "tiny_moe")
@@ -34,7 +35,7 @@ def test_every_objective_teaches_every_network(tmp_path, pictures, objective, ne
     x0 = torch.randn(SIZE, *parts.autoencoder.latent_shape(16))
     y = torch.arange(SIZE) % 3
     parts.objective.check(SIZE)
-    state = State(30, 100, SIZE, network, network)
+    state = State(30, 100, SIZE, network, network, network)
 
     def loss(rows):
         return parts.objective.loss(network, (x0[rows], y[rows]), StepRandom(0, 30, rows), state)
@@ -82,6 +83,37 @@ def test_a_method_without_forward_derivatives_is_refused(tmp_path, pictures):
         build_components(compose(tmp_path, *other))
 
 
+def test_a_method_without_forward_derivatives_learns_by_differences(tmp_path, pictures):
+    """LoHa, after the base's gates have been opened, or nothing of it would reach the output."""
+    flow = [*SMALL_FLOW[:-1], "objective=mean_flow", f"data.root={pictures}", "objective.share=1"]
+    base, parts = tmp_path / "base.safetensors", build_components(compose(tmp_path, *flow, "peft=full"))
+    open_gates(parts.network)
+    facts = {"class_names": parts.images.class_names, "autoencoder": parts.autoencoder.latent_fingerprint}
+    save_network(base, parts.network, parts.objective.process.config, **facts)
+    by = [f"pretrained={base}", "objective.derivative=difference"]
+    c = build_components(compose(tmp_path, *flow, "peft=loha", "peft.r=2", *by))
+    rules.check(c, rules.OF_A_TRAINING)
+    x0, y = torch.randn(8, *c.autoencoder.latent_shape(16)), torch.arange(8) % 3
+    loss = c.objective.loss(c.network, (x0, y), StepRandom(0, 0, range(8)), State(0, 9, 8, c.network, c.network))
+    loss.total.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in c.method.trainable(c.network).values())
+    plain = build_components(compose(tmp_path, *flow, "peft=full", f"pretrained={base}"))
+    forward = plain.objective.loss(
+        plain.network, (x0, y), StepRandom(0, 0, range(8)), State(0, 9, 8, plain.network, plain.network)
+    )
+    assert_close(loss.total, forward.total, atol=0, rtol=1e-3)  # LoHa starts as the base
+
+
+def test_the_derivatives_form_enters_a_runs_identity_only_if_it_is_new(tmp_path, pictures):
+    def key(*overrides):
+        flow = [*SMALL_FLOW[:-1], "objective=mean_flow", f"data.root={pictures}", "peft=full", *overrides]
+        return resume_key(cfg := compose(tmp_path, *flow), build_components(cfg))["objective"]
+
+    assert not {"derivative", "difference_step", "tangent"} & set(key())
+    assert key("objective.derivative=difference") == key() | {"derivative": "difference"}
+    assert key("objective.tangent=network") == key() | {"tangent": "network"}
+
+
 @pytest.mark.parametrize(
     ("objective", "scheduled"), [("alpha_flow", True), ("progressive_distillation", True), ("shortcut", False)]
 )
@@ -107,3 +139,17 @@ def test_a_schedule_over_the_training_is_not_stretched_by_resuming(tmp_path, pic
 )
 def test_dropped_labels_and_guidance_need_a_null_class(objective, needed):
     assert objective().needs_null_class is needed
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_decoupled_time_is_trained_saved_and_read_again(tmp_path, pictures, base, method):
+    """From a diffusion without a step size; the network of the run has the key, and samples with it."""
+    flow = [*SMALL_FLOW[:-1], "objective=mean_flow", "objective.process.step_blocks=1", f"data.root={pictures}"]
+    cfg = compose(tmp_path, *flow, f"peft={method}", f"pretrained={base}", "max_steps=2", "optimizer.lr=0.01")
+    assert train(cfg) == 0
+    run = load_run(tmp_path)
+    assert (run.network.config["step_blocks"], run.network.early_blocks) == (1, len(run.network.blocks) - 1)
+    x, t, y = torch.randn(2, 3, 16, 16), torch.full((2,), 500.0), torch.tensor([0, 1])
+    with torch.no_grad():
+        outputs = [run.network(x, t, y, torch.full((2,), d)) for d in (0.0, 500.0)]
+    assert not torch.equal(*outputs)

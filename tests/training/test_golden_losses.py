@@ -56,6 +56,9 @@ OPTIONS = {  # further parts that enter a loss: network and overrides, then opti
     "balance=sequence": (["dit_moe"], {"balance": "sequence"}, {}),
     "balance=global": (["dit_moe"], {"balance": "global"}, {"balance.z": 0.01}),
     "optimizer=muon": (FLOW, {"optimizer": "muon"}, {"optimizer.lr": 0.003}),
+    "derivative=difference": (["shortcut", "objective=mean_flow"], {}, {"objective.derivative": "difference"}),
+    "step_blocks=1": (["shortcut", "objective.process.step_blocks=1"], {}, {}),
+    "anneal=linear": (["shortcut", "objective=reflow", "objective.anneal=linear"], {}, {}),
     "accumulated": (FLOW, {}, {"trainer.accumulate_grad_batches": 2}),
 }
 

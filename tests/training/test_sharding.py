@@ -33,6 +33,8 @@ CASES = {
     "moe_full": [*EXPERTS, "peft=full"],
     "moe_difffit": [*EXPERTS, "peft=difffit", "callbacks.samples.n=2"],
     "moe_lora": [*EXPERTS, "peft=lora", "objective=progressive_distillation"],  # a teacher that is kept
+    # one process has a sample with a step and the other has none: both call the network equally often
+    "dit_flow": [*SMALL_FLOW, "peft=lora", "objective=improved_mean_flow", "objective.derivative=difference"],
     "scratch": [*EXPERTS, "peft=full", "objective=shortcut", "batch_size=8", "balance.bias_rate=0.01", SAVED],
 }
 COMMON = ["optimizer.lr=1e-3", "max_steps=6", "callbacks.samples.n=0", "callbacks.checkpoint.every_n_steps=0"]
@@ -118,6 +120,8 @@ def test_shares_learn_as_the_whole(tmp_path, pictures, bases, monkeypatch):
             if key.endswith("qkv.bias"):
                 continue  # softmax cancels a third of it: its gradient is rounding, which Adam blows up to whole steps
             at, tolerance = (name, key), 1e-5 if experts else 1e-6
+            if name == "dit_flow":
+                tolerance = 1e-4  # the difference of two outputs is divided by 2h = 0.0002, and with it their rounding
             assert_close(spread[key], value, atol=tolerance, rtol=0, msg=lambda m, at=at: f"{at}: {m}")
         alone, together = (json.loads((folder / "result.json").read_text()) for folder in folders)
         assert together["denoising"] == pytest.approx(alone["denoising"], abs=1e-5)

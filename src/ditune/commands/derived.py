@@ -9,10 +9,10 @@ from torch import nn
 from ditune.checkpoints import is_ours, locate, read_header, save_network
 from ditune.errors import UserError
 from ditune.files.atomic import sha256
-from ditune.run import Run, load_checkpoint
+from ditune.run import Trained, load_checkpoint
 
 
-def read_original(cfg: DictConfig) -> tuple[Run, Path, Path]:
+def read_original(cfg: DictConfig) -> tuple[Trained, Path, Path]:
     """What `cfg.checkpoint` holds, its path, and the path that `cfg.out` names.
 
     Raises:
@@ -26,7 +26,7 @@ def read_original(cfg: DictConfig) -> tuple[Run, Path, Path]:
     return original, path, out
 
 
-def save_derived(out: Path, network: nn.Module, original: Run, path: Path, how: str, **facts: Any) -> None:
+def save_derived(out: Path, network: nn.Module, original: Trained, path: Path, how: str, **facts: Any) -> None:
     """Write a network with the facts of its original.
 
     Args:

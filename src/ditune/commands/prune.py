@@ -1,4 +1,4 @@
-"""A network file with zeros from a dense one, once and without training."""
+"""A network file with zeros, or with fewer blocks, from another one, once and without training."""
 
 import logging
 from pathlib import Path
@@ -8,26 +8,39 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
+from ditune.checkpoints.shallower import shallower
 from ditune.commands.derived import read_original, save_derived
 from ditune.errors import UserError
+from ditune.run import Trained
 from ditune.training.masks import chosen, masks, parsed, zeros
 
 log = logging.getLogger(__name__)
 
 
 def prune_file(cfg: DictConfig) -> Path:
-    """Read `cfg.checkpoint`, set its smallest weights to zero, write `cfg.out`.
+    """Read `cfg.checkpoint`, set its smallest weights to zero or leave out whole blocks, write `cfg.out`.
 
     Raises:
         UserError: the file or the settings are wrong.
     """
     original, path, out = read_original(cfg)
+    if cfg.depth is not None:
+        return save_shallower(cfg, original, path, out)
     sparsity = prune(original.network, cfg.pattern, cfg.target, cfg.share, cfg.scope)
     save_derived(out, original.network, original, path, "pruned_from", sparsity=sparsity)
     count = sum(sparsity["zeros"].values())
     total = sum(p.numel() for p in original.network.parameters())
     log.info("%s: %s of %s parameters are zero", out, f"{count:,}", f"{total:,}")
     log.info("train on from it with pretrained=%s and the network= of before", out)
+    return out
+
+
+def save_shallower(cfg: DictConfig, original: Trained, path: Path, out: Path) -> Path:
+    """Write the network of `cfg.depth` blocks."""
+    made = shallower(original.network, cfg.depth)
+    save_derived(out, made, original, path, "pruned_from")
+    log.info("%s: %s of %s blocks", out, len(made.blocks), len(original.network.blocks))
+    log.info("train on from it with network=as_pretrained pretrained=%s objective.teacher=%s", out, cfg.checkpoint)
     return out
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from ditune.checkpoints import locate, locate_adapter
 from ditune.cli import CONFIGS
 from ditune.commands.adapted import load_parts, load_weighted, refuse_strength
+from ditune.commands.pairs import make_pairs
 from ditune.config import hardware
 from ditune.config.guides import build_guide, build_sampling, needs_base
 from ditune.config.hardware import AUTO, BF16, FP32, bare_precision
@@ -48,10 +49,28 @@ def sample(cfg: DictConfig) -> Path:
     indices = list(range(cfg.first, cfg.first + cfg.n))
     labels = balanced_labels(chosen_classes(cfg, names), cfg.seed, indices)
     network = trained.network.to(best_device())
+    if cfg.pairs is not None:
+        trained = replace(trained, network=network, generator=generator)
+        return make_pairs(cfg, trained, labels, settings_of(cfg, generator))
     with meter(f"generating in {generator.steps} steps", cfg.n) as progress:
         images = generator.generate(network, labels, cfg.seed, indices, on_batch=progress.update)
     facts = {
         "source": str(cfg[source]),
+        **settings_of(cfg, generator),
+        "pictures": [
+            {"file": file_name(i), "label": label, "class_name": names[label]}
+            for i, label in zip(indices, labels.tolist(), strict=True)
+        ],
+    }
+    folder = Path(cfg.out).expanduser()
+    write(folder, images, facts, suffix=f"_{cfg.first:05d}" if cfg.first else "")
+    log.info("%d images are in %s", cfg.n, folder)
+    return folder
+
+
+def settings_of(cfg: DictConfig, generator: ImageGenerator) -> dict:
+    """What decides the images, besides the network."""
+    return {
         **({} if generator.experts is None else {"experts": generator.experts.settings}),
         **({} if cfg.adapter is None else {"adapter": cfg.adapter}),
         **({} if cfg.strength is None else {"strength": cfg.strength}),
@@ -62,15 +81,7 @@ def sample(cfg: DictConfig) -> Path:
         **({} if generator.guide is None else {"guide": generator.guide.kind, **generator.guide.settings}),
         **({} if generator.cache is None else {"cache": generator.cache.kind, **generator.cache.settings}),
         "precision": BF16 if generator.bf16 else FP32,
-        "pictures": [
-            {"file": file_name(i), "label": label, "class_name": names[label]}
-            for i, label in zip(indices, labels.tolist(), strict=True)
-        ],
     }
-    folder = Path(cfg.out).expanduser()
-    write(folder, images, facts, suffix=f"_{cfg.first:05d}" if cfg.first else "")
-    log.info("%d images are in %s", cfg.n, folder)
-    return folder
 
 
 def load(cfg: DictConfig, source: str) -> Trained:

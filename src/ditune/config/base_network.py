@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 def build_network(
-    cfg: DictConfig, class_names: list[str], autoencoder: Autoencoder, inputs: Mapping[str, bool]
+    cfg: DictConfig, class_names: list[str], autoencoder: Autoencoder, inputs: Mapping[str, Any]
 ) -> tuple[DiT, Base | None]:
     """The network of the config: read from its pretrained file, or with seeded initial weights.
 

@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 
 from ditune.config import rules
 from ditune.config.base_network import build_network, match_process
+from ditune.config.distillation import read_sources
 from ditune.config.guides import build_sampling, needs_base
 from ditune.config.instantiate import instantiate, refuse_missing, training_images
 from ditune.config.references import reference_images
@@ -38,6 +39,7 @@ def build_components(cfg: DictConfig) -> Components:
     network, base = build_network(cfg, images.class_names, autoencoder, objective.inputs)
     if base is not None:
         objective.process = match_process(objective.process, base.process)
+    read_sources(cfg, objective, images.class_names, autoencoder)
     method.bind(objective.process.part)
     components = Components(
         images=images,

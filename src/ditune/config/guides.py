@@ -6,11 +6,9 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from ditune.checkpoints import locate, read_network
+from ditune.config.finished import read_finished
 from ditune.config.instantiate import instantiate
 from ditune.errors import UserError
-from ditune.files.atomic import sha256
-from ditune.processes import GaussianProcess, build_process
 from ditune.samplers import BaseGuide, CheckpointGuide, Guide, InterpolatedGuide
 
 KEYS = ("guide", "guide_checkpoint", "guide_strength")
@@ -62,16 +60,5 @@ def build_guide(asked: Mapping[str, Any], cache_dir: str | Path) -> Guide | None
 
 def read_guide(checkpoint: str, cache_dir: str | Path) -> CheckpointGuide:
     """The network of a run folder, with its adapter, or of a network file."""
-    from ditune.run import load_run  # which builds samplers, and so needs this file
-
-    folder = Path(checkpoint).expanduser()
-    if folder.is_dir() and (folder / "config.yaml").is_file():
-        run = load_run(folder)
-        adapter, file = folder / "adapter" / "adapter_model.safetensors", folder / "network.safetensors"
-        return CheckpointGuide(
-            run.network, sha256(adapter if adapter.is_file() else file), run.generator.process.config
-        )
-    path = locate(checkpoint, Path(cache_dir) / "networks")
-    read = read_network(path, key="sampler.guide_checkpoint")
-    process = build_process(read.process) if read.process else GaussianProcess()
-    return CheckpointGuide(read.network.eval(), sha256(path), process.config)
+    read = read_finished(checkpoint, cache_dir, "sampler.guide_checkpoint")
+    return CheckpointGuide(read.network, read.sha256, read.process)

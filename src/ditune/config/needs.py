@@ -31,6 +31,9 @@ def needs_of(cfg: DictConfig, parts: Collection[str] = PARTS) -> list[Need]:
         found += _asked(_values(cfg, "autoencoder"), addresses)
     if "pretrained" in parts and cfg.get("pretrained") not in (None, "???"):
         found += published.needs(cfg.pretrained, networks_folder(cfg), addresses)
+    teacher = (cfg.get("objective") or {}).get("teacher")
+    if "pretrained" in parts and teacher in published.PUBLISHED:
+        found += published.needs(teacher, networks_folder(cfg), addresses)
     if "metrics" in parts:
         for key in ("judge", "reference", "base_reference"):
             found += _asked(_values(cfg.metrics, key), addresses) if cfg.metrics.get(key) else []

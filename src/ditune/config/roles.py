@@ -108,8 +108,13 @@ NEUTRAL_BELOW = {
     "sampler.guide_strength": 0.5,
     "metrics.keep_images": False,
     "objective.interval": None,
+    "objective.teacher": None,
+    "objective.derivative": "jvp",
+    "objective.difference_step": 1e-4,
+    "objective.tangent": "path",
     "objective.process.bridge": "aligned",
     "sparsity.teacher": 0.0,
+    "objective.process.step_blocks": None,
     "sampler.noise_awareness": 0.0,
     "sampler.guidance_input": None,
 }
@@ -255,7 +260,7 @@ def _values(cfg: DictConfig) -> dict[str, Any]:
     values = significant(OmegaConf.to_container(cfg, resolve=True), neutral_values())
     idle = {f"data.{key}": None for key in unused(cfg.data)} if "data" in cfg else {}
     for name, neutral in (NEUTRAL_BELOW | idle).items():
-        _leave_out(values, name, neutral)
+        leave_out(values, name, neutral)
     if values.get("trainer", {}).get("accumulate_grad_batches") == "auto":
         values["trainer"]["accumulate_grad_batches"] = 1  # the same but for rounding, whatever the device decides
     strategy = values.get("trainer", {}).get("strategy")
@@ -266,7 +271,7 @@ def _values(cfg: DictConfig) -> dict[str, Any]:
     return {key: value for key, value in values.items() if role_of(key) is not NOTHING}
 
 
-def _leave_out(values: dict[str, Any], name: str, neutral: Any) -> None:
+def leave_out(values: dict[str, Any], name: str, neutral: Any) -> None:
     """Remove the key of this dotted name from nested values, if it has its neutral value."""
     *groups, key = name.split(".")
     inner: Any = values

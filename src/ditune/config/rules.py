@@ -11,7 +11,8 @@ from ditune.config.base_network import differences, other_latents
 from ditune.data.stream import micro_batch_size
 from ditune.errors import UserError
 from ditune.networks import DiTMoE
-from ditune.objectives import Patches
+from ditune.objectives import MeanFlow, Patches
+from ditune.objectives.transfer import Transfer
 from ditune.peft import Full
 from ditune.processes import DiffusionPath, is_flow
 from ditune.training.components import Components
@@ -182,8 +183,26 @@ def forward_mode_suits_the_method(c: Components) -> str | None:
         return None
     return (
         f"{type(c.objective).__name__} differentiates the network by its input, which peft={c.method.title} cannot. "
-        "Choose another method, or objective=shortcut."
+        "Set objective.derivative=difference, or choose another method."
     )
+
+
+def differences_are_not_rounded(c: Components) -> str | None:
+    """Two outputs that are almost equal are subtracted."""
+    if not isinstance(c.objective, MeanFlow) or c.objective.forward_mode or not c.settings.bf16:
+        return None
+    return (
+        "objective.derivative is difference, and bf16 rounds more than what is left of it (docs/guide/few_steps.md). "
+        "Set trainer.precision=32-true, or objective.derivative=jvp."
+    )
+
+
+def late_blocks_are_there(c: Components) -> str | None:
+    """Of decoupled time."""
+    late, depth = getattr(c.objective.process, "step_blocks", None), len(c.network.blocks)
+    if late is None or late <= depth:
+        return None
+    return f"objective.process.step_blocks is {late}, and the network has {depth} blocks. Set it to {depth} or less."
 
 
 def own_paths_suit_the_objective(c: Components) -> str | None:
@@ -219,9 +238,14 @@ def teacher_is_dense(c: Components) -> str | None:
 
 
 def transfer_needs_a_base(c: Components) -> str | None:
-    """Objectives for transfer call the pretrained network."""
+    """Objectives for transfer, and those that distil, call the pretrained network."""
     if c.base is not None or not c.objective.needs_base:
         return None
+    if not isinstance(c.objective, Transfer):
+        return (
+            f"The teacher of {type(c.objective).__name__} is the pretrained network, and there is none. "
+            "Set pretrained=<file>, or objective.teacher=<run or file>."
+        )
     return (
         "transfer= needs a pretrained network in its loss, and there is none. Set pretrained=<file>, or transfer=none."
     )
@@ -308,6 +332,8 @@ OF_A_TRAINING: tuple[Rule, ...] = (
     routing_by_time_knows_its_end,
     adapters_have_no_router_biases,
     forward_mode_suits_the_method,
+    differences_are_not_rounded,
+    late_blocks_are_there,
     own_paths_suit_the_objective,
     teacher_is_dense,
     transfer_needs_a_base,

@@ -5,7 +5,10 @@ from collections.abc import Iterator
 from hydra.utils import get_object
 from omegaconf import DictConfig
 
+from ditune.config.instantiate import instantiate
 from ditune.errors import UserError
+from ditune.objectives.mean_flow import JVP, MeanFlow
+from ditune.objectives.reflow import FromPairs
 
 SHARDED = "ditune.training.sharding.Sharded"
 OTHER = "or trainer=ddp, where every process has the whole network"
@@ -28,13 +31,18 @@ def _reasons(cfg: DictConfig) -> Iterator[tuple[str, str]]:
     """What is refused and why, and what to set instead."""
     if cfg.optimizer.get("_target_", "").endswith("MuonAdamW"):
         yield "optimizer=muon, which needs whole matrices", "optimizer=adamw"
-    if getattr(get_object(cfg.objective._target_), "forward_mode", False):
+    if issubclass(get_object(cfg.objective._target_), MeanFlow) and cfg.objective.get("derivative", JVP) == JVP:
         yield (
             "an objective that differentiates by torch.func.jvp, which knows no parameters in shares",
-            "objective=shortcut, so_flow or consistency_training",
+            "objective.derivative=difference",
         )
     if cfg.get("transfer") is not None and not cfg.transfer._target_.endswith("NoiseAwareness"):
         yield "transfer=, which computes with a second copy of what trains", "transfer=none"
+    if issubclass(get_object(cfg.objective._target_), FromPairs) and instantiate(cfg.objective, "objective").needs_base:
+        yield (
+            "an objective whose teacher is the pretrained network, a second copy of what trains",
+            "objective.teacher=<run or file>",
+        )
     if cfg.get("sparsity") is not None:
         yield "sparsity=, which ranks the values of whole matrices", "sparsity=none"
     if cfg.peft.get("name") == "adalora":

@@ -13,12 +13,13 @@ from ditune.config.base_network import given_process
 from ditune.config.grammar import between_quotes
 from ditune.config.instantiate import instantiate, plain
 from ditune.config.needs import without_secrets
-from ditune.config.roles import Decides, role_of
+from ditune.config.roles import NEUTRAL_BELOW, Decides, leave_out, role_of
 from ditune.data import ImageDataset
 from ditune.errors import UserError
 from ditune.evaluation.denoising_loss import REPEATS
 from ditune.generation.generator import ImageGenerator
 from ditune.networks import DiTMoE
+from ditune.objectives import Objective
 from ditune.stopping import Signals
 from ditune.training.callbacks import (
     Checkpoints,
@@ -61,7 +62,7 @@ def resume_key(cfg: DictConfig, c: Components) -> dict[str, Any]:
     known_by = {
         "network": {"network": c.network.config},
         "objective": {
-            "objective": without_neutral(plain(cfg.objective)) | around,
+            "objective": without_neutral(plain(cfg.objective)) | hashes_of(c.objective) | around,
             "max_steps": cfg.max_steps if c.objective.scheduled else None,
         },
         "autoencoder": {"autoencoder": c.autoencoder.latent_fingerprint},
@@ -86,14 +87,19 @@ def resume_key(cfg: DictConfig, c: Components) -> dict[str, Any]:
     return key
 
 
+def hashes_of(objective: Objective) -> dict[str, str]:
+    """What a teacher and pairs are known by, wherever they lie."""
+    sources = {key: getattr(objective, key, None) for key in ("teacher", "pairs")}
+    return {key: source.sha256 for key, source in sources.items() if source is not None}
+
+
 def without_neutral(objective: dict[str, Any]) -> dict[str, Any]:
     """The values of an objective without a key that is newer than stored checkpoints, at its neutral value."""
-    if objective.get("interval", ()) is None:
-        objective = {key: value for key, value in objective.items() if key != "interval"}
-    process = objective.get("process")
-    if not isinstance(process, dict) or process.get("bridge") != "aligned":
-        return objective
-    return objective | {"process": {key: value for key, value in process.items() if key != "bridge"}}
+    values = {"objective": objective}
+    for name, neutral in NEUTRAL_BELOW.items():
+        if name.startswith("objective."):
+            leave_out(values, name, neutral)
+    return objective
 
 
 def build_module(cfg: DictConfig, c: Components, key: dict[str, Any]) -> GenerativeModule:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ditune.autoencoders import Autoencoder
 from ditune.data import to_uint8
+from ditune.errors import UserError
 from ditune.memory import memory_for
 from ditune.processes import Process
 from ditune.rng import mix
@@ -99,14 +100,48 @@ class ImageGenerator:
         """Few sizes, so that few kernels are tuned or compiled."""
         return min(1 << (count - 1).bit_length(), self.batch_size)
 
+    def pairs(self, network: nn.Module, labels: Tensor, seed: int, indices: Sequence[int]) -> Tensor:
+        """The latents that the network makes of the noise of images, float32 (N, C, h, w) on the CPU.
+
+        Args:
+            network, labels, seed, indices: see `generate`; `batch_size` images at most.
+
+        Raises:
+            UserError: the sampler adds noise on its way, so that a latent is no function of its first noise.
+        """
+        rows, padding = list(indices), self._padded(len(indices)) - len(indices)
+        y = torch.cat([labels, labels[-1:].expand(padding)])
+        latents = self._latents(network, y, seed, rows + rows[-1:] * padding, self._refuse_noise)
+        check()
+        return latents[: len(rows)].float().cpu()
+
+    def _refuse_noise(self) -> Tensor:
+        raise UserError(
+            f"sampler={self.sampler.kind} adds noise on its way, and a pair is a function of its first noise. "
+            "Set sampler=ddim, or euler for a flow."
+        )
+
     @torch.inference_mode()
     def _batch(self, network: nn.Module, y: Tensor, seed: int, indices: list[int]) -> Tensor:
+        latents = self._latents(network, y, seed, indices)
+        with memory_for(f"decoding {len(indices)} images at once", TILES):
+            return to_uint8(self.autoencoder.to(latents.device).to_pixels(latents.float()))
+
+    @torch.inference_mode()
+    def _latents(
+        self,
+        network: nn.Module,
+        y: Tensor,
+        seed: int,
+        indices: list[int],
+        further_noise: Callable[[], Tensor] | None = None,
+    ) -> Tensor:
         device = next(network.parameters()).device
         stream = NoiseStream(seed, indices, self.autoencoder.latent_shape(self.resolution))
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.bf16)
         shortage = memory_for(f"generating {len(indices)} images at once", FEWER)
         with shortage, autocast, stream.on(device) as next_noise:
-            latents = sample(
+            return sample(
                 network,
                 self.process,
                 stream.next().to(device),
@@ -117,7 +152,7 @@ class ImageGenerator:
                 guidance_interval=self.guidance_interval,
                 guidance_channels=self.guidance_channels,
                 guidance_rescale=self.guidance_rescale,
-                next_noise=next_noise,
+                next_noise=further_noise or next_noise,
                 on_step=lambda *_: check(),
                 cache=self.cache,
                 guide=self.guide,
@@ -125,8 +160,6 @@ class ImageGenerator:
                 guidance_input=self.guidance_input,
                 experts=self.experts,
             )
-        with memory_for(f"decoding {len(indices)} images at once", TILES):
-            return to_uint8(self.autoencoder.to(device).to_pixels(latents.float()))
 
 
 def example_plan(count: int, seed: int, n: int) -> list[int]:

@@ -19,7 +19,7 @@ __all__ = ["SIZES", "Attention", "DiT", "DiTBlock", "FinalLayer", "Mlp", "Transf
 
 DiTBlock = TransformerBlock  # its earlier name
 INPUTS = {"step": "step_embedder", "untimed": "no_time", "guided": "guidance_embedder"}  # argument: its module
-OPTIONAL = ("untimed", "guided")  # arguments that stand in a config only where they are true
+OPTIONAL = ("untimed", "guided", "step_blocks")  # arguments that stand in a config only where they are set
 
 
 class FinalLayer(nn.Module):
@@ -61,6 +61,9 @@ class DiT(nn.Module):
         step: the network is also conditioned on the step size of its output (arXiv 2410.12557).
         untimed: one vector stands for the embedding of a missing time, t = NaN (noise-awareness guidance, 2510.12497).
         guided: the network is also conditioned on the guidance scale w of its output (DogFit, arXiv 2508.05685).
+        step_blocks: only so many last blocks and the final layer are conditioned on the step size, the others on t
+            alone (decoupled time, after Decoupled MeanFlow, arXiv 2510.24474, whose last blocks get r = t - d in place
+            of t); None = all blocks.
 
     Raises:
         ValueError: `input_size` or `hidden_size` is not divisible as above.
@@ -87,6 +90,7 @@ class DiT(nn.Module):
         step: bool = False,
         untimed: bool = False,
         guided: bool = False,
+        step_blocks: int | None = None,
     ):
         # stored in files, from which the network is built again
         self_config = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
@@ -195,9 +199,9 @@ class DiT(nn.Module):
             (N, C, H, W), or (N, 2C, H, W) with `learn_sigma`.
         """
         height = x.shape[2] // self.patch_size
-        x, c = self.embed(x, t, y, step, w, window)  # (N, T, D), (N, D)
-        for block in self.blocks:
-            x = self.run_block(block, x, c)  # (N, T, D)
+        x, early, c = self.embed(x, t, y, step, w, window)  # (N, T, D), (N, D), (N, D)
+        for i, block in enumerate(self.blocks):
+            x = self.run_block(block, x, early if i < self.early_blocks else c)  # (N, T, D)
         return self.unpatchify(self.final_layer(x, c), height)  # (N, C_out, H, W)
 
     def embed(
@@ -208,17 +212,27 @@ class DiT(nn.Module):
         step: Tensor | None = None,
         w: Tensor | None = None,
         window: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Tokens (N, T, D) and condition (N, D) of the inputs of `forward`."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens (N, T, D), condition (N, D) of the early blocks, and that of all others (N, D), of `forward`'s inputs.
+
+        The condition of the early blocks is without the step size. They are the same without `step_blocks`.
+        """
         time = self.t_embedder(t) if self.no_time is None else self.no_time(self.t_embedder, t)
-        c = time + self.y_embedder(y)
+        early = c = time + self.y_embedder(y)
         if self.step_embedder is not None:
             c = c + self.step_embedder(step)
         if self.guidance_embedder is not None:
             w = torch.ones(len(x), device=x.device) if w is None else w.expand(len(x))
-            c = c + self.guidance_embedder(w)
+            guidance = self.guidance_embedder(w)
+            early, c = early + guidance, c + guidance
         positions = self.pos_embed if window is None else self.pos_embed[0, window]  # (1 or N, T, D)
-        return self.x_embedder(x) + positions, c
+        return self.x_embedder(x) + positions, early, c
+
+    @property
+    def early_blocks(self) -> int:
+        """Number of first blocks that are not conditioned on the step size."""
+        late = self.config.get("step_blocks")
+        return 0 if late is None else max(0, len(self.blocks) - late)
 
     def run_block(self, block: nn.Module, x: Tensor, c: Tensor, *time: Tensor) -> Any:
         """Run a block, with activation checkpointing if enabled.
@@ -244,9 +258,9 @@ class DiT(nn.Module):
             block.compile(dynamic=False)
 
 
-def inputs_of(config: Mapping[str, Any]) -> dict[str, bool]:
+def inputs_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments that give a network the further inputs of one with this config."""
-    return {name: True for name in INPUTS if config.get(name)}
+    return {name: config[name] for name in (*INPUTS, "step_blocks") if config.get(name)}
 
 
 def _use_computed_pos_embed(network: DiT, state_dict: dict, prefix: str, *_) -> None:

@@ -144,10 +144,10 @@ class DiTMoE(DiT):
             routing: a list to which the routing of every layer with experts is appended, in order; None = not.
         """
         height = x.shape[2] // self.patch_size
-        x, c = self.embed(x, t, y, step, w, window)  # (N, T, D), (N, D)
+        x, early, c = self.embed(x, t, y, step, w, window)  # (N, T, D), (N, D), (N, D)
         time = (t,) if self.config["choice"] == "time" else ()
-        for block in self.blocks:
-            output = self.run_block(block, x, c, *time)
+        for i, block in enumerate(self.blocks):
+            output = self.run_block(block, x, early if i < self.early_blocks else c, *time)
             x, *decided = output if isinstance(output, tuple) else (output,)  # (N, T, D), routing of a MoEBlock
             if routing is not None:
                 routing += decided

@@ -3,12 +3,13 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ditune.errors import require
+from ditune.objectives.teacher import Teacher
 from ditune.processes import Process
 from ditune.rng import StepRandom
 
@@ -84,6 +85,7 @@ class Objective(ABC):
     any_path = False  # a flow's path need not be straight
     token_share = 1.0  # tokens of a mean step, relative to those of whole images
     needs_base = False  # the loss calls the pretrained network
+    teacher: Teacher | None = None  # a frozen network of any shape; None = there is none, or it has not been read yet
     interval: tuple[float, float] | None = None  # quantiles of the times that are trained; None = all
     process: Process
 
@@ -97,7 +99,7 @@ class Objective(ABC):
         return self.label_drop > 0 or self.guidance != 1
 
     @property
-    def inputs(self) -> dict[str, bool]:
+    def inputs(self) -> dict[str, Any]:
         """Arguments of the network's constructor for the inputs that the process and the objective give it."""
         return self.process.network
 

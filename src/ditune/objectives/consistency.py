@@ -75,14 +75,19 @@ class Consistency(FlowObjective):
 class ConsistencyDistillation(Consistency):
     """Consistency distillation: the neighbour is one Euler step of the teacher away.
 
-    The teacher is the trained flow that the training begins with (`pretrained`).
+    Args:
+        teacher: run folder or network file of a frozen flow of any shape; None = the trained flow that the training
+            begins with (`pretrained`).
+        process, others: see `Consistency`.
     """
 
-    has_teacher = True
+    def __init__(self, process: FlowProcess, teacher: str | None = None, **others: float | None):
+        super().__init__(process, **others)
+        self.has_teacher = teacher is None  # a copy of the weights
 
     def updates_teacher(self, step: int, max_steps: int) -> bool:
         """Once, before the first step."""
-        return step == 0
+        return self.has_teacher and step == 0
 
     def level(self, step: int, max_steps: int) -> int:
         """L, always: h = 1/M."""
@@ -92,7 +97,10 @@ class ConsistencyDistillation(Consistency):
         self, x_t: Tensor, x0: Tensor, noise: Tensor, t: Tensor, h: Tensor, y: Tensor, state: State
     ) -> Tensor:
         """x_t - h v by the teacher's velocity v, clamped, see `Consistency.neighbour`."""
-        return clamp(x_t - expanded(h, x_t) * self.process.velocity(state.teacher, x_t, t, y), self.clamp)
+        process, teacher = (self.process, state.teacher)
+        if self.teacher is not None:
+            process, teacher = self.teacher.process, self.teacher
+        return clamp(x_t - expanded(h, x_t) * process.velocity(teacher, x_t, t, y), self.clamp)
 
 
 class ConsistencyTraining(Consistency):

@@ -8,6 +8,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
+from ditune.distributed import in_group
 from ditune.errors import require
 from ditune.objectives.base import Network, State, drop_labels
 from ditune.objectives.flow_base import FlowObjective, Targets, logit_normal
@@ -93,11 +94,11 @@ class FlowMap(FlowObjective):
         y = drop_labels(y, random, self.label_drop, network.num_classes)
         x_t = self.process.x_t(x0, noise, t)
         v = self.guided_target(network, x_t, self.process.target(x0, noise, t), t, y)
-        target = v
-        if len(rows):
-            learned = self.mean_velocity(network, *(value[rows] for value in (x_t, v, t, d, y)), state)
-            target = v.index_copy(0, rows, learned)
-        return Targets(x_t, t, y, target, d)
+        called = called_rows(rows)
+        if len(called) == 0:
+            return Targets(x_t, t, y, v, d)
+        learned = self.mean_velocity(network, *(value[called] for value in (x_t, v, t, d, y)), state)
+        return Targets(x_t, t, y, v.index_copy(0, rows, learned[: len(rows)]), d)
 
     @torch.no_grad()
     def guided_target(self, network: Network, x_t: Tensor, v: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -116,10 +117,11 @@ class FlowMap(FlowObjective):
         if self.guidance == 1:
             return v
         rows = (y != network.num_classes).nonzero()[:, 0]  # waits for the device: images without a class may be in y
-        if len(rows) == 0:
+        called = called_rows(rows)
+        if len(called) == 0:
             return v
-        null = torch.full_like(y[rows], network.num_classes)
-        unconditional = self.process.velocity(network, x_t[rows], t[rows], null)
+        null = torch.full_like(y[called], network.num_classes)
+        unconditional = self.process.velocity(network, x_t[called], t[called], null)[: len(rows)]
         return v.index_copy(0, rows, guide(v[rows], unconditional, self.guidance, form="mixture"))
 
     def weights(self, mse: Tensor, targets: Targets, state: State) -> Tensor:  # (N,)
@@ -143,3 +145,14 @@ class FlowMap(FlowObjective):
             x_s = x_t - expanded(alpha * d, x_t) * v
             rest = self.process.velocity(network, x_s, t - alpha * d, y, (1 - alpha) * d)
         return alpha * v + (1 - alpha) * rest
+
+
+def called_rows(rows: Tensor) -> Tensor:
+    """The rows that the network is called for: `rows`, or the first one where processes that share a network have none.
+
+    Each of them must call a network in shares (`trainer=fsdp`) equally often. What comes of the first row is not used.
+
+    Args:
+        rows: (M,) int64 of the micro-batch.
+    """
+    return rows if len(rows) or not in_group() else rows.new_zeros(1)

@@ -33,7 +33,8 @@ class DiffusionPath(FlowProcess):
 
     def changed(self, **changes: object) -> "DiffusionPath":
         """A copy with other values of some arguments."""
-        return DiffusionPath(**{key: value for key, value in (self.config | changes).items() if key != "kind"})
+        arguments = self.config | {"step_blocks": self.step_blocks} | changes
+        return DiffusionPath(**{key: value for key, value in arguments.items() if key != "kind"})
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The schedule at times t (N,) in [0, 1].

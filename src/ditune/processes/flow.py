@@ -8,6 +8,7 @@ Other conventions of time and step size, of foreign networks, are converted here
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +40,8 @@ class FlowProcess:
             the original one; other d are unused (live reflow).
         bridge: how a diffusion is read as a flow by `on_diffusion`: 'aligned' asks the network at the timestep of equal
             signal-to-noise ratio, 'path' follows the diffusion's own path (`DiffusionPath`).
+        step_blocks: last blocks of the network that are conditioned on d, the others on t alone; None = all. It is a
+            property of the network, so the stored config of the process is without it.
 
     Raises:
         UserError: an unknown name, or a number out of range.
@@ -56,6 +59,7 @@ class FlowProcess:
         diffusion: dict | None = None,
         straightened: bool = False,
         bridge: str = "aligned",
+        step_blocks: int | None = None,
     ):
         key = "objective.process"
         require(step in STEPS, f"{key}.step", step, f"Choose one of {', '.join(STEPS)}.")
@@ -67,7 +71,11 @@ class FlowProcess:
         remedy = "step=log2 needs the finest step size: set objective.process.base_steps=128."
         require(step != "log2" or base_steps is not None, f"{key}.base_steps", base_steps, remedy)
         require(bridge in BRIDGES, f"{key}.bridge", bridge, f"Choose one of {', '.join(BRIDGES)}.")
-        self.bridge = bridge
+        remedy = "Set it to 1 or more, or to null for all blocks."
+        require(step_blocks is None or step_blocks >= 1, f"{key}.step_blocks", step_blocks, remedy)
+        remedy = "No block is conditioned on a step size: set objective.process.step=size, or step_blocks=null."
+        require(step_blocks is None or step != "none", f"{key}.step_blocks", step_blocks, remedy)
+        self.bridge, self.step_blocks = bridge, step_blocks
         self.config = {
             "kind": "flow",
             "time_scale": time_scale,
@@ -85,7 +93,7 @@ class FlowProcess:
 
     def changed(self, **changes: object) -> "FlowProcess":
         """A copy with other values of some arguments."""
-        arguments = self.config | {"bridge": self.bridge} | changes
+        arguments = self.config | {"bridge": self.bridge, "step_blocks": self.step_blocks} | changes
         return FlowProcess(**{key: value for key, value in arguments.items() if key != "kind"})
 
     def on_diffusion(self, diffusion: dict) -> "FlowProcess":
@@ -98,13 +106,15 @@ class FlowProcess:
             from ditune.processes.diffusion_path import DiffusionPath  # which is a FlowProcess
 
             arguments = {key: value for key, value in self.config.items() if key not in ("kind", "diffusion")}
-            return DiffusionPath(diffusion, **arguments)
+            return DiffusionPath(diffusion, step_blocks=self.step_blocks, **arguments)
         return self.changed(diffusion=diffusion)
 
     @property
-    def network(self) -> dict[str, bool]:
+    def network(self) -> dict[str, Any]:
         """Arguments that the process needs in its network's constructor."""
-        return {"step": True} if self.step != "none" else {}
+        if self.step == "none":
+            return {}
+        return {"step": True} | ({} if self.step_blocks is None else {"step_blocks": self.step_blocks})
 
     def in_steps(self, steps: int) -> "FlowProcess":
         """The same process for sampling in `steps` steps.

@@ -74,10 +74,12 @@ def expected_memory(
     if per_sample is None:
         per_sample = saved_activations(network, objective, latent_shape, bf16, fused)
     weights = sum(p.numel() * p.element_size() for p in network.parameters())
+    frozen = [] if objective.teacher is None else objective.teacher.network.parameters()
     training = sum(4 * 4 * p.numel() for p in network.parameters() if p.requires_grad)  # gradient, two moments, EMA
     if shares > 1:
         blocks = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in network.blocks]
         weights, training = weights / shares + max(blocks), training / shares
+    weights += sum(p.numel() * p.element_size() for p in frozen)  # of a teacher, which every process has
     return {
         "parameters": weights / 2**20,
         "gradients, optimizer, EMA": training / 2**20,
