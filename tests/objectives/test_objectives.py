@@ -10,6 +10,8 @@ from ditune.config import rules
 from ditune.config.components import build_components
 from ditune.config.training import resume_key
 from ditune.errors import UserError
+from ditune.moe.balance import Watched
+from ditune.networks import DiTMoE
 from ditune.objectives import FlowMatching, GaussianDiffusion, MeanFlow, State
 from ditune.processes import FlowProcess, GaussianProcess
 from ditune.rng import StepRandom
@@ -51,6 +53,10 @@ def test_every_objective_teaches_every_network(tmp_path, pictures, objective, ne
         assert network.step_embedder.mlp[2].weight.grad.abs().max() > 0
     assert_close(whole.parts["loss"].mean(), whole.total.detach())
     assert ((whole.time >= 0) & (whole.time <= 1)).all()
+    if isinstance(network, DiTMoE):  # what is recorded of the routing is of the samples of the loss
+        watched = Watched(network)
+        seen = parts.objective.loss(watched, (x0, y), StepRandom(0, 30, range(SIZE)), state)
+        assert watched.y.shape == seen.time.shape
     parts_of_it = [loss(rows) for rows in (range(20), range(20, SIZE))]
     for name in whole.parts:
         assert_close(torch.cat([part.parts[name] for part in parts_of_it]), whole.parts[name], atol=1e-4, rtol=1e-4)

@@ -100,9 +100,10 @@ def shapes_are_the_bases(c: Components) -> str | None:
     """`network=` names the network that the file holds."""
     if c.base is None or not c.base.differences:
         return None
+    decoupled = " Set objective.process.step_blocks as there." if "step_blocks" in c.base.differences else ""
     return (
         f"The base network {c.base.path.name} is another than network=: {c.base.differences}. Choose its network=, "
-        "or new_resolution=true where only input_size and pos_embed_scale differ."
+        f"or new_resolution=true where only input_size and pos_embed_scale differ.{decoupled}"
     )
 
 

@@ -80,18 +80,16 @@ class FlowGuided(FromPairs):
     def loss(self, network: Network, batch: tuple[Tensor, Tensor], random: StepRandom, state: State) -> Loss:
         """The sum of the two squared errors, see `Objective.loss`."""
         pair = self.targets(network, *batch, random, state)
-        inputs, targets, count = [pair], [pair.target], len(pair.t)
+        parts = {}
         if self.first != "none":
             z = random.normal("noise", pair.x_t.shape[1:]).to(pair.x_t)
             length = self.low + (self.high - self.low) * random.uniform("length").to(pair.t)
-            targets.append(self.two_steps(network, z, pair.y, length, state))
-            inputs.append(pair._replace(x_t=z))
-        torch.clear_autocast_cache()  # of weights that were cast without a gradient, see flow_base.py
-        x_t, t, y = (torch.cat([values[i] for values in inputs]) for i in range(3))
-        velocity = self.process.velocity(network, x_t, t, y)  # one call for both terms
-        errors = mean_flat((velocity - torch.cat(targets)) ** 2).split(count)  # (N,) each
-        loss = sum(errors)
-        parts = {"loss": loss, "mse": errors[0], "velocity_rms": rms(velocity[:count]), "target_rms": rms(pair.target)}
-        if len(errors) > 1:
-            parts["mse_guided"] = errors[1]
+            target = self.two_steps(network, z, pair.y, length, state)
+            torch.clear_autocast_cache()  # of weights that were cast without a gradient, see flow_base.py
+            parts["mse_guided"] = mean_flat((self.process.velocity(network, z, pair.t, pair.y) - target) ** 2)
+        torch.clear_autocast_cache()
+        velocity = self.process.velocity(network, pair.x_t, pair.t, pair.y)  # last: its routing is what balance= sees
+        parts["mse"] = mean_flat((velocity - pair.target) ** 2)
+        loss = sum(parts.values())  # (N,)
+        parts |= {"loss": loss, "velocity_rms": rms(velocity), "target_rms": rms(pair.target)}
         return Loss(loss.mean(), {name: value.detach() for name, value in parts.items()}, pair.t)
