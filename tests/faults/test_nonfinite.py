@@ -8,9 +8,8 @@ import torch
 from ditune.commands.train import train
 from ditune.errors import UserError
 from ditune.files.atomic import read_json
-from ditune.training.module import GenerativeModule
 from helpers import SMALL, assert_same_bits, compose
-from trials import finished, pair
+from trials import finished, pair, poison
 
 STEP, BATCH = 2, 4  # of the bad step; images in a step
 BAD = STEP * BATCH + 3  # position: of two ranks it is the second one's
@@ -21,23 +20,6 @@ PARTS = ("state_dict", "ema", "optimizer_states", "balance")
 def common(pictures: Path) -> list[str]:
     save = ["callbacks.checkpoint.every_n_steps=1", "callbacks.checkpoint.keep=-1"]
     return [*SMALL, f"data.root={pictures}", "peft=full", "max_steps=4", "callbacks.samples.n=0", *save]
-
-
-def poison(monkeypatch: pytest.MonkeyPatch, *positions: int) -> None:
-    """The images at these positions are NaN once they are latents."""
-    original, micro_step = GenerativeModule.latents, GenerativeModule.micro_step
-
-    def remember(module: GenerativeModule, batch: tuple) -> tuple:
-        module.at = batch[2]
-        return micro_step(module, batch)
-
-    def latents(module: GenerativeModule, *arguments: object) -> torch.Tensor:
-        x = original(module, *arguments)
-        bad = torch.isin(module.at, torch.tensor(positions))
-        return torch.where(bad[:, None, None, None], torch.nan, x)
-
-    monkeypatch.setattr(GenerativeModule, "micro_step", remember)
-    monkeypatch.setattr(GenerativeModule, "latents", latents)
 
 
 def saved(folder: Path, step: int) -> dict:

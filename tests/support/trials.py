@@ -10,10 +10,12 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 
 from ditune.cli import reported
 from ditune.commands.train import train
+from ditune.training.module import GenerativeModule
 from helpers import compose
 
 
@@ -88,16 +90,16 @@ class Trial:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
 
-def pair(folder: Path, overrides: list[str], inject: Callable[[], None] = bool) -> list[Trial]:
+def pair(folder: Path, overrides: list[str], inject: Callable[[], None] = bool, trainer: str = "ddp") -> list[Trial]:
     """Two ranks with the environment of torchrun."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     common |= {"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": f"trial-{port}"}
-    ddp = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true"]
+    two = [f"trainer={trainer}", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true"]
     return [
-        Trial(folder, [*overrides, *ddp], inject, common | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        Trial(folder, [*overrides, *two], inject, common | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in (0, 1)
     ]
 
@@ -121,3 +123,20 @@ def wait_for(path: Path, trials: list[Trial], seconds: float = 60.0) -> None:
                 trial.end()
             raise AssertionError(f"{path.name} never came:\n" + "\n".join(trial.output for trial in trials))
         time.sleep(0.02)
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, *positions: int) -> None:
+    """The images at these positions are NaN once they are latents."""
+    original, micro_step = GenerativeModule.latents, GenerativeModule.micro_step
+
+    def remember(module: GenerativeModule, batch: tuple) -> tuple:
+        module.at = batch[2]
+        return micro_step(module, batch)
+
+    def latents(module: GenerativeModule, *arguments: object) -> torch.Tensor:
+        x = original(module, *arguments)
+        bad = torch.isin(module.at, torch.tensor(positions))
+        return torch.where(bad[:, None, None, None], torch.nan, x)
+
+    monkeypatch.setattr(GenerativeModule, "micro_step", remember)
+    monkeypatch.setattr(GenerativeModule, "latents", latents)

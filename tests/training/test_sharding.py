@@ -3,9 +3,8 @@
 import csv
 import gc
 import json
+import re
 import shutil
-import subprocess
-import sys
 import weakref
 
 import numpy as np
@@ -21,43 +20,37 @@ from ditune.config.components import build_components
 from ditune.errors import UserError
 from ditune.training.callbacks import routing
 from ditune.training.plan import expected_memory
-from helpers import ROOT, SMALL, SMALL_FLOW, assert_same_bits, compose, open_gates
+from helpers import SMALL, SMALL_FLOW, assert_same_bits, compose, open_gates
+from trials import finished, pair, poison
 
 EXPERTS = [*SMALL_FLOW, "model=dit_moe", "network=tiny_moe", "balance=global"]
 SAVED = "callbacks.checkpoint.every_n_steps=3"
+METRICS = ["callbacks.metrics.every_n_steps=3", "callbacks.metrics.n=5", "+metrics.judge.batch_size=5"]
+BEST = [*METRICS, "callbacks.held_out.every_n_steps=2", "callbacks.checkpoint.best=loss"]
+# the largest network at a fortieth of its width: as many blocks, experts and choices, with norms on queries and keys
+G = ["model=dit_moe", "network=dit_moe_g_2_16e2a", "+network.hidden_size=32", "+network.num_heads=4"]
+BAD = 11  # position of an image: of two processes it is the second one's, in the third step
 # every case with one more thing that must not change what is learned
 CASES = {
     "dit_full": [*SMALL, "peft=full", "callbacks.held_out.every_n_steps=3"],
-    "dit_difffit": [*SMALL, "peft=difffit", "trainer.accumulate_grad_batches=2"],
+    "dit_difffit": [*SMALL, "peft=difffit", "trainer.accumulate_grad_batches=2", *BEST],
     "dit_lora": [*SMALL, "peft=lora", "gradient_checkpointing=true"],
-    "moe_full": [*EXPERTS, "peft=full"],
+    "moe_full": [*EXPERTS, "peft=full", "callbacks.nonfinite.action=skip"],  # and a step whose gradient is NaN
     "moe_difffit": [*EXPERTS, "peft=difffit", "callbacks.samples.n=2"],
     "moe_lora": [*EXPERTS, "peft=lora", "objective=progressive_distillation"],  # a teacher that is kept
     # one process has a sample with a step and the other has none: both call the network equally often
     "dit_flow": [*SMALL_FLOW, "peft=lora", "objective=improved_mean_flow", "objective.derivative=difference"],
+    "g": [*SMALL_FLOW, *G, "peft=full", "max_steps=2"],
     "scratch": [*EXPERTS, "peft=full", "objective=shortcut", "batch_size=8", "balance.bias_rate=0.01", SAVED],
 }
 COMMON = ["optimizer.lr=1e-3", "max_steps=6", "callbacks.samples.n=0", "callbacks.checkpoint.every_n_steps=0"]
-SPREAD = ["trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true"]
-WORKER = """
-import os, shutil
-from pathlib import Path
-from ditune.training.callbacks import routing
-from helpers import compose
-from ditune.commands.train import train
-routing.draw_load = routing.draw_by = lambda *_: None  # heat-maps take most of such a run's time
-for folder, overrides, begun in {runs!r}:
-    if begun and not int(os.environ["RANK"]):
-        shutil.copytree(begun, Path(folder) / "checkpoints" / Path(begun).name)
-    assert train(compose(folder, *overrides)) == 0
-"""
 
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory, pictures):
     """Files of tiny networks, by the beginnings of the cases' names."""
     folder = tmp_path_factory.mktemp("bases")
-    found = {"scratch": None}
+    found = {"scratch": None, "g": None}
     for name, overrides in (("dit", SMALL), ("moe", EXPERTS)):
         parts = build_components(compose(folder, *overrides, f"data.root={pictures}", "peft=full"))
         open_gates(parts.network)
@@ -68,17 +61,28 @@ def bases(tmp_path_factory, pictures):
     return found
 
 
-def start(folder, runs):
-    """Two processes that train one run after the other."""
-    worker = folder / "worker.py"
-    worker.write_text(WORKER.format(runs=runs))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(worker)]
-    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+def both(folder, name, run, begun=None):
+    """A training by two processes and, where no checkpoint is given, by one beside it."""
+    two, one = (folder / f"{name}_{n}" for n in (2, 1))
+    if begun is not None:
+        shutil.copytree(begun, two / "checkpoints" / begun.name)
+    trials = pair(two, run, trainer="fsdp")
+    if begun is None:
+        assert train(compose(one, *run)) == 0
+    assert finished(trials, 120) == [0, 0], "\n".join(trial.output for trial in trials)[-3000:]
+    return trials
 
 
 def losses_of(folder):
     with (folder / "metrics.csv").open() as file:
         return [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
+
+
+def measured(folder):
+    """(step, name): value of all that was measured while a run trained."""
+    with (folder / "metrics.csv").open() as file:
+        rows = [(int(row["step"]), key, value) for row in csv.DictReader(file) for key, value in row.items()]
+    return {(step, key): float(value) for step, key, value in rows if key.startswith("val/") and value}
 
 
 def checkpoints_are_shares(folder):
@@ -99,21 +103,23 @@ def test_shares_learn_as_the_whole(tmp_path, pictures, bases, monkeypatch):
     for name, case in CASES.items():
         base = bases[name.partition("_")[0]]
         begin = [] if base is None else [f"pretrained={base}"]
-        runs[name] = [*case[:1], f"data.root={pictures}", *COMMON, *case[1:], *begin]
+        runs[name] = [*case[:1], f"data.root={pictures}", *COMMON, f"paths.cache_dir={tmp_path}", *case[1:], *begin]
     runs["onward"] = [*runs["dit_full"], SAVED]
     assert train(compose(tmp_path / "onward_2", *runs["onward"], "max_steps=3")) == 0  # two go on where one began
-    third = tmp_path / "scratch_2" / "checkpoints" / "step_00000003.ckpt"
-    spread = [(str(tmp_path / f"{name}_2"), [*run, *SPREAD], None) for name, run in runs.items()]
-    spread.append((str(tmp_path / "again_2"), [*runs["scratch"], *SPREAD], str(third)))
-    two = start(tmp_path, spread)
     for name, run in runs.items():
-        assert train(compose(tmp_path / f"{name}_1", *run)) == 0
-    _, errors = two.communicate(timeout=240)
-    assert two.returncode == 0, errors[-3000:]
+        with monkeypatch.context() as patch:
+            if name == "moe_full":
+                poison(patch, BAD)
+            trials = both(tmp_path, name, run)
+        if name == "moe_full":
+            told = rf"not finite at step 2; .*rank 1: position {BAD} .*The step is skipped \(1 of at most 10 in a row\)"
+            assert re.search(told, trials[0].output), trials[0].output[-3000:]
+    third = tmp_path / "scratch_2" / "checkpoints" / "step_00000003.ckpt"
+    both(tmp_path, "again", runs["scratch"], third)
     for name in runs:
         folders = [tmp_path / f"{name}_{n}" for n in (1, 2)]
-        experts = name.startswith(("moe", "scratch"))
-        written = "network" if name == "scratch" else "adapter/adapter_model"
+        experts = name.startswith(("moe", "scratch", "g"))
+        written = "network" if name in ("scratch", "g") else "adapter/adapter_model"
         one, spread = (load_file(folder / f"{written}.safetensors") for folder in folders)
         assert one.keys() == spread.keys()
         for key, value in one.items():
@@ -142,8 +148,14 @@ def test_shares_learn_as_the_whole(tmp_path, pictures, bases, monkeypatch):
     a, b = (np.asarray(Image.open(path), dtype=np.int64) for path in sheets)
     assert a.shape == b.shape
     assert np.abs(a - b).max() <= 1
-    values = [(tmp_path / f"dit_full_{n}" / "metrics.csv").read_text() for n in (1, 2)]
-    assert all("val/loss" in text for text in values)
+    values = [measured(tmp_path / f"dit_difffit_{n}") for n in (1, 2)]
+    assert values[0].keys() == values[1].keys()
+    assert {"val/loss", "val/kid_efflite0"} <= {name for _, name in values[0]}
+    for key, value in values[0].items():
+        assert values[1][key] == pytest.approx(value, rel=1e-3, abs=1e-5), key
+    alone, together = (json.loads((tmp_path / f"dit_difffit_{n}" / "result.json").read_text()) for n in (1, 2))
+    assert alone["evaluated"]["checkpoint"] == together["evaluated"]["checkpoint"] == "best"
+    assert alone["evaluated"]["step"] == together["evaluated"]["step"]
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,10 @@ the pages of the file itself, which belong to the system.
 
 import logging
 import math
-import mmap
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ditune.checkpoints.content_hash import KEY, ContentHash
@@ -23,16 +21,41 @@ from ditune.errors import UserError
 from ditune.files.atomic import LARGE
 from ditune.networks.dit import INPUTS
 from ditune.networks.unfilled import unfilled
-from ditune.progress import meter
+from ditune.networks.unread import Memory, Place, Unread, own_rows
+from ditune.progress import is_first_rank, meter
 
 log = logging.getLogger(__name__)
 
 WINDOWS = 20  # parts of a large file; it takes a tenth of a second to open one of DiT-XL/2
-PAGES = 1 << 20  # bytes from which a tensor has pages of its own
+LONGEST = 1 << 30  # bytes of a part, at most
+BLOCKS = "blocks."  # beginning of the names of nearly all weights
 SKIPPED = 5  # names of objects that are listed
 
 
-def build(source: Source, opened: Callable[[Source], Content], overrides: dict[str, Any]) -> nn.Module:
+class InFile(Unread):
+    """Parameters whose values are in a file, which is opened anew for each part of the network.
+
+    Args:
+        source: the file.
+        opened: what a source of this file holds.
+        content: what it holds now; kept where it is in memory anyway.
+    """
+
+    def __init__(self, source: Source, opened: Callable[[Source], Content], content: Content) -> None:
+        super().__init__()
+        self._source, self._opened = source, opened
+        self._content = None if source.is_mapped else content
+
+    def _fill(self, found: list[tuple[Memory, str]], place: Place) -> None:
+        content = self._content or _anew(self._source, self._opened)
+        for memory, name in found:
+            rows = own_rows(len(memory.tensor), place)
+            memory.tensor[rows].copy_(_numbers(name, content.tensors[name][rows], self._source))
+
+
+def build(
+    source: Source, opened: Callable[[Source], Content], overrides: dict[str, Any], later: bool = False
+) -> nn.Module:
     """The network of a file, with its weights in fp32.
 
     Parameters that the file lacks get the random numbers that an ordinary constructor gives them, from torch's global
@@ -42,6 +65,7 @@ def build(source: Source, opened: Callable[[Source], Content], overrides: dict[s
         source: the file.
         opened: what a source of this file holds.
         overrides: constructor arguments that replace those of the file.
+        later: the blocks' weights are not read yet. The network's `unread` fills them, until when the file must stay.
 
     Raises:
         UserError: the file does not fit the network or the overrides, or changed while it was read.
@@ -59,35 +83,48 @@ def build(source: Source, opened: Callable[[Source], Content], overrides: dict[s
         network.add_inputs(name for name in INPUTS if overrides.get(name) and not content.config.get(name))
         added = network.new_parameter_prefixes
     try:
-        tensors = _copied(source, content, opened)
+        unread = InFile(source, opened, content) if later else None
+        tensors = _copied(source, content, opened, unread)
         if added:
             lacking = {name: p for name, p in network.named_parameters() if name.startswith(added)}
             tensors |= initialisation.values(lacking)
         network.load_state_dict(tensors, assign=True)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{source.path} does not fit the network: {error}. Check the overrides {overrides}.") from error
-    network.file = source.path
+    network.file, network.unread = source.path, unread
     return network
 
 
-def _copied(source: Source, content: Content, opened: Callable[[Source], Content]) -> dict[str, Tensor]:
-    """The tensors of a file in memory of their own, in fp32."""
+def _copied(
+    source: Source, content: Content, opened: Callable[[Source], Content], unread: Unread | None
+) -> dict[str, Tensor]:
+    """The tensors of a file in memory of their own, in fp32; with `unread`, those of the blocks are left to it.
+
+    The first of several processes alone checks what the others do not read.
+    """
     size = sum(4 * math.prod(value.shape) for value in content.tensors.values())
     in_windows = size > LARGE and source.is_mapped
     copies: dict[str, Tensor] = {}
     facts, found = content.facts, ContentHash(content.facts)
+    hashed = bool(facts) and (unread is None or is_first_rank())
     with meter(f"reading {source.path.name}", size, "bytes") if size > LARGE else nullcontext() as progress:
         left = 0
         for name in list(content.tensors):
             if in_windows and left <= 0:
-                content, left = _anew(source, opened), size // WINDOWS
-            copies[name] = _copy(name, content.tensors[name], source)
-            if facts:
-                found.add(name, copies[name])  # our own files hold fp32, so the copy has the bytes of the file
-            left -= copies[name].nbytes
+                content, left = _anew(source, opened), min(size // WINDOWS, LONGEST)
+            value, waits = content.tensors[name], unread is not None and name.startswith(BLOCKS)
+            if waits:
+                copies[name] = unread.add(name, value.shape)
+            if hashed or not waits:
+                copy = _copy(name, value, source)
+                if hashed:
+                    found.add(name, copy)  # our own files hold fp32, so the copy has the bytes of the file
+                left -= copy.nbytes
+                if not waits:
+                    copies[name] = copy
             if progress is not None:
                 progress.advance(copies[name].nbytes)
-    if facts and found.hexdigest() != facts[KEY]:
+    if hashed and found.hexdigest() != facts[KEY]:
         raise UserError(
             f"{source.path} is damaged: its content has another hash than the one that was written with it. Copy it "
             "again, or make it again (`python src/export.py run=<its run> format=dit`)."
@@ -106,19 +143,10 @@ def _anew(source: Source, opened: Callable[[Source], Content]) -> Content:
 
 def _copy(name: str, value: Tensor | Composed, source: Source) -> Tensor:
     tensor = value.make() if isinstance(value, Composed) else value
+    return Memory(tensor.shape).tensor.copy_(_numbers(name, tensor, source))
+
+
+def _numbers(name: str, tensor: Tensor, source: Source) -> Tensor:
     if not tensor.is_floating_point():
         raise UserError(f"{source.path} holds whole numbers as {name}. Give the file before its quantisation.")
-    return _memory(tensor.shape).copy_(tensor)
-
-
-def _memory(shape: torch.Size) -> Tensor:
-    """An fp32 tensor of this shape, whose memory goes back to the system with it.
-
-    The C library keeps memory that it has handed out in pieces of up to 32 MB, and frozen weights go soon: they are
-    converted to bf16, or moved to a GPU.
-    """
-    size = 4 * math.prod(shape)
-    if size < PAGES:
-        return torch.empty(shape)
-    own = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(own, dtype=torch.float32).view(shape)
+    return tensor

@@ -133,6 +133,7 @@ def read_network(
     process: str | Mapping[str, Any] | None = None,
     known: Mapping[str, Any] | None = None,
     key: str = "process",
+    later: bool = False,
     **overrides: Any,
 ) -> NetworkFile:
     """Read a network together with its header, process and sampler settings; the log says how a foreign file was read.
@@ -143,6 +144,7 @@ def read_network(
             says, else as the authors of its format train.
         known: as in `load_network`.
         key: config key that sets `process`, for messages.
+        later: the blocks' weights are read when the network is cut, see `ditune.checkpoints.loading.build`.
         overrides: as in `load_network`.
 
     Raises:
@@ -153,10 +155,10 @@ def read_network(
         if process is not None:
             raise UserError(f"{source.path} says itself what it was trained on. Leave {key}=null.")
         header = read_header(source)
-        network = build(source, lambda opened: _content(opened, known or {}, **overrides), overrides)
+        network = build(source, lambda opened: _content(opened, known or {}, **overrides), overrides, later)
         return NetworkFile(network, header, header["process"], {})
     module = _format_of(source)
-    network = build(source, lambda opened: module.read(opened, known or {}, **overrides), overrides)
+    network = build(source, lambda opened: module.read(opened, known or {}, **overrides), overrides, later)
     config, how = _process(source, module, network, process, key)
     log.info("read %s: %s", source.path, _summary(source, module, network, f"{name_of(config)} ({how})"))
     if how == "assumed":

@@ -86,7 +86,12 @@ def _stacked(key: str, experts: dict[int, Tensor]) -> Composed:
         name = f"{key.rpartition('.')[0]}.{missing[0]}.{layer}.weight"
         raise UserError(f"The DiT-MoE file has no {name}. Fetch it again.")
     in_order = [experts[e] for e in range(len(experts))]
-    return Composed((len(in_order), *in_order[0].shape), partial(torch.stack, in_order))
+    shape = len(in_order), *in_order[0].shape
+    return Composed(shape, partial(torch.stack, in_order), rows=lambda rows: _stack(in_order[rows], shape))
+
+
+def _stack(experts: list[Tensor], shape: tuple[int, ...]) -> Tensor:
+    return torch.stack(experts) if experts else torch.empty(0, *shape[1:])
 
 
 def to_theirs(ours: dict[str, Tensor], fused_attention: bool) -> dict[str, Tensor]:

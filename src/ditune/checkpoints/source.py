@@ -53,10 +53,15 @@ class Composed:
     Args:
         shape: of the tensor.
         make: makes it.
+        rows: makes some of its rows; None = they are taken from the whole.
     """
 
     shape: tuple[int, ...]
     make: Callable[[], Tensor]
+    rows: Callable[[slice], Tensor] | None = None
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        return self.make()[rows] if self.rows is None else self.rows(rows)
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,11 @@ from ditune.autoencoders import Autoencoder
 from ditune.checkpoints import locate, read_network
 from ditune.checkpoints.source import Source
 from ditune.config.instantiate import instantiate, plain
+from ditune.config.sharded import is_sharded
 from ditune.errors import UserError
 from ditune.files.atomic import sha256
 from ditune.networks import DiT
-from ditune.networks.unfilled import unfilled
+from ditune.networks.unfilled import Uninitialised, unfilled
 from ditune.peft import adapt_labels
 from ditune.processes import GaussianProcess, Process, build_process, is_flow
 from ditune.rng import seeded
@@ -28,6 +29,8 @@ def build_network(
 ) -> tuple[DiT, Base | None]:
     """The network of the config: read from its pretrained file, or with seeded initial weights.
 
+    With trainer=fsdp the weights are read when the network is cut, and a plan of a new network needs none.
+
     Args:
         cfg: of a training.
         class_names: of the data.
@@ -39,9 +42,15 @@ def build_network(
     """
     channels, side, _ = autoencoder.latent_shape(cfg.data.resolution)
     shape = {"in_channels": channels, "input_size": side, "num_classes": len(class_names)}
+    later = is_sharded(cfg)
     if cfg.pretrained is None:
         with seeded(cfg.seed):
-            return instantiate(cfg.network, "network", **shape, **inputs), None
+            if not later and cfg.dry_run is not True:
+                return instantiate(cfg.network, "network", **shape, **inputs), None
+            with unfilled() as initialisation:
+                network = instantiate(cfg.network, "network", **shape, **inputs)
+            Uninitialised(network, initialisation)
+            return network, None
     path = locate(cfg.pretrained, Path(cfg.paths.cache_dir) / "networks", download=not cfg.dry_run)
     source = Source(path)
     opened = {"source": source} if "checkpoint" in cfg.network else {}  # network=as_pretrained takes its sizes from it
@@ -49,7 +58,7 @@ def build_network(
         ours = instantiate(cfg.network, "network", **shape, **inputs, **opened).config
     given = given_process(cfg.get("pretrained_process"), "pretrained_process")
     with seeded(cfg.seed):
-        read = read_network(source, given, ours, "pretrained_process", **inputs)
+        read = read_network(source, given, ours, "pretrained_process", later, **inputs)
     loaded, config = read.network, read.network.config
     if cfg.new_resolution:
         loaded = at_resolution(loaded, ours["input_size"], ours["pos_embed_scale"])
@@ -75,7 +84,7 @@ def at_resolution(network: DiT, input_size: int, pos_embed_scale: float) -> DiT:
         other = type(network)(**(network.config | {"input_size": input_size, "pos_embed_scale": pos_embed_scale}))
     weights = {key: value for key, value in network.state_dict().items() if key != "pos_embed"}
     other.load_state_dict(weights, assign=True)
-    other.new_parameter_prefixes = network.new_parameter_prefixes
+    other.new_parameter_prefixes, other.unread = network.new_parameter_prefixes, network.unread
     return other
 
 

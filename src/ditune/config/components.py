@@ -1,6 +1,7 @@
 """From a composed config to the objects of a run. Below this folder and the commands nothing sees a config."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ditune.evaluation.comparison import Comparison
 from ditune.evaluation.protocol import Evaluation, Record
 from ditune.generation.generator import ImageGenerator
 from ditune.networks import DiT
+from ditune.networks.unread import ReadWhole
 from ditune.objectives import DenseTeacher, Objective
 from ditune.peft.slots import slots
 from ditune.rng import seeded
@@ -54,7 +56,7 @@ def build_components(cfg: DictConfig) -> Components:
     )
     rules.check(components, rules.OF_THE_BASE)
     before = slots(network) if base is not None and needs_base(cfg.sampler) else None
-    with seeded(cfg.seed):
+    with seeded(cfg.seed), ReadWhole(network.unread) if network.unread else nullcontext():
         method.apply(network, before, new_classes=cfg.classes is not None)
     if components.settings.bf16:
         freeze_in_bf16(network)
@@ -98,7 +100,8 @@ def freeze_in_bf16(network: DiT) -> None:
     """
     for name, parameter in network.named_parameters():
         if not parameter.requires_grad and ".router." not in name:
-            parameter.data = parameter.data.bfloat16()
+            values = parameter.data
+            parameter.data = values.bfloat16() if network.unread is None else network.unread.as_bf16(values)
 
 
 def build_generator(cfg: DictConfig, components: Components, sampler: DictConfig | None = None) -> ImageGenerator:

@@ -77,7 +77,7 @@ class Outline:
 
     Args:
         components: with a network on the meta device.
-        build: (depth) -> a network of that depth, with the method applied to it and with memory.
+        build: (depth) -> a network of that depth, with the method applied to it, on the meta device.
         fused: whether the training's device has a fused kernel for attention.
     """
 
@@ -118,7 +118,7 @@ def outline(cfg: DictConfig, processes: Processes) -> Outline | None:
     settings = settings_of(cfg)
     build = partial(_build, cfg, sizes, settings.bf16)
     method = instantiate(cfg.peft, "peft", _convert_="all")
-    network = build(method, torch.device("meta"))
+    network = build(method)
     components = Components(
         images=images,
         autoencoder=autoencoder,
@@ -136,24 +136,17 @@ def outline(cfg: DictConfig, processes: Processes) -> Outline | None:
     build_generator(cfg, components)  # refuses what its sampler cannot do
 
     def shallow(depth: int) -> DiT:
-        return build(instantiate(cfg.peft, "peft", _convert_="all"), torch.device("cpu"), depth=depth)
+        return build(instantiate(cfg.peft, "peft", _convert_="all"), depth=depth)
 
     return Outline(
         components, shallow, fused=torch.cuda.is_available() or cfg.trainer.accelerator not in ("auto", "cpu")
     )
 
 
-def _build(
-    cfg: DictConfig, sizes: dict[str, Any], bf16: bool, method: PeftMethod, device: torch.device, **more: Any
-) -> DiT:
-    """The network of the config with the method applied to it; its weights are zeros, since only shapes are asked."""
+def _build(cfg: DictConfig, sizes: dict[str, Any], bf16: bool, method: PeftMethod, **more: Any) -> DiT:
+    """The network of the config with the method applied to it; only shapes are asked."""
     with torch.device("meta"):
         network = instantiate(cfg.network, "network", **sizes, **more)
-    if device.type != "meta":
-        network.to_empty(device=device)  # initial values would take most of the time
-        for tensor in (*network.parameters(), *network.buffers()):
-            tensor.data.zero_()
-    with device:
         method.apply(network)
     network.gradient_checkpointing = cfg.gradient_checkpointing
     if bf16:

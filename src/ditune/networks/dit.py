@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint, noop_context_fn
 from ditune.networks.block import Attention, Mlp, TransformerBlock, apply_gamma, modulate, norm_modulate
 from ditune.networks.embeddings import LabelEmbedder, NoTime, PatchEmbed, TimestepEmbedder, sincos_2d
 from ditune.networks.sizes import DIT as SIZES
+from ditune.networks.unread import Unread
 
 __all__ = ["SIZES", "Attention", "DiT", "DiTBlock", "FinalLayer", "Mlp", "TransformerBlock", "apply_gamma", "modulate"]
 
@@ -73,6 +74,7 @@ class DiT(nn.Module):
 
     # name prefixes of parameters missing from the checkpoint; they are always trainable
     new_parameter_prefixes: tuple[str, ...] = ()
+    unread: Unread | None = None  # what of the parameters has no values yet
 
     def __init__(
         self,

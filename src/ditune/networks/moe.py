@@ -51,8 +51,15 @@ def by_slices(form: Callable[..., Tensor], x_SD: Tensor, counts_E: Tensor, weigh
     Returns:
         Rows (S, D).
     """
-    rows = zip(x_SD.split(counts_E.tolist()), *(w.unbind() for w in weights), strict=True)
+    rows = zip(x_SD.split(numbers(counts_E, len(x_SD))), *(w.unbind() for w in weights), strict=True)
     return torch.cat([form(torch.matmul, x_RD, *(w.to(x_RD.dtype) for w in own)) for x_RD, *own in rows])
+
+
+def numbers(counts_E: Tensor, rows: int) -> list[int]:
+    """The counts of the experts; even ones, of `rows` in all, where tensors have no values, as in a plan."""
+    if hasattr(counts_E, "fake_mode"):
+        return [len(part) for part in torch.empty(rows).tensor_split(len(counts_E))]
+    return counts_E.tolist()
 
 
 def by_grouped_mm(form: Callable[..., Tensor], x_SD: Tensor, counts_E: Tensor, weights: Sequence[Tensor]) -> Tensor:
@@ -70,7 +77,7 @@ def back_end(x_SD: Tensor, weights: Sequence[Tensor]) -> Callable[..., Tensor]:
     the slices into one tensor, which then takes as long as a third of the products (docs/results/speed.md).
     """
     stacked = [w for w in weights if w.ndim == 3]
-    if any(size * x_SD.element_size() % 16 for w in stacked for size in w.shape[1:]):
+    if hasattr(x_SD, "fake_mode") or any(size * x_SD.element_size() % 16 for w in stacked for size in w.shape[1:]):
         return by_slices
     if x_SD.is_cuda:
         return by_grouped_mm if x_SD.dtype == torch.bfloat16 else by_slices

@@ -7,12 +7,15 @@ file lacks can still get the numbers that an ordinary constructor would have giv
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from ditune.networks.unread import Memory, Place, Unread, own_rows, unread_of
 
 
 class Initialisation(TorchDispatchMode):
@@ -49,13 +52,26 @@ class Initialisation(TorchDispatchMode):
         """
         wanted = {name: torch.empty(p.shape, dtype=p.dtype) for name, p in parameters.items()}
         by_storage = {_storage(p): wanted[name] for name, p in parameters.items()}
+        for _ in self.repeat(by_storage):
+            pass
+        return wanted
+
+    def repeat(self, by_storage: Mapping[int, Tensor]) -> Iterator[int]:
+        """Do the changes to tensors that have memory; of all others only the random numbers are made.
+
+        Args:
+            by_storage: tensors by the storages of those in the block, see `_storage`.
+
+        Yields:
+            The storage of each one that has been changed.
+        """
         for func, tensor, args, kwargs in self.changes:
             whole = by_storage.get(_storage(tensor))
             if whole is not None:
                 func(whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()), *args, **kwargs)
+                yield _storage(tensor)
             elif torch.Tag.nondeterministic_seeded in func.tags:
                 func(torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype), *args, **kwargs)
-        return wanted
 
 
 @contextmanager
@@ -77,6 +93,57 @@ def unfilled() -> Iterator[Initialisation]:
             yield initialisation
     finally:
         hook.remove()
+
+
+class Uninitialised(Unread):
+    """Parameters of a new network that have not been initialised yet; all are filled at once, in one row of numbers.
+
+    Torch's global generator must be as it was before the constructor.
+
+    Args:
+        network: built in `unfilled`; its parameters get memory.
+        initialisation: what its constructor did.
+    """
+
+    def __init__(self, network: nn.Module, initialisation: Initialisation) -> None:
+        super().__init__()
+        self.generator = torch.get_rng_state()  # later the state behind the last number
+        self._initialisation, self._storages = initialisation, {}
+        memory = {}
+        for name, parameter in network.named_parameters():
+            memory[name], self._storages[name] = self.add(name, parameter.shape), _storage(parameter)
+        network.load_state_dict(memory, strict=False, assign=True)  # buffers have their values
+        network.unread = self
+
+    def as_bf16(self, tensor: Tensor) -> Tensor:
+        """In bf16, of the numbers of fp32."""
+        self.fill([tensor])
+        return super().as_bf16(tensor)
+
+    def _fill(self, found: list[tuple[Memory, str]], place: Place) -> None:
+        memories = {self._storages[name]: memory for memory, name in (*found, *self._waiting.values())}
+        rows = {storage: own_rows(len(memory.tensor), place) for storage, memory in memories.items()}
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(self.generator)
+            for storage in self._initialisation.repeat({key: memory.tensor for key, memory in memories.items()}):
+                memories[storage].keep(rows[storage])
+            self.generator = torch.get_rng_state()
+        self._waiting.clear()
+        self._initialisation.changes.clear()
+
+
+def skeleton(network: nn.Module) -> nn.Module:
+    """A copy of a network whose parameters take no memory; its method is the same object."""
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
+        for p in network.parameters()
+    }
+    method = getattr(network, "adaptation", None)
+    if method is not None:
+        memo[id(method)] = method
+    if unread_of(network) is not None:
+        memo[id(network.unread)] = None
+    return deepcopy(network, memo)
 
 
 def _storage(tensor: Tensor) -> int:

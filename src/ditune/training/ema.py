@@ -16,11 +16,13 @@ class Ema:
         parameters: name to parameter; the average starts as a copy.
         decay: weight of the old average. It grows from 1/10 as (1 + step) / (10 + step), steps from 0, up to this
             value, so that the average of a short run does not lag behind.
+        unread: the parameters have no values yet, and the average has shapes only.
     """
 
-    def __init__(self, parameters: dict[str, nn.Parameter], decay: float):
+    def __init__(self, parameters: dict[str, nn.Parameter], decay: float, unread: bool = False):
         self.decay, self.parameters = decay, parameters
-        self.average = {name: p.detach().clone() for name, p in parameters.items()}
+        values = {name: p.detach() for name, p in parameters.items()}
+        self.average = {name: torch.empty_like(v, device="meta") if unread else v.clone() for name, v in values.items()}
         self._weight: Tensor | None = None  # of the largest parameter's size, for weights that the device alone knows
 
     @torch.no_grad()

@@ -13,6 +13,7 @@ from ditune.data import from_uint8
 from ditune.data.stream import micro_batch_size
 from ditune.distributed import is_spread, local, snapshot, spread_like
 from ditune.moe.balance import Balance, Watched
+from ditune.networks.unread import unread_of
 from ditune.objectives import Loss, Objective, State
 from ditune.peft import Off, PeftMethod
 from ditune.rng import StepRandom
@@ -70,7 +71,7 @@ class GenerativeModule(pl.LightningModule):
         self.network, self.objective, self.method = network, objective, method
         self.autoencoder = autoencoder.eval().requires_grad_(False)
         self.make_optimizer, self.make_scheduler = optimizer, scheduler
-        self.ema = Ema(method.trainable(network), ema_decay)
+        self.ema = Ema(method.trainable(network), ema_decay, unread=unread_of(network) is not None)
         self.balance, self.statistics = balance, None  # a RoutingStatistics, where a RoutingMonitor wants one
         self.routing: dict[str, float] = {}  # what it found at the end, means over the layers
         self.teacher: dict[str, Tensor] = {}  # weights of what trains, where the objective has a teacher

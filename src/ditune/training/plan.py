@@ -3,14 +3,23 @@
 import logging
 import re
 from collections.abc import Mapping
+from contextlib import suppress
+from copy import deepcopy
 from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
 from rich.table import Table
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 
 from ditune.data.stream import micro_batch_size
+from ditune.networks.unfilled import skeleton
+from ditune.networks.unread import unread_of
 from ditune.objectives import Objective, State
 from ditune.peft import PeftMethod
 from ditune.progress import console
@@ -18,6 +27,9 @@ from ditune.rng import StepRandom
 from ditune.training.components import Components
 
 log = logging.getLogger(__name__)
+
+
+SHARES = (2, 8, 16, 32)  # numbers of processes that a plan compares
 
 
 def parameter_kinds(network: nn.Module) -> dict[str, list[int]]:
@@ -114,18 +126,47 @@ def saved_activations(
 def saved_bytes(
     network: nn.Module, objective: Objective, latent_shape: tuple[int, ...], bf16: bool, fused: bool
 ) -> float:
-    """Bytes that autograd keeps for one image in one pass, see `saved_activations`."""
-    owned = {p.untyped_storage().data_ptr() for p in network.parameters()}
+    """Bytes that autograd keeps for one image in one pass, see `saved_activations`; a network may lack values.
+
+    The load of experts is even then.
+    """
+    is_meta = next(network.parameters()).is_meta
+    if unread_of(network) is None and not is_meta:
+        return _saved_bytes(network, objective, latent_shape, bf16, fused)
+    shapes, asked = skeleton(network), deepcopy(objective)  # which keeps tables of the device, fake ones here
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for module in shapes.modules():
+            for slots in (module._parameters, module._buffers):
+                slots |= {name: _fake(tensor) for name, tensor in slots.items() if tensor is not None}
+        with suppress(DataDependentOutputException, DynamicOutputShapeException):
+            return _saved_bytes(shapes, asked, latent_shape, bf16, fused)
+    if is_meta:  # what is done depends on numbers, as in few-step objectives: zeros are enough
+        network = skeleton(network).to_empty(device="cpu")
+        for tensor in (*network.parameters(), *network.buffers()):
+            tensor.data.zero_()
+    return _saved_bytes(network, objective, latent_shape, bf16, fused)
+
+
+def _fake(tensor: Tensor) -> Tensor:
+    """A tensor on the CPU that takes no memory, inside of a FakeTensorMode."""
+    fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+    return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+
+
+def _saved_bytes(
+    network: nn.Module, objective: Objective, latent_shape: tuple[int, ...], bf16: bool, fused: bool
+) -> float:
+    owned = {p.untyped_storage()._cdata for p in network.parameters()}
     tokens, heads = network.pos_embed.shape[1], network.config["num_heads"]
-    saved: dict[int, torch.UntypedStorage] = {}  # kept, so that no other tensor gets its address
+    saved: dict[int, torch.UntypedStorage] = {}  # kept, so that no other storage gets its number
 
     def count(tensor: Tensor) -> None:  # the graph gets nothing: one that holds its own outputs is never freed
         if tensor.layout is not torch.strided:
             return  # sparse ones have no storage of their own, and are small
         storage = tensor.untyped_storage()
         weights_of_attention = tensor.shape[-2:] == (tokens, tokens) and tensor.numel() == 2 * heads * tokens**2
-        if storage.data_ptr() not in owned and not (fused and weights_of_attention):
-            saved[storage.data_ptr()] = storage
+        if storage._cdata not in owned and not (fused and weights_of_attention):
+            saved[storage._cdata] = storage
 
     device = next(network.parameters()).device
     x0 = torch.zeros(2, *latent_shape, device=device)
@@ -180,6 +221,7 @@ def facts(c: Components, trainer: pl.Trainer | None, folder: Path, per_sample: f
     if c.sparsity is not None:
         memory["masks, dense copies"] = c.sparsity.memory(c.method.trainable(c.network)) / 2**20
     passes = settings.max_steps * settings.batch_size / len(c.images)
+    shares = {"shares": shares_line(c)} if spread.shares > 1 else {}
     return {
         "base": base_line(c),
         "data": f"{settings.data_name}, {len(c.images):,} images, {c.images.describe_classes()}",
@@ -188,9 +230,21 @@ def facts(c: Components, trainer: pl.Trainer | None, folder: Path, per_sample: f
         "batch": f"{micro} x {spread.accumulate} micro-steps x {spread.world_size} processes"
         + (", in smaller micro-batches where that does not fit" if spread.searched else ""),
         "memory": ", ".join(f"{k} {v:,.0f} MiB" for k, v in memory.items()) + f" ({of_shares}expected)",
+        **shares,
         "device": device(settings.precision, trainer),
         "folder": f"{folder} (config.yaml there has every setting; verbose=true shows them)",
     }
+
+
+def shares_line(c: Components) -> str:
+    """What the network takes of each process, by the number of processes, without activations."""
+    shape = c.autoencoder.latent_shape(c.settings.resolution)
+
+    def gib(shares: int) -> float:
+        memory = expected_memory(c.network, c.objective, shape, 0, c.settings.bf16, per_sample=0, shares=shares)
+        return sum(memory.values()) / 1024
+
+    return ", ".join(f"{gib(n):,.1f} GiB for each of {n}" for n in SHARES) + " processes, without activations"
 
 
 def base_line(c: Components) -> str:

@@ -6,7 +6,6 @@ parameters are whole for as long as it computes.
 
 import shutil
 from collections.abc import Mapping
-from copy import deepcopy
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,8 @@ from torch.optim import Optimizer
 
 from ditune.distributed import local, spread_like, whole
 from ditune.errors import CAUSES, UserError
+from ditune.networks.unfilled import Uninitialised, skeleton
+from ditune.networks.unread import Unread, unread_of
 from ditune.training.callbacks.compare_ranks import compare
 from ditune.training.checkpoint_io import size_of
 from ditune.training.sharded_checkpoint import read, whole_or_not_there, write
@@ -44,25 +45,32 @@ class Sharded(ModelParallelStrategy):
     def spread(self, module: "GenerativeModule") -> None:
         """Spread the network, which all processes have built alike, over them: block by block, then the rest.
 
+        What has no values yet gets them now, each process its own rows.
+
         Args:
             module: of the training; its network's parameters become DTensors.
 
         Raises:
             RankError: the processes have other networks.
-            UserError: a parameter has no dimension to cut.
+            UserError: a parameter has no dimension to cut, or a file cannot be read any more.
         """
         from torch.distributed.fsdp import fully_shard  # takes seconds to import
 
-        network = module.network
-        compare(module.trainer, dict(network.named_parameters()))
+        network, mesh = module.network, self.device_mesh["data_parallel"]
+        unread, network.unread = unread_of(network), None
+        compare(module.trainer, common(module, unread))
         scalar = next((name for name, p in network.named_parameters() if not p.ndim), None)
         if scalar is not None:
             raise UserError(f"trainer=fsdp cuts parameters, and {scalar} is a single number. Set trainer=ddp.")
         self.skeleton = skeleton(network)
         for part in (*network.blocks, network):
-            fully_shard(part, mesh=self.device_mesh["data_parallel"], reshard_after_forward=True)
+            if unread is not None:
+                unread.fill(map(local, part.parameters()), (mesh.get_local_rank(), mesh.size()))
+            fully_shard(part, mesh=mesh, reshard_after_forward=True)
             part.unshard()  # once outside of inference mode: what is made in it cannot be trained later
             part.reshard()
+        if isinstance(unread, Uninitialised):
+            compare(module.trainer, {"state of the random numbers": unread.generator.view(torch.int64)})
 
     @torch.no_grad()
     def put_together(self, module: "GenerativeModule", everywhere: bool) -> nn.Module:
@@ -153,6 +161,16 @@ class Sharded(ModelParallelStrategy):
         return content
 
 
+def common(module: "GenerativeModule", unread: Unread | None) -> dict[str, Tensor]:
+    """What all processes must have alike before the network is cut: what has values, and the file of what has none."""
+    parameters = module.network.named_parameters()
+    found = {name: p for name, p in parameters if unread is None or not unread.holds(p)}
+    base = module.identity.get("base_sha256")
+    if base is not None:
+        found["hash of the pretrained file"] = torch.frombuffer(bytearray.fromhex(base), dtype=torch.int64)
+    return found
+
+
 def existing(folder: Path) -> Path:
     """The folder, or the nearest one around it that is there."""
     return next(place for place in (folder, *folder.parents) if place.exists())
@@ -162,15 +180,3 @@ def failed_write(error: OSError | CheckpointException) -> int | None:
     """The system's number for why a process could not write; None = it is another mistake."""
     failures = [error] if isinstance(error, OSError) else [failure for failure, _ in error.failures.values()]
     return next((e.errno for e in failures if isinstance(e, OSError) and e.errno in CAUSES), None)
-
-
-def skeleton(network: nn.Module) -> nn.Module:
-    """A copy of a network whose parameters take no memory; its method is the same object."""
-    memo: dict[int, Any] = {
-        id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
-        for p in network.parameters()
-    }
-    method = getattr(network, "adaptation", None)
-    if method is not None:
-        memo[id(method)] = method
-    return deepcopy(network, memo)
