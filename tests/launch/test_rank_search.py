@@ -9,10 +9,12 @@ import pytest
 
 from ditune import cli
 from ditune.config.components import build_components
+from ditune.errors import UserError
 from helpers import ROOT, SMALL, compose
 from hydra_plugins.ditune_sweeper.greedy_ranks import Measured, search
 
-COSTS = {"qkv": 4, "proj": 2, "fc": 8}  # parameters of one rank of a group
+COSTS = {"qkv": 4, "proj": 2, "fc": 8, "none": 0}  # parameters of one rank of a group
+GROUPS = ["qkv", "proj", "fc"]
 
 
 class Known:
@@ -36,7 +38,7 @@ class Known:
 def test_the_group_that_lowers_the_loss_most_per_parameter_is_doubled():
     """qkv lowers the loss by .2 / 4 = .05 for each parameter, proj by .12 / 2 = .06, fc by .3 / 8 = .0375."""
     known = Known(qkv=0.4, proj=0.24, fc=0.6)
-    kept = search(known, list(COSTS), largest=2, gain=0.01, max_jobs=100)
+    kept = search(known, GROUPS, largest=2, gain=0.01, max_jobs=100)
     assert [found.ranks for found in kept] == [
         {"qkv": 1, "proj": 1, "fc": 1},
         {"qkv": 1, "proj": 2, "fc": 1},
@@ -48,17 +50,23 @@ def test_the_group_that_lowers_the_loss_most_per_parameter_is_doubled():
 
 def test_it_ends_where_no_doubling_gives_enough():
     known = Known(qkv=0.04)  # 2 % of the loss by rank 2, 1.02 % by rank 4, 0.5 % by rank 8
-    kept = search(known, list(COSTS), largest=64, gain=0.01, max_jobs=100)
+    kept = search(known, GROUPS, largest=64, gain=0.01, max_jobs=100)
     assert [found.ranks["qkv"] for found in kept] == [1, 2, 4]
     assert len(known.batches) == 4  # the last round was in vain
-    assert len(search(Known(), list(COSTS), largest=64, gain=0.0, max_jobs=100)) > 1  # a gain of 0 is enough for 0
+    assert len(search(Known(), GROUPS, largest=64, gain=0.0, max_jobs=100)) > 1  # a gain of 0 is enough for 0
 
 
 def test_it_is_bounded():
     known = Known(qkv=0.4, proj=0.4, fc=0.4)
-    kept = search(known, list(COSTS), largest=1024, gain=0.0, max_jobs=8)
+    kept = search(known, GROUPS, largest=1024, gain=0.0, max_jobs=8)
     assert sum(map(len, known.batches)) == 7
     assert len(kept) == 3
+
+
+def test_a_group_without_layers_is_refused():
+    known = Known(qkv=0.4)
+    with pytest.raises(UserError, match=r"groups\.none adds no parameters"):
+        search(known, ["qkv", "none"], largest=4, gain=0.01, max_jobs=100)
 
 
 def test_the_sweep_composes_and_its_overrides_are_ranks_of_the_layers(tmp_path):
@@ -84,7 +92,12 @@ def test_a_search_by_trainings(tmp_path, pictures, base):
     command = [
         *(sys.executable, "src/train.py", "~experiment", "sweep=search_rank", *small),
         *(f"data.root={pictures}", f"pretrained={base}", "max_steps=2", "optimizer.lr=0.05"),
-        *("data.pictures.split=train", "metrics.loss_split=test", "hydra.sweeper.groups={qkv:qkv,fc1:fc1}"),
+        *(
+            "data.pictures.split=train",
+            "metrics.loss_split=test",
+            "~hydra.sweeper.groups.proj",
+            "~hydra.sweeper.groups.fc2",
+        ),
         *("hydra.sweeper.largest=2", "hydra.sweeper.gain=0", f"sweep_dir={tmp_path}/sweep", "launcher.slots=2"),
         *(f"paths.cache_dir={tmp_path}/cache", r"peft.target_modules='blocks\.\d+\.(attn\.qkv|mlp\.fc1)'"),
     ]

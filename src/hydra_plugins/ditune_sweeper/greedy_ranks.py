@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from hydra.core.plugins import Plugins
+from hydra.errors import CompactHydraException
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
@@ -53,7 +54,12 @@ def search(measure: Measure, groups: Sequence[str], largest: int, gain: float, m
 
     Returns:
         The ranks that were kept, round by round; the last ones are the result.
+
+    Raises:
+        UserError: a group has no layers, so that its rank adds no parameters.
     """
+    from ditune.errors import UserError
+
     (best,) = measure([dict.fromkeys(groups, 1)])
     kept, jobs = [best], 1
     while True:
@@ -61,8 +67,15 @@ def search(measure: Measure, groups: Sequence[str], largest: int, gain: float, m
         jobs += len(doubled)
         if not doubled or jobs > max_jobs:
             return kept
-        before = best
-        better = [found for found in measure(doubled) if before.loss - found.loss >= gain * before.loss]
+        before, found_all = best, measure(doubled)
+        for found in found_all:
+            if found.parameters == before.parameters:
+                (name,) = (name for name, rank in found.ranks.items() if rank != before.ranks[name])
+                raise UserError(
+                    f"The rank of hydra.sweeper.groups.{name} adds no parameters, so no layer of peft.target_modules "
+                    f"is of that group. Add its layers, or leave the group out: ~hydra.sweeper.groups.{name}"
+                )
+        better = [found for found in found_all if before.loss - found.loss >= gain * before.loss]
         if not better:
             return kept
         best = max(better, key=lambda found: (before.loss - found.loss) / (found.parameters - before.parameters))
@@ -87,13 +100,17 @@ class GreedyRanks(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> Measured:
+        from ditune.errors import UserError
         from ditune.files.atomic import write_json
 
         self.arguments, self.begun = arguments, 0
         folder = Path(self.config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(self.config, folder / "multirun.yaml")
-        kept = search(self.measure, list(self.groups), self.largest, self.gain, self.max_jobs)
+        try:
+            kept = search(self.measure, list(self.groups), self.largest, self.gain, self.max_jobs)
+        except UserError as error:
+            raise CompactHydraException(f"\nError: {error}") from None
         best, overrides = kept[-1], self.overrides(kept[-1].ranks)
         write_json(
             folder / FILE,
@@ -108,6 +125,7 @@ class GreedyRanks(Sweeper):
 
     def measure(self, several: Sequence[Ranks]) -> list[Measured]:
         """Train with each of several ranks, side by side where the machine has room."""
+        from ditune.errors import UserError
         from ditune.files.atomic import read_json
 
         batch = [[*self.arguments, *self.overrides(ranks)] for ranks in several]
@@ -117,7 +135,7 @@ class GreedyRanks(Sweeper):
         for ranks, job in zip(several, returned, strict=True):
             loss = job.return_value  # raises what the job has failed with
             if loss is None:
-                raise ValueError("a search compares trainings, so it cannot be planned: leave dry_run= out")
+                raise UserError("A search compares trainings, and a plan has no loss. Leave dry_run= out.")
             parameters = read_json(Path(job.working_dir) / "result.json")["parameters"]["trainable"]
             found.append(Measured(dict(ranks), float(loss), parameters))
         return found
