@@ -51,6 +51,8 @@ def test_each_process_reads_its_rows_of_a_file(tmp_path, name):
             found.unread.fill(part.parameters(), place)
             assert not any(found.unread.holds(p) for p in part.parameters())
         assert_rows(found, expected, place)
+        for key, buffer in expected.named_buffers():  # such as the routers' biases
+            assert torch.equal(found.get_buffer(key), buffer), key
 
 
 @pytest.mark.parametrize("make", [network, moe])

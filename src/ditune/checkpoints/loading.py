@@ -9,7 +9,7 @@ the pages of the file itself, which belong to the system.
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any
 
@@ -39,11 +39,14 @@ class InFile(Unread):
         source: the file.
         opened: what a source of this file holds.
         content: what it holds now; kept where it is in memory anyway.
+        names: of the parameters; buffers are read at once.
     """
 
-    def __init__(self, source: Source, opened: Callable[[Source], Content], content: Content) -> None:
+    def __init__(
+        self, source: Source, opened: Callable[[Source], Content], content: Content, names: Iterable[str]
+    ) -> None:
         super().__init__()
-        self._source, self._opened = source, opened
+        self._source, self._opened, self.names = source, opened, set(names)
         self._content = None if source.is_mapped else content
 
     def _fill(self, found: list[tuple[Memory, str]], place: Place) -> None:
@@ -83,7 +86,8 @@ def build(
         network.add_inputs(name for name in INPUTS if overrides.get(name) and not content.config.get(name))
         added = network.new_parameter_prefixes
     try:
-        unread = InFile(source, opened, content) if later else None
+        names = (name for name, _ in network.named_parameters() if name.startswith(BLOCKS))
+        unread = InFile(source, opened, content, names) if later else None
         tensors = _copied(source, content, opened, unread)
         if added:
             lacking = {name: p for name, p in network.named_parameters() if name.startswith(added)}
@@ -96,7 +100,7 @@ def build(
 
 
 def _copied(
-    source: Source, content: Content, opened: Callable[[Source], Content], unread: Unread | None
+    source: Source, content: Content, opened: Callable[[Source], Content], unread: InFile | None
 ) -> dict[str, Tensor]:
     """The tensors of a file in memory of their own, in fp32; with `unread`, those of the blocks are left to it.
 
@@ -112,7 +116,7 @@ def _copied(
         for name in list(content.tensors):
             if in_windows and left <= 0:
                 content, left = _anew(source, opened), min(size // WINDOWS, LONGEST)
-            value, waits = content.tensors[name], unread is not None and name.startswith(BLOCKS)
+            value, waits = content.tensors[name], unread is not None and name in unread.names
             if waits:
                 copies[name] = unread.add(name, value.shape)
             if hashed or not waits:

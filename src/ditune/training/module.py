@@ -99,8 +99,9 @@ class GenerativeModule(pl.LightningModule):
     def configure_model(self) -> None:
         """The processes know each other: a strategy that spreads the network over them does it here."""
         if isinstance(self.trainer.strategy, Sharded):
+            decay, self.ema = self.ema.decay, None  # which would keep the parameters as they were
             self.trainer.strategy.spread(self)
-            self.ema = Ema(self.method.trainable(self.network), self.ema.decay)
+            self.ema = Ema(self.method.trainable(self.network), decay)
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = self.make_optimizer(list(self.trained.items()))
