@@ -12,6 +12,7 @@ from PIL import Image
 
 from ditune.checkpoints import save_network
 from ditune.config.components import build_components
+from ditune.config.parse_once import parse_once
 from helpers import ROOT, SMALL, compose, open_gates
 
 CLASSES = ("cat", "dog", "eel")
@@ -22,6 +23,7 @@ def pytest_configure() -> None:
 
     Of several workers (make test) each computes in one thread, and so do the processes that it starts.
     """
+    parse_once()  # thousands of configs are composed
     paths = (str(ROOT / "src"), str(ROOT / "tests" / "support"), os.environ.get("PYTHONPATH"))
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     if "PYTEST_XDIST_WORKER" in os.environ:

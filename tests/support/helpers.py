@@ -1,8 +1,10 @@
 """What several tests share: golden numbers, composed configs, runs and what they leave."""
 
+import pickle
 import re
 import shlex
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 import hydra
@@ -14,7 +16,6 @@ from torch import Tensor, nn
 from ditune import cli
 from ditune.checkpoints.source import Composed
 from ditune.config.components import build_components
-from ditune.config.grammar import hydra_value
 from ditune.config.overrides import current
 from ditune.config.trainings import is_of_trainings
 from ditune.training.checkpoint_io import newest_checkpoint
@@ -53,16 +54,21 @@ def composed(tensors: Mapping[str, Tensor | Composed]) -> dict[str, Tensor]:
 
 def compose(folder: Path, *overrides: str) -> DictConfig:
     """The config of `train.py <overrides>` with `folder` as its run folder; nothing is run."""
-    cli.prepare()
-    with hydra.initialize_config_dir(cli.CONFIGS, version_base="1.3"):
-        return hydra.compose("train", [*overrides, f"paths.output_dir={hydra_value(folder)}"])
+    cfg = task("train", *overrides)
+    cfg.paths.output_dir = str(folder)
+    return cfg
 
 
 def task(name: str, *overrides: str) -> DictConfig:
-    """The config of `<name>.py <overrides>`."""
+    """The config of `<name>.py <overrides>`, of the caller's own; tests ask for many configs several times."""
     cli.prepare()
-    with hydra.initialize_config_dir(cli.CONFIGS, version_base="1.3"):
-        return hydra.compose(name, list(overrides))
+    return pickle.loads(_pickled(cli.CONFIGS, name, overrides))
+
+
+@cache
+def _pickled(configs: str, name: str, overrides: tuple[str, ...]) -> bytes:
+    with hydra.initialize_config_dir(configs, version_base="1.3"):
+        return pickle.dumps(hydra.compose(name, list(overrides)))
 
 
 def compose_command(command: str, folder: Path) -> DictConfig:
