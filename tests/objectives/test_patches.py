@@ -87,7 +87,7 @@ def test_a_window_has_its_own_rows_of_the_table():
     """The tokens of a window are those that the whole image has there."""
     network = build_base("dit")
     x, t, y = inputs(n=N)
-    tokens, _ = network.embed(x, t, y)
+    tokens = network.embed(x, t, y)[0]
     seen = {}
 
     def call(x, t, y, window=None):

@@ -1,10 +1,8 @@
 """What several tests share: golden numbers, composed configs, runs and what they leave."""
 
-import pickle
 import re
 import shlex
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 
 import hydra
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 from ditune import cli
 from ditune.checkpoints.source import Composed
 from ditune.config.components import build_components
+from ditune.config.grammar import hydra_value
 from ditune.config.overrides import current
 from ditune.config.trainings import is_of_trainings
 from ditune.training.checkpoint_io import newest_checkpoint
@@ -54,21 +53,16 @@ def composed(tensors: Mapping[str, Tensor | Composed]) -> dict[str, Tensor]:
 
 def compose(folder: Path, *overrides: str) -> DictConfig:
     """The config of `train.py <overrides>` with `folder` as its run folder; nothing is run."""
-    cfg = task("train", *overrides)
-    cfg.paths.output_dir = str(folder)
-    return cfg
+    cli.prepare()
+    with hydra.initialize_config_dir(cli.CONFIGS, version_base="1.3"):
+        return hydra.compose("train", [*overrides, f"paths.output_dir={hydra_value(folder)}"])
 
 
 def task(name: str, *overrides: str) -> DictConfig:
-    """The config of `<name>.py <overrides>`, of the caller's own; tests ask for many configs several times."""
+    """The config of `<name>.py <overrides>`."""
     cli.prepare()
-    return pickle.loads(_pickled(cli.CONFIGS, name, overrides))
-
-
-@cache
-def _pickled(configs: str, name: str, overrides: tuple[str, ...]) -> bytes:
-    with hydra.initialize_config_dir(configs, version_base="1.3"):
-        return pickle.dumps(hydra.compose(name, list(overrides)))
+    with hydra.initialize_config_dir(cli.CONFIGS, version_base="1.3"):
+        return hydra.compose(name, list(overrides))
 
 
 def compose_command(command: str, folder: Path) -> DictConfig:
