@@ -85,7 +85,7 @@ def test_any_objective(tmp_path, pictures, objective, name):
             torch.nn.init.normal_(parameter, std=0.1)
     x, _, y = inputs()
     x = x.repeat(1, 1, 2, 2)
-    state = State(0, 10, len(x), ema=network, teacher=network)
+    state = State(0, 10, len(x), ema=network, teacher=network, base=network)
     loss = parts.objective.loss(network, (x, y.clamp(max=2)), StepRandom(0, 0, list(range(len(x))), "cpu"), state)
     loss.total.backward()
     assert all(p.grad is not None for p in method.trainable(network).values())

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ditune.distributed import in_group
 from ditune.errors import UserError
 from ditune.objectives.base import Loss, Network, Objective, State, drop_labels
 from ditune.objectives.variational_bound import mean_flat
@@ -99,10 +100,12 @@ class GuidedVelocity:
         """Velocity (N, C, H, W) at x (N, C, H, W) and t (N,), averaged over the step size d (N,); None = 0."""
         conditional = self.process.velocity(self.network, x, t, self.y, d)
         rows = self.guided.nonzero()[:, 0].to(x.device, non_blocking=True)
-        if self.scale == 1 or len(rows) == 0:
+        called = called_rows(rows)
+        if self.scale == 1 or len(called) == 0:
             return conditional
-        null = torch.full_like(self.y[rows], self.null_class)
-        unconditional = self.process.velocity(self.network, x[rows], t[rows], null, None if d is None else d[rows])
+        null = torch.full_like(self.y[called], self.null_class)
+        step = None if d is None else d[called]
+        unconditional = self.process.velocity(self.network, x[called], t[called], null, step)[: len(rows)]
         pushed = guide(conditional[rows], unconditional, self.scale, form="from_unconditional")
         return conditional.index_copy(0, rows, pushed)
 
@@ -155,3 +158,14 @@ def logit_normal(u: Tensor, mean: float, std: float) -> Tensor:
 def rms(x: Tensor) -> Tensor:  # (N, ...) -> (N,)
     """Root mean square of each sample."""
     return mean_flat(x.square()).sqrt()
+
+
+def called_rows(rows: Tensor) -> Tensor:
+    """The rows that the network is called for: `rows`, or the first one where processes that share a network have none.
+
+    Each of them must call a network in shares (`trainer=fsdp`) equally often. What comes of the first row is not used.
+
+    Args:
+        rows: (M,) int64 of the micro-batch.
+    """
+    return rows if len(rows) or not in_group() else rows.new_zeros(1)

@@ -8,10 +8,9 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from ditune.distributed import in_group
 from ditune.errors import require
 from ditune.objectives.base import Network, State, drop_labels
-from ditune.objectives.flow_base import FlowObjective, Targets, logit_normal
+from ditune.objectives.flow_base import FlowObjective, Targets, called_rows, logit_normal
 from ditune.processes import FlowProcess, expanded
 from ditune.rng import StepRandom
 from ditune.samplers.guidance import guide
@@ -145,14 +144,3 @@ class FlowMap(FlowObjective):
             x_s = x_t - expanded(alpha * d, x_t) * v
             rest = self.process.velocity(network, x_s, t - alpha * d, y, (1 - alpha) * d)
         return alpha * v + (1 - alpha) * rest
-
-
-def called_rows(rows: Tensor) -> Tensor:
-    """The rows that the network is called for: `rows`, or the first one where processes that share a network have none.
-
-    Each of them must call a network in shares (`trainer=fsdp`) equally often. What comes of the first row is not used.
-
-    Args:
-        rows: (M,) int64 of the micro-batch.
-    """
-    return rows if len(rows) or not in_group() else rows.new_zeros(1)

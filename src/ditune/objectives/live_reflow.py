@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ditune.errors import require
 from ditune.objectives.base import Network, State, drop_labels
-from ditune.objectives.flow_base import FlowObjective, GuidedVelocity, Targets, levels_of
+from ditune.objectives.flow_base import FlowObjective, GuidedVelocity, Targets, called_rows, levels_of
 from ditune.processes import FlowProcess
 from ditune.rng import StepRandom
 
@@ -55,8 +55,9 @@ class LiveReflow(FlowObjective):
         noise = random.normal("noise", x0.shape[1:]).to(x0)
         y = torch.where(reflowed & (self.label_drop < 1), y, drop_labels(y, random, self.label_drop, null))
         target = self.process.target(x0, noise, t)
-        if len(rows):
-            generated = self.generate(network, noise[rows], y[rows], null)
+        called = called_rows(rows)
+        if len(called):
+            generated = self.generate(network, noise[called], y[called], null)[: len(rows)]
             x0 = x0.index_copy(0, rows, generated)
             target = target.index_copy(0, rows, noise[rows] - generated)
         return Targets(self.process.x_t(x0, noise, t), t, y, target, d)

@@ -13,7 +13,15 @@ from torch import Tensor
 
 from ditune.errors import UserError, require
 from ditune.objectives.base import Network, State, drop_labels
-from ditune.objectives.flow_base import FlowObjective, GuidedVelocity, Targets, clamp, levels_of, mean_of_two_steps
+from ditune.objectives.flow_base import (
+    FlowObjective,
+    GuidedVelocity,
+    Targets,
+    called_rows,
+    clamp,
+    levels_of,
+    mean_of_two_steps,
+)
 from ditune.processes import FlowProcess
 from ditune.rng import StepRandom
 
@@ -118,13 +126,14 @@ class Shortcut(FlowObjective):
         y = torch.where(bootstrapped & (self.label_drop < 1), y, drop_labels(y, random, self.label_drop, null))
         x_t, target = self.process.x_t(x0, noise, t), self.process.target(x0, noise, t)
         chosen = (levels < self.finest).nonzero()[:, 0]
-        if len(chosen):
-            rows = chosen.to(x0.device, non_blocking=True)
+        called = called_rows(chosen)
+        if len(called):
+            rows, given = (part.to(x0.device, non_blocking=True) for part in (chosen, called))
             teacher = state.ema if self.target == "ema" else network
-            guided = levels[chosen] == self.finest - 1  # their half steps are flow matching, the others have learned it
-            velocity = GuidedVelocity(self.process, teacher, y[rows], self.guidance, guided, null)
-            mean = mean_of_two_steps(velocity, x_t[rows], t[rows], d[rows] / 2, limit=self.clamp)
-            target = target.index_copy(0, rows, clamp(mean, self.clamp))
+            guided = levels[called] == self.finest - 1  # their half steps are flow matching, the others have learned it
+            velocity = GuidedVelocity(self.process, teacher, y[given], self.guidance, guided, null)
+            mean = mean_of_two_steps(velocity, x_t[given], t[given], d[given] / 2, limit=self.clamp)
+            target = target.index_copy(0, rows, clamp(mean[: len(rows)], self.clamp))
         return Targets(x_t, t, y, target, d)
 
 
