@@ -200,6 +200,9 @@ def test_rounds_of_two_clients_with_zeros_by_hand_stopped_and_resumed(simulate, 
     assert (stopped / name).read_bytes() == (whole / name).read_bytes()
     with pytest.raises(UserError, match="a federation with merge=majority"):
         simulate("stopped", *options, "merge=nnz")
+    (stopped / LAST).write_bytes((stopped / LAST).read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"merged\.pt is damaged"):
+        simulate("stopped", *options)
 
 
 @pytest.mark.parametrize(

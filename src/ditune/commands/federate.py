@@ -19,9 +19,17 @@ from ditune.config.sharded import is_sharded
 from ditune.config.training import resume_key
 from ditune.errors import UserError
 from ditune.files.atomic import atomic, read_json, write_json
-from ditune.training.checkpoint_io import checkpoint_path, checkpoints_in, read_checkpoint, step_of, unreadable
+from ditune.training.checkpoint_io import (
+    checkpoint_path,
+    checkpoints_in,
+    read_checkpoint,
+    read_whole,
+    step_of,
+    unreadable,
+)
 from ditune.training.components import Components
 from ditune.training.federation import Weights, next_weights
+from ditune.training.sharded_checkpoint import Unusable
 from ditune.training.sparsity import Sparsity
 
 log = logging.getLogger(__name__)
@@ -178,7 +186,7 @@ def merge_clients(cfg: DictConfig, folder: Path, sparsity: Sparsity | None, step
 
 def write_into(source: Path, target: Path, merged: Weights, **more: Any) -> None:
     """Write a checkpoint once more, with the weights of all in place of its own."""
-    content = torch.load(source, map_location="cpu", weights_only=True)
+    content = read_checkpoint(source)
     content |= {"state_dict": {f"{PREFIX}{name}": value for name, value in merged.values.items()}, **more}
     content["ema"] = merged.average
     if "sparsity" in content:
@@ -192,7 +200,7 @@ def read_merged(folder: Path, cfg: DictConfig) -> tuple[Weights | None, int]:
     """The weights of all after the last round that is done, and its number.
 
     Raises:
-        UserError: the folder holds a federation of other settings.
+        UserError: the folder holds a federation of other settings, or its weights are damaged.
     """
     settings = {key: cfg[key] for key in ("clients", "rounds", "merge", "purge", "share_by", "max_steps")}
     if not (folder / FACTS).is_file():
@@ -207,7 +215,10 @@ def read_merged(folder: Path, cfg: DictConfig) -> tuple[Weights | None, int]:
         )
     if not (folder / LAST).is_file():
         return None, 0
-    content = torch.load(folder / LAST, weights_only=True)
+    try:
+        content = read_whole(folder / LAST)
+    except Unusable as error:
+        raise UserError(f"{folder / LAST} {error}. Copy it back, or choose another run_dir.") from error
     return Weights(content["values"], content["average"], content["masks"]), content["round"]
 
 
