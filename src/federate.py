@@ -8,7 +8,7 @@ from ditune.stopping import listen
 
 @entry_point("federate")
 def main(cfg: DictConfig) -> int:
-    with listen():  # from here on, since the import takes seconds, too
+    with listen(last=True):  # from here on, since the import takes seconds, too
         from ditune.commands.federate import federate  # after the config is known to be right
 
         return federate(cfg)

@@ -146,10 +146,14 @@ def tell(processes: Iterable[int], number: int) -> None:
 
 
 @contextmanager
-def listen() -> Iterator[Signals]:
+def listen(last: bool = False) -> Iterator[Signals]:
     """Handle signals inside of the block; an inner block of the same process is part of the outer one.
 
     A handler that somebody else had set (a scheduler's, to start the job anew) is called when the block has ended.
+
+    Args:
+        last: the process ends with the block. It then ends with its exit code even if another rank, which has heard
+            of a signal from this one, passes the same one back meanwhile.
     """
     global _current
     if _current is not None or threading.current_thread() is not threading.main_thread():
@@ -168,7 +172,9 @@ def listen() -> Iterator[Signals]:
         _current = None
         signal.set_wakeup_fd(earlier_pipe)
         for number, handler in earlier.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+            usual = handler in (None, signal.SIG_DFL, signal.default_int_handler)
+            heard = last and usual and number == signals.number
+            signal.signal(number, signal.SIG_IGN if heard else signal.SIG_DFL if handler is None else handler)
         os.write(write, b"\0")  # workers may have copies of the pipe, so closing it would not end the thread
         watcher.join()
         os.close(read)

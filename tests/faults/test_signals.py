@@ -182,3 +182,22 @@ def test_no_rank_outlives_a_start_that_is_stopped(common, tmp_path):
         for child in children:
             if child.is_running():
                 child.kill()
+
+
+@pytest.mark.parametrize(("arguments", "code"), [("last=True", 128 + signal.SIGTERM), ("", -signal.SIGTERM)])
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT"])
+def test_a_signal_that_another_rank_passes_back_changes_no_exit_code(number, arguments, code):
+    program = f"""
+import signal, sys
+from ditune.stopping import listen
+try:
+    with listen({arguments}):
+        signal.raise_signal(signal.{number})
+finally:
+    signal.raise_signal(signal.{number})
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    if number == "SIGINT":
+        code = 128 + signal.SIGINT if arguments else -signal.SIGINT
+        assert ("KeyboardInterrupt" in done.stderr) == (not arguments)
+    assert done.returncode == code, done.stderr
