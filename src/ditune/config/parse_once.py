@@ -1,6 +1,7 @@
 """A config file is parsed once: Hydra parses about forty files anew for every config that it composes.
 
-A further config of the same process, such as that of a sweep's next job, is composed in 60 to 80 % of the time.
+A further config of the same process, such as that of a sweep's next job, is composed in 60 to 80 % of the time. Every
+start composes two: the first one tells Hydra whether it is a sweep.
 """
 
 import pickle
