@@ -1,24 +1,20 @@
 """The road of the papers' experiments, from bare archives to a report, by the functions of benchmarks/road.py."""
 
 import json
-import logging
 import math
-import os
-import runpy
 import sys
 import time
-import traceback
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
 import timm  # noqa: F401 - this and what follows is imported once, for all parts that are forked
-import torch
 from diffusers import AutoencoderKL, DDIMScheduler  # noqa: F401
 from safetensors import safe_open
 
 from ditune.commands import evaluate, export, prepare_trainings, sample, train  # noqa: F401
 from ditune.report import write  # noqa: F401
+from forked import Forked, script
 from helpers import ROOT
 
 
@@ -34,30 +30,11 @@ road = load_road()
 
 def forked(name: str, *command: str, log: Path) -> road.Part:
     """Run a command in a forked process, which has the imports already; otherwise as `measured`."""
-    start, child = time.perf_counter(), os.fork()
-    if child == 0:
-        code = 1
-        try:
-            output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(output, 1)
-            os.dup2(output, 2)
-            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
-            logging.root.handlers.clear()  # those of pytest
-            torch.set_num_threads(1)  # threads are not forked
-            os.chdir(ROOT)
-            sys.argv = [str(ROOT / command[0]), *command[1:]]
-            runpy.run_path(sys.argv[0], run_name="__main__")
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        except BaseException:  # noqa: BLE001 - it says so, as a process does
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            os._exit(code)
-    _, status, usage = os.wait4(child, 0)
-    seconds, cpu = time.perf_counter() - start, usage.ru_utime + usage.ru_stime
-    return road.Part(name, seconds, cpu, usage.ru_maxrss * 1024 / 1e9, os.waitstatus_to_exitcode(status))
+    start = time.perf_counter()
+    process = Forked(script(*command), log)
+    code = process.wait(600)
+    seconds, cpu = time.perf_counter() - start, process.usage.ru_utime + process.usage.ru_stime
+    return road.Part(name, seconds, cpu, process.usage.ru_maxrss * 1024 / 1e9, code)
 
 
 def read(folder: Path) -> dict:
