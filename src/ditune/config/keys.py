@@ -22,6 +22,7 @@ KEYS = (
     Key("pretrained_process", str, null=True),  # its name
     Key("classes", str, null=True),
     Key("new_resolution", bool),
+    Key("frozen_weights", str, choices=("int8",), null=True),
     Key("gradient_checkpointing", bool),
     Key("compile", bool),
     Key("resume", str, choices=("auto", "never"), null=True),

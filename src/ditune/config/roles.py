@@ -53,6 +53,7 @@ ROLES: dict[str, Role] = {
     "pretrained_process": Role(Decides.TRAINING, neutral=None),
     "classes": TRAINING,
     "new_resolution": TRAINING,
+    "frozen_weights": Role(Decides.TRAINING, neutral=None),
     "gradient_checkpointing": RESULT,  # changes rounding only
     "compile": RESULT,                 # likewise
     "network": TRAINING,

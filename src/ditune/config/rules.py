@@ -11,6 +11,7 @@ from ditune.config.base_network import differences, other_latents
 from ditune.data.stream import micro_batch_size
 from ditune.errors import UserError
 from ditune.networks import DiTMoE
+from ditune.networks.int8 import is_quantised
 from ditune.objectives import MeanFlow, Patches
 from ditune.objectives.transfer import Transfer
 from ditune.peft import Full
@@ -188,6 +189,23 @@ def forward_mode_suits_the_method(c: Components) -> str | None:
     )
 
 
+def int8_suits_the_method(c: Components) -> str | None:
+    """Weights in int8 are those of layers that do not train, and are multiplied by and nothing else."""
+    if c.settings.frozen_weights != "int8":
+        return None
+    if c.method.whole_weights:
+        return (
+            f"frozen_weights=int8 keeps no weights in floating point, and peft={c.method.title} computes with those of "
+            "its layers, or changes them. Set frozen_weights=null, or another method, such as peft=lora or difffit."
+        )
+    if is_quantised(c.network):
+        return None
+    return (
+        f"frozen_weights=int8 is for matrices that do not train, and peft={c.method.title} trains all of them. Set "
+        "frozen_weights=null, or another method, such as peft=lora or difffit."
+    )
+
+
 def differences_are_not_rounded(c: Components) -> str | None:
     """Two outputs that are almost equal are subtracted."""
     if not isinstance(c.objective, MeanFlow) or c.objective.forward_mode or not c.settings.bf16:
@@ -333,6 +351,7 @@ OF_A_TRAINING: tuple[Rule, ...] = (
     routing_by_time_knows_its_end,
     adapters_have_no_router_biases,
     forward_mode_suits_the_method,
+    int8_suits_the_method,
     differences_are_not_rounded,
     late_blocks_are_there,
     own_paths_suit_the_objective,

@@ -62,6 +62,7 @@ PATHS: dict[str, tuple[str, ...]] = {
     "HIRA": ("hira_B.",),
     "BEFT": ("beft_bias.",),
 }
+WHOLE_WEIGHTS = ("HRA", "SHIRA", "GLORA", "HIRA")  # transform the frozen weights in every forward pass
 ADDED = ("IA3", "FOURIERFT", "SHIRA", "MISS", "BEFT")  # by their parameters: the weights are linear in them
 CHANGES_THE_BASE = ("pissa", "olora")  # initial values of LoRA that are subtracted from the base weight
 PREFIX = "base_model.model."  # of every key in peft's files
@@ -96,6 +97,11 @@ class HuggingFace(PeftMethod):
             raise UserError("VeRA's random matrices are saved as their seed. Leave peft.save_projection out.")
         # LoHa's own backward functions, and parametrized weights (target_parameters), have no forward derivative
         self.forward_mode = peft_type != "LOHA" and not arguments.get("target_parameters")
+        self.whole_weights = (
+            peft_type in WHOLE_WEIGHTS
+            or bool(arguments.get("use_dora") or arguments.get("target_parameters"))
+            or str(arguments.get("init_lora_weights", "")).startswith(CHANGES_THE_BASE)
+        )
         arguments.setdefault("target_modules", [] if arguments.get("target_parameters") else QKV)
         if not isinstance(arguments["target_modules"], str):
             arguments["target_modules"] = list(arguments["target_modules"] or ())
