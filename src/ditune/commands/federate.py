@@ -128,6 +128,8 @@ def key_of_all(cfg: DictConfig) -> dict[str, Any]:
             f"{objective} has a teacher or a schedule over the whole training, which rounds would cut. Set "
             "objective=diffusion, diffusion_v or flow_matching, without schedules of transfer= or patches=."
         )
+    if c.objective.critic is not None:
+        raise UserError("A server merges networks, and no critics of them. Set objective.critic=null.")
     if c.balance is not None and c.balance.bias_rate:
         raise UserError(
             "balance.bias_rate moves biases of the routers, which are no weights to be merged. Set balance.bias_rate=0."
