@@ -43,6 +43,9 @@ def build_components(cfg: DictConfig) -> Components:
     if base is not None:
         objective.process = match_process(objective.process, base.process)
     read_sources(cfg, objective, images.class_names, autoencoder)
+    if objective.critic is not None:
+        with seeded(cfg.seed):
+            objective.critic.build(network.config)
     method.bind(objective.process.part)
     components = Components(
         images=images,

@@ -110,6 +110,7 @@ NEUTRAL_BELOW = {
     "metrics.keep_images": False,
     "objective.interval": None,
     "objective.teacher": None,
+    "objective.critic": None,
     "objective.derivative": "jvp",
     "objective.difference_step": 1e-4,
     "objective.tangent": "path",
