@@ -49,8 +49,10 @@ def evaluate(cfg: DictConfig) -> Path:
     """
     check(cfg, "evaluate")
     source = exactly_one(cfg, *SOURCES)
-    if cfg.record is not None and source != "checkpoint":
-        raise UserError(f"A record holds values of bare networks, not of {source}=. Give checkpoint=, or no record=.")
+    if cfg.record is not None and source not in ("checkpoint", "run"):
+        raise UserError(
+            f"A record holds values of network files, not of {source}=. Give checkpoint= or run=, or no record=."
+        )
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     if torch.cuda.is_available():
@@ -87,12 +89,16 @@ def of_run(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
             f"The run {run.folder} was made with metrics.n=0. Set metrics.n= to evaluate it by its own metrics, "
             "or metrics_of=this, and metrics= and metrics.n= of this command are taken."
         )
+    if cfg.record is not None:
+        settings.metrics.record = cfg.record
     settle_numbers(settings.trainer.precision, best_device().type)  # the protocol is the run's, emulated or not
     network, start = ready(run, cfg.compile), time.perf_counter()
     comparison = build_comparison(settings, generator, run.folder / "evaluation")
     metrics = comparison(network, None if run.reshaped else run.base, run.folder / "samples")
     if rank() != 0:
         return path, metrics
+    if cfg.record is not None and not run.reshaped:
+        comparison.note(run.base, metrics)
     speed = finish_shards(comparison.evaluation.shards(network), run.folder / "samples.npz", start)
     shutil.rmtree(run.folder / "evaluation")
     result = read_json(path) | {"evaluation": speed}

@@ -154,7 +154,7 @@ def refuse_missing_inputs(generator: ImageGenerator, network: Mapping[str, Any])
     """
     for key, neutral, name, remedy in (
         ("noise_awareness", 0, "untimed", "transfer=noise_awareness"),
-        ("guidance_input", None, "guided", "transfer=dogfit transfer.control=true"),
+        ("guidance_input", None, "guided", "transfer.control=true or objective.control=true"),
     ):
         value = getattr(generator, key)
         if value != neutral and not network.get(name):

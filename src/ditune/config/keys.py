@@ -211,6 +211,7 @@ KEYS = (
     Key("objective.derivative", str, choices=("jvp", "difference")),
     Key("objective.difference_step", float, above=0, below=1),
     Key("objective.tangent", str, choices=("path", "network")),
+    Key("objective.control", bool),
     # transfer
     Key("transfer", dict, null=True),
     Key("transfer.w", float, at_least=1),

@@ -114,6 +114,7 @@ NEUTRAL_BELOW = {
     "objective.derivative": "jvp",
     "objective.difference_step": 1e-4,
     "objective.tangent": "path",
+    "objective.control": False,
     "objective.process.bridge": "aligned",
     "sparsity.teacher": 0.0,
     "objective.process.step_blocks": None,
