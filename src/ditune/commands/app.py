@@ -90,7 +90,7 @@ def _sweep(gr: Any, folder: Path) -> None:
     chosen = gr.Dropdown(names, value=names[0] if names else None, label="Sweep")
     runs = gr.Dataframe(headers=list(COLUMNS), interactive=False, label="Click a row to see its images")
     with gr.Row():
-        figure = gr.Plot(label="Metric over trained parameters")
+        figure = gr.Plot(label="Metric over trained parameters", show_label=False)
         sheet = gr.Image(label="Images", type="pil", format="png")
 
     def show(name: str | None) -> tuple[list[list[Any]], Figure | None]:
