@@ -73,22 +73,31 @@ def test_two_processes_learn_as_one_by_every_objective_and_with_experts(tmp_path
     # hard masks are made once, of equal weights: rounding can turn none over
     taught = ["sparsity=n_m", "sparsity.way=hard", "sparsity.teacher=0.1", f"pretrained={flow}/network.safetensors"]
     cases["dense_teacher"] = ["objective=flow_matching", *taught]
+    of_time = ["objective=flow_matching", "peft=tlora", f"pretrained={flow}/network.safetensors"]
+    cases["tlora"] = [*of_time, "gradient_checkpointing=true"]  # masks of this process's own samples
     cases["experts"] = ["model=dit_moe", "network=tiny_moe", "balance=global"]
     ddp = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true"]
     runs = [(str(tmp_path / f"{name}_2"), [*common, *case, *ddp]) for name, case in cases.items()]
+    whole = [*common, *cases["tlora"], *ddp]
+    for more in (["max_steps=3"], ["resume=auto"]):  # and on to the end
+        runs.append((str(tmp_path / "tlora_resumed"), [*whole, *more]))
     worker = tmp_path / "worker.py"
     worker.write_text(WORKER.format(runs=runs))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(worker)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     for name, case in cases.items():
         assert train(compose(tmp_path / f"{name}_1", *common, *case)) == 0
-        written = "adapter/adapter_model" if name in (*TAUGHT, "dense_teacher") else "network"
+        written = "adapter/adapter_model" if name in (*TAUGHT, "dense_teacher", "tlora") else "network"
         one, two = (load_file(tmp_path / f"{name}_{n}" / f"{written}.safetensors") for n in (1, 2))
         assert one.keys() == two.keys()
         for key, value in one.items():
             if not key.endswith("qkv.bias"):  # see above
                 assert_close(two[key], value, atol=2e-5, rtol=0, msg=lambda m, at=(name, key): f"{at}: {m}")
+    resumed, never_stopped = (checkpoint(tmp_path / name) for name in ("tlora_resumed", "tlora_2"))
+    assert resumed["global_step"] == 7
+    for part in ("state_dict", "ema", "optimizer_states", "method"):
+        assert_same_bits(resumed[part], never_stopped[part], part)
 
 
 @pytest.mark.ddp

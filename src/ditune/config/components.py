@@ -43,6 +43,9 @@ def build_components(cfg: DictConfig) -> Components:
     if base is not None:
         objective.process = match_process(objective.process, base.process)
     read_sources(cfg, objective, images.class_names, autoencoder)
+    if objective.critic is not None:
+        with seeded(cfg.seed):
+            objective.critic.build(network.config)
     method.bind(objective.process.part)
     components = Components(
         images=images,
@@ -151,7 +154,7 @@ def refuse_missing_inputs(generator: ImageGenerator, network: Mapping[str, Any])
     """
     for key, neutral, name, remedy in (
         ("noise_awareness", 0, "untimed", "transfer=noise_awareness"),
-        ("guidance_input", None, "guided", "transfer=dogfit transfer.control=true"),
+        ("guidance_input", None, "guided", "transfer.control=true or objective.control=true"),
     ):
         value = getattr(generator, key)
         if value != neutral and not network.get(name):

@@ -45,6 +45,8 @@ def _reasons(cfg: DictConfig) -> Iterator[tuple[str, str]]:
         )
     if cfg.get("frozen_weights") is not None:
         yield "frozen_weights=int8, which is rounded from whole rows before the network is cut", "frozen_weights=null"
+    if cfg.objective.get("critic") is not None:
+        yield "objective.critic, whose gradients are clipped apart", "objective.critic=null"
     if cfg.get("sparsity") is not None:
         yield "sparsity=, which ranks the values of whole matrices", "sparsity=none"
     if cfg.peft.get("name") == "adalora":
