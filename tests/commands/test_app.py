@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
+from browser import CHROMIUM, opened
 from ditune.commands import app as module
 from ditune.commands.app import REQUIREMENT, build, first_settings
 from ditune.commands.side_by_side import BASE, COLUMNS, Shelf, plot, sheet_of, sweeps, table
@@ -111,5 +112,24 @@ def test_the_app_answers_a_client(cfg):
         assert figure["plot"].startswith("data:image")
         with pytest.raises(Exception, match="No network is chosen"):
             client.predict([], [], 1, 2, 1.0, 0, api_name="/generate")
+    finally:
+        app.close()
+
+
+@pytest.mark.skipif(find_spec("gradio") is None, reason="gradio, an optional package, is not installed")
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: apt-get install chromium")
+def test_the_app_in_a_browser(cfg):
+    app = build(cfg)
+    _, url, _ = app.launch(prevent_thread_lock=True, quiet=True, share=False, server_name="127.0.0.1")
+    try:
+        with opened(url) as page:
+            page.wait_for_text("Generate")
+            page.click("button", "Generate")
+            assert page.images(2) == 2  # the base's sheet and the run's
+            for caption in (BASE, "first"):
+                page.wait_for_text(caption)
+            page.click("button[role=tab]", "Sweep")
+            page.click(".body-cell", "BitFit")  # a row of the table
+            assert page.images(3) == 3
     finally:
         app.close()
