@@ -71,17 +71,21 @@ def _side_by_side(gr: Any, shelf: Shelf) -> None:
         n = gr.Slider(1, 64, value=9, step=1, label="Images")
         steps = gr.Slider(2, 250, value=first_steps, step=1, label="Steps")
         guidance = gr.Slider(1, 10, value=first_guidance, step=0.1, label="Guidance")
+        strength = gr.Slider(0, 1.5, value=1, step=0.05, label="Strength of adapters")
         seed = gr.Number(0, precision=0, minimum=0, label="Seed of the noise")
     button = gr.Button("Generate", variant="primary")
     sheets = gr.Gallery(label="Images", columns=2, object_fit="contain", height=640, format="png")
 
-    def generate(names: list[str], classes: list[str], n: int, steps: int, guidance: float, seed: int) -> Any:
+    def generate(
+        names: list[str], classes: list[str], n: int, steps: int, guidance: float, seed: int, strength: float
+    ) -> Any:
         try:
-            return shelf.generate(names, classes, n, seed, steps, guidance)
+            return shelf.generate(names, classes, n, seed, steps, guidance, strength)
         except UserError as error:
             raise gr.Error(str(error), print_exception=False) from error
 
-    button.click(generate, [networks, classes, n, steps, guidance, seed], sheets, api_name="generate")
+    values = [networks, classes, n, steps, guidance, seed, strength]
+    button.click(generate, values, sheets, api_name="generate")
 
 
 def _sweep(gr: Any, folder: Path) -> None:
