@@ -71,7 +71,7 @@ def _side_by_side(gr: Any, shelf: Shelf) -> None:
         n = gr.Slider(1, 64, value=9, step=1, label="Images")
         steps = gr.Slider(2, 250, value=first_steps, step=1, label="Steps")
         guidance = gr.Slider(1, 10, value=first_guidance, step=0.1, label="Guidance")
-        strength = gr.Slider(0, 1.5, value=1, step=0.05, label="Strength of adapters")
+        strength = gr.Slider(0, 1.5, value=1, step=0.05, label="Strength")
         seed = gr.Number(0, precision=0, minimum=0, label="Seed of the noise")
     button = gr.Button("Generate", variant="primary")
     sheets = gr.Gallery(label="Images", columns=2, object_fit="contain", height=640, format="png")
