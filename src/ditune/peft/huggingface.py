@@ -62,7 +62,9 @@ PATHS: dict[str, tuple[str, ...]] = {
     "HIRA": ("hira_B.",),
     "BEFT": ("beft_bias.",),
 }
-WHOLE_WEIGHTS = ("HRA", "SHIRA", "GLORA", "HIRA")  # transform the frozen weights in every forward pass
+# Call the layers that they adapt and do not compute with their frozen weights, as HRA, SHiRA, GLoRA and HiRA do.
+CALLS_LAYERS = ("LORA", "ADALORA", "LOHA", "LOKR", "IA3", "VERA", "OFT", "BOFT")
+CALLS_LAYERS += ("FOURIERFT", "MISS", "DEFT", "ROAD", "GRALORA", "PSOFT", "BEFT")
 ADDED = ("IA3", "FOURIERFT", "SHIRA", "MISS", "BEFT")  # by their parameters: the weights are linear in them
 CHANGES_THE_BASE = ("pissa", "olora")  # initial values of LoRA that are subtracted from the base weight
 PREFIX = "base_model.model."  # of every key in peft's files
@@ -98,7 +100,7 @@ class HuggingFace(PeftMethod):
         # LoHa's own backward functions, and parametrized weights (target_parameters), have no forward derivative
         self.forward_mode = peft_type != "LOHA" and not arguments.get("target_parameters")
         self.whole_weights = (
-            peft_type in WHOLE_WEIGHTS
+            peft_type not in CALLS_LAYERS
             or bool(arguments.get("use_dora") or arguments.get("target_parameters"))
             or str(arguments.get("init_lora_weights", "")).startswith(CHANGES_THE_BASE)
         )

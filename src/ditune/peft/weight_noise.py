@@ -61,6 +61,7 @@ class Float(PeftMethod):
 
     path = (".alpha.",)
     sums = "parameters"  # of equal noise
+    whole_weights = True
 
     def __init__(
         self,
