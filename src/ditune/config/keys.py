@@ -144,6 +144,11 @@ KEYS = (
     Key("peft.bottleneck", int, at_least=1),
     Key("peft.num_prompts", int, at_least=1),
     Key("peft.n_frequency", int, at_least=1),
+    Key("peft.wavelet_family", str),
+    Key("peft.depth", int, at_least=0),
+    Key("peft.act_fn", str),
+    Key("peft.sparsity", float, above=0, below=1),
+    Key("peft.select_top", bool),
     Key("peft.total_step", int, at_least=1),
     # network
     Key("network.class_dropout_prob", float, at_least=0, at_most=1),
