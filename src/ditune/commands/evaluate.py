@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
 from ditune.checkpoints import locate
-from ditune.commands.adapted import load_parts, load_weighted, refuse_strength
+from ditune.commands.adapted import load_parts, load_weighted, ready, refuse_strength
 from ditune.commands.evaluate_sweep import number_given
 from ditune.config.components import build_comparison, build_evaluation
 from ditune.config.guides import build_guide
@@ -91,9 +91,8 @@ def of_run(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
         )
     if cfg.record is not None:
         settings.metrics.record = cfg.record
-    device = best_device()
-    settle_numbers(settings.trainer.precision, device.type)  # the protocol is the run's, emulated or not
-    network, start = run.network.to(device), time.perf_counter()
+    settle_numbers(settings.trainer.precision, best_device().type)  # the protocol is the run's, emulated or not
+    network, start = ready(run, cfg.compile), time.perf_counter()
     comparison = build_comparison(settings, generator, run.folder / "evaluation")
     metrics = comparison(network, None if run.reshaped else run.base, run.folder / "samples")
     if rank() != 0:
@@ -159,7 +158,7 @@ def of_network(
     check_reference(trained, reference)
     record, folder, start = Record(cfg.record), Path(cfg.out).expanduser(), time.perf_counter()
     evaluation = build_evaluation(cfg, trained.generator, reference, store=folder / "evaluation")
-    network = trained.network.to(best_device())
+    network = ready(trained, cfg.compile)
     values = evaluation(network, folder)
     if rank() != 0:
         return folder / "result.json", {}

@@ -53,6 +53,7 @@ ROLES: dict[str, Role] = {
     "pretrained_process": Role(Decides.TRAINING, neutral=None),
     "classes": TRAINING,
     "new_resolution": TRAINING,
+    "frozen_weights": Role(Decides.TRAINING, neutral=None),
     "gradient_checkpointing": RESULT,  # changes rounding only
     "compile": RESULT,                 # likewise
     "network": TRAINING,
@@ -109,6 +110,7 @@ NEUTRAL_BELOW = {
     "metrics.keep_images": False,
     "objective.interval": None,
     "objective.teacher": None,
+    "objective.critic": None,
     "objective.derivative": "jvp",
     "objective.difference_step": 1e-4,
     "objective.tangent": "path",

@@ -61,10 +61,17 @@ class FlowObjective(Objective):
     def loss(self, network: Network, batch: tuple[Tensor, Tensor], random: StepRandom, state: State) -> Loss:
         """Weighted squared error of the velocity, see `Objective.loss`."""
         targets = self.targets(network, *batch, random, state)
+        return self.compared(targets, self.predicted(network, targets), state)
+
+    def predicted(self, network: Network, targets: Targets) -> Tensor:  # (N, C, H, W)
+        """The network's velocity where the targets are."""
         # or torch 2.10's autocast takes the weights that it has cast for the targets, which have no gradient
         torch.clear_autocast_cache()
         called = with_scale(network, targets.w)
-        velocity = self.process.velocity(called, targets.x_t, targets.t, targets.y, targets.d)
+        return self.process.velocity(called, targets.x_t, targets.t, targets.y, targets.d)
+
+    def compared(self, targets: Targets, velocity: Tensor, state: State) -> Loss:
+        """The loss of a predicted velocity (N, C, H, W)."""
         mse = mean_flat((velocity - targets.target) ** 2)
         loss = self.weights(mse, targets, state) * mse
         parts = {"loss": loss, "mse": mse, "velocity_rms": rms(velocity), "target_rms": rms(targets.target)}

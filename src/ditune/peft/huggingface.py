@@ -71,6 +71,8 @@ PATHS: dict[str, tuple[str, ...]] = {
     "SUPERTUNING": ("supertuning_values.", "supertuning_lora_B."),
 }
 ADDED = ("IA3", "FOURIERFT", "SHIRA", "MISS", "BEFT", "WAVEFT")  # by their parameters: the weights are linear in them
+# Transform the frozen weights in every forward pass.
+WHOLE_WEIGHTS = ("HRA", "SHIRA", "GLORA", "HIRA", "PEANUT", "SUPERTUNING")
 # What a file does not hold, by peft's type: the key that would save it, and why it need not.
 REMADE = {
     "VERA": {"save_projection": "VeRA's random matrices are saved as their seed."},
@@ -111,6 +113,11 @@ class HuggingFace(PeftMethod):
                 raise UserError(f"{REMADE[peft_type][key]} Leave peft.{key} out.")
         # own backward functions, and parametrized weights (target_parameters), have no forward derivative
         self.forward_mode = peft_type not in ("LOHA", "RANDLORA") and not arguments.get("target_parameters")
+        self.whole_weights = (
+            peft_type in WHOLE_WEIGHTS
+            or bool(arguments.get("use_dora") or arguments.get("target_parameters"))
+            or str(arguments.get("init_lora_weights", "")).startswith(CHANGES_THE_BASE)
+        )
         arguments.setdefault("target_modules", [] if arguments.get("target_parameters") else QKV)
         if not isinstance(arguments["target_modules"], str):
             arguments["target_modules"] = list(arguments["target_modules"] or ())
