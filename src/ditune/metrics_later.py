@@ -58,7 +58,10 @@ class _Later(Loader):
 
         module.__getattr__ = execute
         if module.__name__ == PACKAGE:
-            _begin_package(module)
+            try:
+                _begin_package(module)
+            except ImportError:  # a version whose files have other names: all of it, now
+                execute("__version__")
         else:
             _begin_plot(module, execute)
 
