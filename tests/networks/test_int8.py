@@ -29,7 +29,7 @@ ADAPTED = ["pretrained=@base", "optimizer.lr=1e-2", f"max_steps={STEPS}", f"call
 # refused are all others, which compute with frozen weights or change them
 WORK = {"bitfit", "difffit", "adaptformer", "adapter", "vpt_deep", "vpt_shallow", "norm", "router"}
 WORK |= {"lora", "rslora", "tlora", "adalora", "loha", "lokr", "ia3", "vera", "oft", "boft", "fourierft"}
-WORK |= {"miss", "deft", "road", "gralora", "psoft", "beft"}
+WORK |= {"miss", "deft", "road", "gralora", "psoft", "beft", "randlora", "waveft"}
 
 
 def rounded(network: nn.Module) -> nn.Module:
