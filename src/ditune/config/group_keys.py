@@ -42,6 +42,11 @@ GROUP_KEYS = (
     Key("peft.num_prompts", int, at_least=1),
     Key("peft.granularity", str, choices=("layer", "row")),
     Key("peft.n_frequency", int, at_least=1),
+    Key("peft.wavelet_family", str),
+    Key("peft.depth", int, at_least=0),
+    Key("peft.act_fn", str),
+    Key("peft.sparsity", float, above=0, below=1),
+    Key("peft.select_top", bool),
     Key("peft.total_step", int, at_least=1),
     # network
     Key("network.class_dropout_prob", float, at_least=0, at_most=1),
