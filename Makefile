@@ -38,10 +38,11 @@ lint: $(READY) ## ruff
 format: $(READY) ## ruff, changing files
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
-lock: $(EXTRAS) ## write requirements.lock: the versions in .venv, which the tests ran with, of all packages
+lock: $(EXTRAS) ## write requirements.lock, the versions in .venv, which the tests ran with, and from it uv.lock
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/python -m pip list --format=freeze --exclude-editable | grep -v -E '^(uv|pip|setuptools)=' > $(VENV)/versions.txt
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-annotate --custom-compile-command "make lock" -c $(VENV)/versions.txt requirements.txt requirements-extras.txt -o requirements.lock
+	sed -nE 's/^([^ ;#]+==[^ ;]+).*/--upgrade-package=\1/p' requirements.lock | xargs $(BIN)/uv lock --quiet
 
 site: $(READY) ## build the documentation as a site into build/site
 	$(BIN)/python -m pip install --quiet "zensical>=0.0.70,<1"

@@ -18,9 +18,9 @@ import torch
 HERE = Path(__file__).resolve().parent
 LISTS = {
     "cpu": [
-        ["train_step.py", "--seconds", "90"],
+        ["train_step.py", "--seconds", "60"],
         ["sampling.py", "--seconds", "30"],
-        ["moe_layer.py", "--rounds", "3"],
+        ["moe_layer.py", "--rounds", "3", "--tokens", "2048"],
         ["data_loading.py", "--seconds", "20"],
         ["growth.py", "--seconds", "30"],
         ["moe_network.py", "--seconds", "20", "--depth", "2"],

@@ -1,12 +1,14 @@
 """The files around the code agree with each other: lock, Dockerfile, workflow, templates, changelog, site."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from helpers import ROOT
 
@@ -50,6 +52,28 @@ def test_a_lock_that_disagrees_is_noticed():
     (wrong,) = disagreements(lock, [Requirement("torch<2")])
     assert wrong.startswith("torch<2: the lock has 2.")
     assert disagreements(lock, [Requirement("no-such-package>=1")])
+
+
+def test_uv_locks_the_same_versions():
+    packages = tomllib.loads(text("uv.lock"))["package"]
+    versions = {(package["name"], package.get("version")) for package in packages}
+    pins = {(plain(r.name), next(iter(r.specifier)).version) for r in requirements("requirements.lock")}
+    assert not sorted(pins - versions), "uv.lock has others than requirements.lock; run make lock"
+    names = {name for name, _ in pins}
+    assert not sorted(name for name, version in versions - pins if name in names), "run make lock"
+    assert {package["source"].get("registry", "https://pypi.org/simple") for package in packages} == {
+        "https://pypi.org/simple"
+    }
+
+
+def test_uv_locks_what_the_requirements_ask_for():
+    (own,) = (package for package in tomllib.loads(text("uv.lock"))["package"] if package["name"] == "ditune")
+    asked = {(d["name"], SpecifierSet(d.get("specifier", ""))) for d in own["metadata"]["requires-dist"]}
+    wanted = {(plain(r.name), r.specifier) for name in SOURCES for r in requirements(name)}
+    assert wanted <= asked, "run make lock"
+    extras = tomllib.loads(text("pyproject.toml"))["project"]["optional-dependencies"].values()
+    optional = {(plain(r.name), r.specifier) for group in extras for r in map(Requirement, group)}
+    assert asked == wanted | optional, "run make lock"
 
 
 def test_extras_are_the_same_in_both_files():

@@ -31,6 +31,7 @@ from ditune.errors import UserError
 from ditune.generation.generator import ImageGenerator
 from ditune.networks import DiT
 from ditune.networks.dit import inputs_of
+from ditune.networks.int8 import quantise
 from ditune.processes import GaussianProcess, build_process
 from ditune.samplers import Cache, Experts
 
@@ -70,13 +71,16 @@ class Run(Trained):
     reshaped: bool  # whether it has other classes than the base, or another resolution
 
 
-def load_run(folder: Path | str, strength: float | None = None, keep_base: bool = False) -> Run:
+def load_run(
+    folder: Path | str, strength: float | None = None, keep_base: bool = False, as_trained: bool = True
+) -> Run:
     """The network of a run folder, with the run's own autoencoder and sampler.
 
     Args:
         folder: of the run.
         strength: of its adapter, 0 = the base and 1 = the adapter, see `ditune.peft.dial`; None = 1.
         keep_base: keep what guides and `network.adaptation.dial` need of the base; the run's own guide keeps it anyway.
+        as_trained: with frozen_weights=int8, frozen weights are rounded as in the training; else they are the base's.
 
     Raises:
         UserError: the run is not there, has not finished or is damaged; its base network is missing or another one; its
@@ -89,6 +93,8 @@ def load_run(folder: Path | str, strength: float | None = None, keep_base: bool 
         base = locate(cfg.pretrained, Path(cfg.paths.cache_dir) / "networks")
         kept = keep_base or strength is not None or needs_base(cfg.sampler)
         network, stored = _load_adapted(folder / "adapter", base, kept)
+        if as_trained and cfg.get("frozen_weights") == "int8":
+            quantise(network)
         if strength is not None:
             network.adaptation.dial.set(strength)
     elif (folder / "network.safetensors").is_file():
@@ -127,7 +133,7 @@ def load_sum(weights: Mapping[str | Path, float]) -> Run:
         if not (folder / "adapter").is_dir():
             raise UserError(f"{folder} is no run with an adapter. Give adapters=[<run>:0.7,<run>:0.3].")
     terms = read_terms({folder / "adapter": weight for folder, weight in folders.items()})
-    run = load_run(next(iter(folders)), strength=0)
+    run = load_run(next(iter(folders)), strength=0, as_trained=False)
     apply_sum(run.network, terms)
     return replace(run, network=run.network.eval())
 

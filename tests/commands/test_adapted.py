@@ -11,6 +11,7 @@ from ditune.commands.evaluate import evaluate
 from ditune.commands.sample import sample
 from ditune.commands.train import train
 from ditune.errors import UserError
+from ditune.evaluation.protocol import Evaluation
 from ditune.files.atomic import read_json
 from ditune.run import load_run, load_sum
 from helpers import SMALL, compose, task
@@ -96,6 +97,30 @@ def test_evaluations_of_strengths_and_guides_stand_beside_the_runs_own(guided, t
     assert len(others) == 3
     assert [other.get("strength") for other in others.values()] == [0.5, None, None]
     assert len({other["after"]["kid_efflite0"] for other in others.values()} | {own["after"]["kid_efflite0"]}) == 4
+
+
+def test_the_bases_values_by_a_guide_come_from_a_record(trained, tmp_path, monkeypatch):
+    run, record = trained("recorded", *EVALUATED), tmp_path / "record.json"
+    kinds = []
+
+    def counted(evaluation, *arguments):
+        kinds.append(getattr(evaluation.generator.guide, "kind", None))
+        return measure(evaluation, *arguments)
+
+    measure = Evaluation.__call__
+    monkeypatch.setattr(Evaluation, "__call__", counted)
+    given = (f"run={run}", f"record={record}")
+    for guide in ("null_class", "base", "interpolated"):
+        evaluate(task("evaluate", *given, f"guide={guide}"))
+    # the base is measured once: guided by itself, it is plainly guided
+    assert kinds == [None, None, "base", "interpolated"]
+    (known,) = read_json(record)["metrics"].values()
+    result = read_json(run / "result.json")
+    found = result["other_protocols"].values()
+    assert [metrics["before_is"] for metrics in found] == ["measured", "record", "record"]
+    assert {metrics["before"]["kid_efflite0"] for metrics in found} == {
+        entry["values"]["kid_efflite0"] for entry in known.values()
+    }
 
 
 def test_sums_from_python(plain, trained):

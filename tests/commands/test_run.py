@@ -191,6 +191,19 @@ def test_bare_network_draws_as_its_run(scratch: Path, tmp_path: Path) -> None:
         np.testing.assert_array_equal(picture, own[name])
 
 
+@pytest.mark.slow
+def test_compiled_blocks_change_images_by_rounding_only(scratch: Path, tmp_path: Path) -> None:
+    network = task("sample", f"checkpoint={scratch}/network.safetensors", "n=2", "steps=3", "precision=32-true")
+    counters, found = torch._dynamo.utils.counters, {}
+    for compiled in (False, True):
+        counters.clear()
+        network.compile, network.out = compiled, str(tmp_path / str(compiled))
+        found[compiled] = drawn(sample(network))
+        assert bool(counters["frames"]["ok"]) == compiled
+    for name, plain in found[False].items():
+        assert np.abs(plain.astype(int) - found[True][name].astype(int)).max() <= 1
+
+
 def test_default_sampler_of_a_bare_network(scratch: Path, tmp_path: Path) -> None:
     sample(task("sample", f"checkpoint={scratch}/network.safetensors", "n=1", f"out={tmp_path}"))
     about = json.loads((tmp_path / "samples.json").read_text())

@@ -31,6 +31,7 @@ BROKEN = {
     "masks_suit_the_weights": ["pretrained=@base", "peft=bitfit", "sparsity=n_m"],
     "adapters_have_no_router_biases": ["pretrained=@experts", "network=tiny_moe", "balance=loss_free"],
     "forward_mode_suits_the_method": ["pretrained=@flow", "objective=mean_flow", "peft=loha", "peft.r=2"],
+    "int8_suits_the_method": ["pretrained=@base", "peft=shira", "frozen_weights=int8"],
     "differences_are_not_rounded": [
         "objective=mean_flow",
         "objective.derivative=difference",

@@ -18,6 +18,7 @@ STYLES = {path.stem for path in (ROOT / "configs" / "data").glob("emoji_*.yaml")
 STYLES -= {"emoji_base", "emoji_all", "emoji_styles"}
 SEVEN = {"full", "difffit", "bitfit", "lora", "adaptformer", "vpt_deep", "adapter"}
 COUNTS = {"styles_table": 56, "styles_search": 28, "styles_few": 72, "styles_classes": 9, "styles_networks": 12}
+COUNTS |= {"guides": 9, "guides_dogfit": 9}
 
 
 def params_of(name: str) -> dict[str, list[str]]:

@@ -21,7 +21,7 @@ from torch.testing import assert_close
 
 import forked
 from ditune import cli
-from ditune.commands.evaluate_sweep import evaluate_sweep
+from ditune.commands.evaluate_sweep import asked_for, evaluate_sweep
 from ditune.config.roles import job_hash
 from ditune.config.swept import held_back, is_sweep, joined, lacking
 from ditune.errors import UserError
@@ -452,6 +452,25 @@ def test_runs_without_a_number_of_images_are_refused_at_once(tmp_path):
     (tmp_path / "0" / "config.yaml").write_text("metrics: {n: 0}")
     with pytest.raises(UserError, match=r"1 runs were trained with metrics\.n=0.* Set metrics\.n=10000"):
         evaluate_sweep(task("evaluate", f"runs={tmp_path}"))
+
+
+def test_runs_with_metrics_are_due_for_another_guide():
+    own = task("evaluate", "runs=a")
+    asked = [
+        asked_for(task("evaluate", "runs=a", *given))
+        for given in (
+            ["guide=base"],
+            ["guide=interpolated"],
+            ["guide=interpolated", "guide_strength=0.3"],
+            ["guidance=2"],
+            ["strength=0.5"],
+            ["metrics_of=this"],
+            ["metrics_of=this", "guide=base"],
+        )
+    ]
+    assert asked_for(own) is None
+    assert None not in asked
+    assert len(set(asked)) == len(asked)
 
 
 @pytest.mark.slow

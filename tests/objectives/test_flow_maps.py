@@ -70,9 +70,9 @@ def floats(values):
     return [value.float() if value.is_floating_point() else value for value in values]
 
 
-def dit():
+def dit(**inputs: bool):
     torch.manual_seed(0)
-    network = build_network("tiny", input_size=4, in_channels=3, num_classes=5, learn_sigma=False, step=True)
+    network = build_network("tiny", input_size=4, in_channels=3, num_classes=5, learn_sigma=False, step=True, **inputs)
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return network
@@ -224,6 +224,84 @@ def test_guidance_is_learned_where_a_class_is_given():
     expected = 3 * v - 2 * velocity_at(x, t)
     assert_close(found[y < 5], expected[y < 5])
     assert_close(found[y == 5], v[y == 5])
+
+
+# Guidance as an input
+
+
+def guided_field(x, t, y, d, w=None):
+    """v_null + w (v_c - v_null) with v_null = -x and v_c = (y + 1) x, whatever the step."""
+    w = torch.ones_like(t) if w is None else w
+    shift = torch.where(y == guided_field.num_classes, 0.0, w * (y + 2)).view(-1, 1, 1, 1)
+    return -x + shift * x
+
+
+guided_field.num_classes = 5
+
+
+@pytest.mark.parametrize("tangent", ["path", "network"])
+def test_plain_guidance_is_the_target_of_guidance_as_an_input(tangent):
+    """The network that is guided by w already is its own target where v is its velocity without guidance."""
+    x, t, d, _ = points()
+    y, w = torch.tensor([0, 1, 2, 5, 4, 0]), torch.tensor([1.0, 1.5, 2.0, 1.0, 4.0, 8.0])
+    objective = MeanFlow(PROCESS, guidance=8.0, control=True, tangent=tangent)
+    v = guided_field(x, t, y, d)
+    found = objective.guided_target(guided_field, x, v, t, y, w)
+    assert_close(found, guided_field(x, t, y, d, w), atol=1e-6, rtol=1e-6)
+    assert torch.equal(found[w == 1], v[w == 1])
+
+
+def test_the_scales_of_guidance_as_an_input():
+    objective, y = MeanFlow(PROCESS, guidance=8.0, control=True), torch.arange(6000) % 6
+    w = objective.scales(gaussian, y, StepRandom(0, 0, range(6000)))
+    assert (w[y == 5] == 1).all()
+    drawn = w[y < 5].log() / np.log(8.0)
+    assert (drawn.min() >= 0) & (drawn.max() <= 1)
+    assert drawn.mean().item() == pytest.approx(0.5, abs=0.02)  # uniform in log w
+    assert drawn.std().item() == pytest.approx(12**-0.5, abs=0.02)
+    assert MeanFlow(PROCESS, guidance=8.0).scales(gaussian, y, StepRandom(0, 0, range(6000))) is None
+
+
+def test_every_call_but_that_of_the_null_class_is_given_the_scales():
+    asked = []
+
+    def network(x, t, y, d, w=None):
+        asked.append((y, d, w))
+        return guided_field(x, t, y, d, w)
+
+    network.num_classes = 5
+    objective = MeanFlow(
+        PROCESS, share=1.0, guidance=4.0, control=True, tangent="network", derivative="difference", label_drop=0.3
+    )
+    x, y, random = floats(points(40))[0], torch.arange(40) % 5, StepRandom(0, 0, range(40))
+    objective.loss(network, (x, y), random, state(network))
+    dropped = asked[-1][0]
+    w = objective.scales(network, dropped, random)
+    assert 0 < (dropped == 5).sum() < 40
+    without = [index for index, call in enumerate(asked) if call[2] is None]
+    assert without == [1]  # u(x_t, t, 0 | null class, 1), after u(x_t, t, 0 | c, w)
+    assert (asked[1][0] == 5).all()
+    assert len(asked) == 6  # the direction, two of the difference, and the network in training
+    assert torch.equal(asked[0][2], w[w != 1])
+    for _, _, given in asked[2:]:
+        assert torch.equal(given, w)
+
+
+@pytest.mark.parametrize("tangent", ["path", "network"])
+def test_without_guidance_the_input_changes_nothing_to_the_bit(tangent):
+    network, random = dit(guided=True), StepRandom(0, 0, range(6))
+    batch = floats(points())[0], torch.arange(6) % 5
+    found = []
+    for control in (False, True):
+        objective = MeanFlow(PROCESS, share=0.5, tangent=tangent, control=control)
+        loss = objective.loss(network, batch, random, state(network)).total
+        found.append((loss, torch.autograd.grad(loss, network.final_layer.linear.weight)[0]))
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+def test_a_scale_below_one_is_refused():
+    with pytest.raises(UserError, match=r"objective\.guidance is 0\.5"):
+        MeanFlow(PROCESS, guidance=0.5, control=True)
 
 
 def test_weights_of_the_successors():

@@ -1,10 +1,12 @@
 """What holds for every objective of the configs, on every kind of network."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.testing import assert_close
 
-from ditune.checkpoints import save_network
+from ditune.checkpoints import read_adapter, save_network
 from ditune.commands.train import train
 from ditune.config import rules
 from ditune.config.components import build_components
@@ -72,6 +74,24 @@ def test_a_run_in_bf16_with_micro_steps(tmp_path, pictures, objective):
     header = (tmp_path / "metrics.csv").read_text().splitlines()[0]
     assert "train/loss_step_1_128" in header
     assert "train/velocity_rms" in header
+
+
+def test_a_run_whose_guidance_is_an_input(tmp_path, pictures, base):
+    """From a diffusion base, by an adapter: the new input trains and is stored, and sampling chooses it."""
+    overrides = [*SMALL_FLOW[:-1], "objective=improved_mean_flow", f"data.root={pictures}", f"pretrained={base}"]
+    overrides += ["objective.control=true", "objective.guidance=3", "peft=lora", "max_steps=3", "optimizer.lr=0.01"]
+    cfg = compose(tmp_path, *overrides, "sampler.guidance_input=2", "ema.decay=0")
+    assert train(cfg) == 0
+    run = load_run(tmp_path)
+    assert any("guidance_embedder" in name for name in read_adapter(tmp_path / "adapter")[1])
+    found = [
+        replace(run.generator, guidance_input=w).generate(run.network, torch.tensor([0, 1]), seed=0)
+        for w in (None, 1.0, 3.0)
+    ]
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+    plain = resume_key(other := compose(tmp_path, *overrides, "objective.control=false"), build_components(other))
+    assert "control" not in plain["objective"]
 
 
 def test_a_method_without_forward_derivatives_is_refused(tmp_path, pictures):

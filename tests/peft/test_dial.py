@@ -17,7 +17,7 @@ from ditune.peft.label_table import adapt_labels
 from ditune.peft.slots import slots
 from helpers import ROOT, open_gates
 
-SMALLER = {"oft_block_size": 8, "n_frequency": 10, "r": 4}
+SMALLER = {"oft_block_size": 8, "n_frequency": 10, "r": 4, "randlora_alpha": 4}
 INPUTS = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([3.0, 500.0])
 INPUTS = (*INPUTS, torch.tensor([0, 3]))
 BASE = {"file": "base.safetensors", "sha256": "0" * 64, "classes": None}
@@ -144,7 +144,7 @@ def sum_of(weights: dict[Path, float]) -> nn.Module:
     return network.eval()
 
 
-ADDED = ("full", "bitfit", "difffit", "norm", "lora", "rslora", "ia3", "shira", "fourierft", "miss", "beft")
+ADDED = ("full", "bitfit", "difffit", "norm", "lora", "rslora", "ia3", "shira", "fourierft", "waveft", "miss", "beft")
 
 
 @pytest.mark.parametrize("name", ADDED)
@@ -156,7 +156,7 @@ def test_sums_are_of_changes_of_weights(tmp_path, name):
     assert torch.allclose(output(alone), output(dial), atol=1e-5)
     assert torch.allclose(output(sum_of({a: 0.5, b: -0.5})), output(sum_of({b: -0.5, a: 0.5})), atol=1e-5)
     network = sum_of({a: 0.7, b: 0.3})
-    if name in ("lora", "rslora", "full", "shira", "fourierft", "miss"):
+    if name in ("lora", "rslora", "full", "shira", "fourierft", "waveft", "miss"):
         first, second = (merged(sum_of({path: 1})) for path in (a, b))
         both, plain = merged(network), dict(base.named_parameters())
         for key, weight in plain.items():

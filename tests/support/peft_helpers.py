@@ -23,7 +23,12 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "dit_moe": lambda: build_network("tiny_moe", **SIZE),
 }
 CASES = [(network, name) for network in NETWORKS for name in NAMES] + [("dit_moe", name) for name in MOE_METHODS]
-SMALLER = {"vera": {"r": 8}, "fourierft": {"n_frequency": 50}, "vpt_deep": {"num_prompts": 3}}
+SMALLER = {
+    "vera": {"r": 8},
+    "fourierft": {"n_frequency": 50},
+    "waveft": {"n_frequency": 50},
+    "vpt_deep": {"num_prompts": 3},
+}
 
 
 def build_base(network: str) -> nn.Module:

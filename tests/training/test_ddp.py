@@ -69,17 +69,26 @@ def test_two_processes_learn_as_one_by_every_objective_and_with_experts(tmp_path
     # hard masks are made once, of equal weights: rounding can turn none over
     taught = ["sparsity=n_m", "sparsity.way=hard", "sparsity.teacher=0.1", f"pretrained={flow}/network.safetensors"]
     cases["dense_teacher"] = ["objective=flow_matching", *taught]
+    of_time = ["objective=flow_matching", "peft=tlora", f"pretrained={flow}/network.safetensors"]
+    cases["tlora"] = [*of_time, "gradient_checkpointing=true"]  # masks of this process's own samples
     cases["experts"] = ["model=dit_moe", "network=tiny_moe", "balance=global"]
     for name, case in cases.items():
         trials = pair(tmp_path / f"{name}_2", [*common, *case])
         assert train(compose(tmp_path / f"{name}_1", *common, *case)) == 0
         assert finished(trials, 120) == [0, 0], trials[0].output[-3000:]
-        written = "adapter/adapter_model" if name in (*TAUGHT, "dense_teacher") else "network"
+        written = "adapter/adapter_model" if name in (*TAUGHT, "dense_teacher", "tlora") else "network"
         one, two = (load_file(tmp_path / f"{name}_{n}" / f"{written}.safetensors") for n in (1, 2))
         assert one.keys() == two.keys()
         for key, value in one.items():
             if not key.endswith("qkv.bias"):  # see above
                 assert_close(two[key], value, atol=2e-5, rtol=0, msg=lambda m, at=(name, key): f"{at}: {m}")
+    for more in (["max_steps=3"], ["resume=auto"]):  # and on to the end
+        trials = pair(tmp_path / "tlora_resumed", [*common, *cases["tlora"], *more])
+        assert finished(trials, 120) == [0, 0], trials[0].output[-3000:]
+    resumed, never_stopped = (checkpoint(tmp_path / name) for name in ("tlora_resumed", "tlora_2"))
+    assert resumed["global_step"] == 7
+    for part in ("state_dict", "ema", "optimizer_states", "method"):
+        assert_same_bits(resumed[part], never_stopped[part], part)
 
 
 @pytest.mark.ddp

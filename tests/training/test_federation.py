@@ -7,8 +7,10 @@ import pytest
 import torch
 from comparison import saved
 from injectors import during_training_step, terminate
+from omegaconf import OmegaConf
 from torch.testing import assert_close
 
+from ditune.commands.clients import taking_part
 from ditune.commands.federate import LAST, federate
 from ditune.commands.train import train
 from ditune.config.grammar import hydra_value
@@ -203,6 +205,52 @@ def test_rounds_of_two_clients_with_zeros_by_hand_stopped_and_resumed(simulate, 
     (stopped / LAST).write_bytes((stopped / LAST).read_bytes()[:-100])
     with pytest.raises(UserError, match=r"merged\.pt is damaged"):
         simulate("stopped", *options)
+
+
+def test_a_share_of_the_clients_takes_part_by_seed_and_round():
+    def chosen(clients, participation, seed=0, rounds=40):
+        cfg = OmegaConf.create({"clients": clients, "participation": participation, "seed": seed})
+        return [taking_part(cfg, number) for number in range(1, rounds + 1)]
+
+    assert chosen(5, 1.0) == [[0, 1, 2, 3, 4]] * 40
+    assert {len(found) for found in chosen(10, 0.25)} == {3}
+    assert {len(found) for found in chosen(3, 0.1)} == {1}
+    assert all(found == sorted(set(found)) for found in chosen(10, 0.5))
+    assert {client for found in chosen(10, 0.1) for client in found} == set(range(10))
+    assert chosen(10, 0.3) == chosen(10, 0.3)
+    assert chosen(10, 0.3) != chosen(10, 0.3, seed=1)
+
+
+def test_clients_that_miss_rounds_go_on_from_the_weights_of_all(simulate):
+    """One client in each round: the weights go from hand to hand, and each keeps its own optimizer."""
+    options = ["clients=2", "rounds=4", "participation=0.5", "scheduler=linear"]
+    kept = ["callbacks.checkpoint.keep=-1", "callbacks.checkpoint.every_n_steps=1"]
+    order = [1, 0, 0, 1]  # of seed 0
+    folder = simulate("relay", *options, *kept)
+    facts = json.loads((folder / "federation.json").read_text())
+    assert [row["clients"] for row in facts["rounds"]] == [[client] for client in order]
+    last = {}  # own optimizer steps
+    for number, client in enumerate(order):
+        if number == 0:
+            last[client] = 1
+            continue
+        begin, end = (saved(folder / f"client_{client}", step) for step in (number, number + 1))
+        before = saved(folder / f"client_{order[number - 1]}", number)
+        assert_same_bits(begin["state_dict"], before["state_dict"])
+        assert_same_bits(begin["ema"], before["ema"])
+        states = begin["optimizer_states"][0]["state"].values()
+        assert {int(state["step"]) for state in states} == {last.get(client, 0)}
+        assert any(bool(state["exp_avg"].any()) for state in states) == (client in last)
+        assert begin["lr_schedulers"][0]["last_epoch"] == begin["global_step"] == number
+        last[client] = int(end["optimizer_states"][0]["state"][0]["step"])
+    assert last == {0: 2, 1: 2}
+    losses = [json.loads((folder / name / "result.json").read_text())["denoising"] for name in ("client_0", "client_1")]
+    assert losses == [{}, {}]  # nobody evaluates clients
+    own, other, everyone = (
+        saved(folder / name, step) for name, step in (("client_1", 4), ("client_0", 3), ("global", 4))
+    )
+    assert_same_bits(everyone["state_dict"], own["state_dict"])
+    assert len({content["identity"]["data"] for content in (own, other, everyone)}) == 3
 
 
 @pytest.mark.parametrize(

@@ -48,8 +48,9 @@ NETWORKS = {
 ADAPTED = {  # by which methods, for each network
     name: [*METHODS, *(MOE_METHODS if "moe" in name else ())] for name in NETWORKS
 }
-# at a small one HiRA's product of two small numbers stays what it was; nothing would tell it, or RoAd, from IA3
-RATES = {"hira": 0.03, "road": 0.03}
+# at a small one HiRA's product of two small numbers stays what it was; nothing would tell some methods from others;
+# and the few scales of FLOAT's noise do next to nothing
+RATES = {"hira": 0.03, "road": 0.03, "supertuning": 0.03, "float": 0.03}
 OBJECTIVES = sorted(path.stem for path in (ROOT / "configs" / "objective").glob("[!_]*.yaml"))
 FLOW = ("shortcut", "objective=flow_matching")
 OPTIONS = {  # further parts that enter a loss: network and overrides, then options of groups, then keys

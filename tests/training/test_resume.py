@@ -30,6 +30,7 @@ CASES = {
         "scheduler=linear",
         "scheduler.warmup_steps=3",
     ],
+    "tlora_recomputed": ["peft=tlora", "pretrained=@base", "gradient_checkpointing=true", "optimizer.lr=0.01"],
 }
 
 

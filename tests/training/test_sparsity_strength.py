@@ -8,6 +8,8 @@ from ditune.checkpoints.sums import apply_sum, read_terms
 from ditune.config.components import build_components
 from ditune.config.training import build_module, resume_key
 from ditune.errors import UserError
+from ditune.processes import FlowProcess
+from ditune.samplers import Euler, Guide, InterpolatedGuide, sample
 from ditune.training import Sparsity
 from ditune.training.components import Processes
 from ditune.training.masks import zeros
@@ -106,6 +108,35 @@ def test_sums_of_sparse_factors_have_the_zeros_of_both(saved):
     load_adapter(alone, one)
     apply_sum(both, read_terms({one: 0.5, other: 2.0}))
     assert sum(pattern(both).values()) == 2 * sum(pattern(alone).values()) > 0
+
+
+def test_a_guide_between_a_masked_network_and_its_dense_base_is_dense_and_changes_no_zeros(saved):
+    """What is guided stays masked: the guide alone computes with weights between the two."""
+    network, between = build_base("dit"), build_base("dit")
+    dense = weights(network)
+    load_adapter(network, saved("full", "full"), keep_base=True)
+    masked, zeros_before = weights(network), pattern(network)
+    with torch.no_grad():
+        for name, parameter in between.named_parameters():
+            parameter.copy_(torch.lerp(dense[name], masked[name], 0.5))
+    assert pattern(between) != zeros_before
+
+    class ByHand(Guide):
+        kind = "by hand"
+
+        def bind(self, network, process, y):
+            called, null = process.bind(between), torch.full_like(y, between.num_classes)
+            return lambda x, t, *step: called(x, t, null, *step)
+
+    x, y = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 2, 1])
+    settings = {"sampler": Euler(), "guidance": 3.0, "steps": 3}
+    found, expected = (
+        sample(network.eval(), FlowProcess(), x, y, guide=guide, **settings)
+        for guide in (InterpolatedGuide(0.5), ByHand())
+    )
+    assert torch.equal(found, expected)
+    assert pattern(network) == zeros_before
+    assert_same_bits(weights(network), masked)
 
 
 # What the plan says of memory

@@ -1,8 +1,10 @@
 """What sample.py and evaluate.py share: a run at a strength of its adapter, a sum of adapters, or experts by time."""
 
 from omegaconf import DictConfig
+from torch import nn
 
 from ditune.config.guides import needs_base
+from ditune.distributed import best_device
 from ditune.errors import UserError
 from ditune.run import Run, Trained, load_experts, load_run, load_sum
 
@@ -31,6 +33,14 @@ def load_parts(cfg: DictConfig) -> Trained:
     if needs_base(cfg) or needs_base(cfg.get("sampler") or {}):
         raise UserError("experts= has several adapters, and a guide by the base needs one. Set guide=null_class.")
     return load_experts(cfg.experts)
+
+
+def ready(trained: Trained, compiled: bool) -> nn.Module:
+    """The network on the best device, with blocks that are compiled when they are first called if `compiled`."""
+    network = trained.network.to(best_device())
+    if compiled:
+        network.compile_blocks()
+    return network
 
 
 def weights(adapters: list[str]) -> dict[str, float]:

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
 from ditune.checkpoints import locate
-from ditune.commands.adapted import load_parts, load_weighted, refuse_strength
+from ditune.commands.adapted import load_parts, load_weighted, ready, refuse_strength
 from ditune.commands.evaluate_sweep import number_given
 from ditune.config.components import build_comparison, build_evaluation
 from ditune.config.guides import build_guide
@@ -49,8 +49,10 @@ def evaluate(cfg: DictConfig) -> Path:
     """
     check(cfg, "evaluate")
     source = exactly_one(cfg, *SOURCES)
-    if cfg.record is not None and source != "checkpoint":
-        raise UserError(f"A record holds values of bare networks, not of {source}=. Give checkpoint=, or no record=.")
+    if cfg.record is not None and source not in ("checkpoint", "run"):
+        raise UserError(
+            f"A record holds values of network files, not of {source}=. Give checkpoint= or run=, or no record=."
+        )
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     if torch.cuda.is_available():
@@ -87,13 +89,16 @@ def of_run(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
             f"The run {run.folder} was made with metrics.n=0. Set metrics.n= to evaluate it by its own metrics, "
             "or metrics_of=this, and metrics= and metrics.n= of this command are taken."
         )
-    device = best_device()
-    settle_numbers(settings.trainer.precision, device.type)  # the protocol is the run's, emulated or not
-    network, start = run.network.to(device), time.perf_counter()
+    if cfg.record is not None:
+        settings.metrics.record = cfg.record
+    settle_numbers(settings.trainer.precision, best_device().type)  # the protocol is the run's, emulated or not
+    network, start = ready(run, cfg.compile), time.perf_counter()
     comparison = build_comparison(settings, generator, run.folder / "evaluation")
     metrics = comparison(network, None if run.reshaped else run.base, run.folder / "samples")
     if rank() != 0:
         return path, metrics
+    if cfg.record is not None and not run.reshaped:
+        comparison.note(run.base, metrics)
     speed = finish_shards(comparison.evaluation.shards(network), run.folder / "samples.npz", start)
     shutil.rmtree(run.folder / "evaluation")
     result = read_json(path) | {"evaluation": speed}
@@ -153,7 +158,7 @@ def of_network(
     check_reference(trained, reference)
     record, folder, start = Record(cfg.record), Path(cfg.out).expanduser(), time.perf_counter()
     evaluation = build_evaluation(cfg, trained.generator, reference, store=folder / "evaluation")
-    network = trained.network.to(best_device())
+    network = ready(trained, cfg.compile)
     values = evaluation(network, folder)
     if rank() != 0:
         return folder / "result.json", {}

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
 from ditune.config.grammar import hydra_value
+from ditune.config.guides import KEYS
 from ditune.errors import UserError
 from ditune.files.atomic import read_json, read_or_set_aside, write_json
 from ditune.launch.sweep import POLL, Stopped, terminable, visible_gpus
@@ -28,6 +29,7 @@ from ditune.progress import console, meter
 log = logging.getLogger(__name__)
 
 LOGS = "evaluations"  # folder beside the runs: what their processes wrote, and which metrics were asked for
+GENERATED_BY = ("guide", "guidance", "strength")  # keys that change a run's images
 OF_THIS = ("runs=", "processes=", "run=")
 
 
@@ -74,9 +76,12 @@ def evaluate_sweep(cfg: DictConfig) -> int:
 
 def asked_for(cfg: DictConfig) -> str | None:
     """What tells the metrics of this command from others; None = each run's own."""
-    if cfg.metrics_of == "run":
+    changed = any(cfg[key] is not None for key in GENERATED_BY)
+    settings = {key: cfg[key] for key in (*GENERATED_BY, *KEYS)} if changed else {}
+    if cfg.metrics_of != "run":
+        settings |= {key: OmegaConf.to_container(cfg.metrics, resolve=True)[key] for key in ("judge", "n", "seed")}
+    if not settings:
         return None
-    settings = {key: OmegaConf.to_container(cfg.metrics, resolve=True)[key] for key in ("judge", "n", "seed")}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 

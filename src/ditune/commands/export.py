@@ -47,7 +47,7 @@ def export(cfg: DictConfig) -> Path:
     if source != "checkpoint" and cfg.adapter is not None:
         raise UserError(f"{source}= has its own adapter. Give adapter= with checkpoint=<its base network> instead.")
     if source == "run":
-        trained = load_run(cfg.run)
+        trained = load_run(cfg.run, as_trained=False)  # merged into the base as it is in its file
     elif source == "experts":
         trained = merged_experts(cfg)
     else:

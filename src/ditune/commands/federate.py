@@ -5,12 +5,14 @@ the server has written the weights of all. The optimizer's state stays with the 
 """
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from ditune.commands.clients import PREFIX, client_config, hand_out, taking_part, train_client, write_into
 from ditune.commands.train import train
 from ditune.config.components import build_components
 from ditune.config.instantiate import instantiate, refuse_missing
@@ -21,11 +23,8 @@ from ditune.errors import UserError
 from ditune.files.atomic import atomic, read_json, write_json
 from ditune.training.checkpoint_io import (
     checkpoint_path,
-    checkpoints_in,
     read_checkpoint,
     read_whole,
-    step_of,
-    unreadable,
 )
 from ditune.training.components import Components
 from ditune.training.federation import Weights, next_weights
@@ -36,7 +35,6 @@ log = logging.getLogger(__name__)
 
 FACTS = "federation.json"  # in the folder: what was merged, round by round
 LAST = "merged.pt"  # likewise: the weights of all after the last round that is done
-PREFIX = "network."  # of the names in a checkpoint's state_dict
 
 
 def federate(cfg: DictConfig) -> int:
@@ -59,15 +57,21 @@ def federate(cfg: DictConfig) -> int:
     length = cfg.max_steps // cfg.rounds
     merged, done = read_merged(folder, cfg)
     for number in range(done + 1, cfg.rounds + 1):
-        step = number * length
-        for client in range(cfg.clients):
-            config = client_config(cfg, of_training, folder, client)
-            code = train_client(config, merged, step - length, step)
+        chosen, step = taking_part(cfg, number), number * length
+        configs = [client_config(cfg, of_training, folder, client) for client in chosen]
+        if merged is not None:  # all of them before one goes on: the others' checkpoints are still there
+            before = taking_part(cfg, number - 1)
+            for client, config in zip(chosen, configs, strict=True):
+                other = None if client in before else folder / f"client_{before[0]}"
+                hand_out(config, merged, step - length, other)
+        for config in configs:
+            code = train_client(config, step)
             if code:
                 return code
-        merged = merge_clients(cfg, folder, sparsity, step)
-        write_merged(folder, merged, number, cfg, sparsity)
-    code = evaluate_all(of_training, folder, merged, key)
+        merged = merge_clients(cfg, folder, chosen, sparsity, step)
+        write_merged(folder, merged, number, chosen, cfg.rounds)
+    trained = folder / f"client_{taking_part(cfg, cfg.rounds)[0]}"
+    code = evaluate_all(of_training, folder, trained, merged, key)
     if not code:
         log.info("what the clients have in common is in %s", folder / "global")
     return code
@@ -124,6 +128,8 @@ def key_of_all(cfg: DictConfig) -> dict[str, Any]:
             f"{objective} has a teacher or a schedule over the whole training, which rounds would cut. Set "
             "objective=diffusion, diffusion_v or flow_matching, without schedules of transfer= or patches=."
         )
+    if c.objective.critic is not None:
+        raise UserError("A server merges networks, and no critics of them. Set objective.critic=null.")
     if c.balance is not None and c.balance.bias_rate:
         raise UserError(
             "balance.bias_rate moves biases of the routers, which are no weights to be merged. Set balance.bias_rate=0."
@@ -133,47 +139,12 @@ def key_of_all(cfg: DictConfig) -> dict[str, Any]:
     return resume_key(cfg, c)
 
 
-def client_config(cfg: DictConfig, of_training: DictConfig, folder: Path, client: int) -> DictConfig:
-    """A client's own training: on its share of the images, evaluated by nobody."""
-    config = of_training.copy()
-    with open_dict(config):
-        config.paths.output_dir = str(folder / f"client_{client}")
-        if cfg.clients > 1:
-            config.data.subset = {"client": client, "clients": cfg.clients, "by": cfg.share_by, "seed": cfg.seed}
-        config.metrics.n, config.metrics.loss_split = 0, None
-        config.callbacks.samples.n = 0
-        config.callbacks.checkpoint.keep_finished = True
-        config.callbacks.checkpoint.every_n_steps = config.callbacks.checkpoint.every_n_steps or cfg.max_steps
-    return config
-
-
-def train_client(config: DictConfig, merged: Weights | None, begin: int, end: int) -> int:
-    """A client's part of a round; returns the exit code.
-
-    Args:
-        config: of the client.
-        merged: the weights of all, None in the first round.
-        begin, end: steps of the training.
-    """
-    checkpoints = Path(config.paths.output_dir) / "checkpoints"
-    newest = max((step_of(path) for path in checkpoints_in(checkpoints) if unreadable(path) is None), default=0)
-    if newest >= end:
-        return 0  # an earlier start of this command has trained it
-    if newest < begin:
-        raise UserError(
-            f"{checkpoints} has lost the checkpoint of step {begin}, from which its client goes on. Copy it back, or "
-            "choose another run_dir."
-        )
-    if merged is not None and newest == begin:
-        write_into(checkpoint_path(checkpoints, begin), checkpoint_path(checkpoints, begin), merged)
-    config.max_steps, config.resume = end, "auto" if newest else None
-    return train(config)
-
-
-def merge_clients(cfg: DictConfig, folder: Path, sparsity: Sparsity | None, step: int) -> Weights:
-    """The weights of all, of the clients' checkpoints at a step."""
+def merge_clients(
+    cfg: DictConfig, folder: Path, chosen: Sequence[int], sparsity: Sparsity | None, step: int
+) -> Weights:
+    """The weights of all, of the checkpoints at a step of the clients that were chosen."""
     clients, factors = [], []
-    for client in range(cfg.clients):
+    for client in chosen:
         path = folder / f"client_{client}"
         if not checkpoint_path(path / "checkpoints", step).exists():
             raise UserError(f"The client in {path} has left no checkpoint of step {step}. Free some space and go on.")
@@ -184,33 +155,23 @@ def merge_clients(cfg: DictConfig, folder: Path, sparsity: Sparsity | None, step
     return next_weights(clients, factors, cfg.merge, cfg.purge, sparsity, step)
 
 
-def write_into(source: Path, target: Path, merged: Weights, **more: Any) -> None:
-    """Write a checkpoint once more, with the weights of all in place of its own."""
-    content = read_checkpoint(source)
-    content |= {"state_dict": {f"{PREFIX}{name}": value for name, value in merged.values.items()}, **more}
-    content["ema"] = merged.average
-    if "sparsity" in content:
-        content["sparsity"]["masks"] = merged.masks
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with atomic(target) as temporary:
-        torch.save(content, temporary)
-
-
 def read_merged(folder: Path, cfg: DictConfig) -> tuple[Weights | None, int]:
     """The weights of all after the last round that is done, and its number.
 
     Raises:
         UserError: the folder holds a federation of other settings, or its weights are damaged.
     """
-    settings = {key: cfg[key] for key in ("clients", "rounds", "merge", "purge", "share_by", "max_steps")}
+    keys = ("clients", "rounds", "participation", "merge", "purge", "share_by", "max_steps")
+    settings = {key: cfg[key] for key in keys}
     if not (folder / FACTS).is_file():
         write_json(folder / FACTS, {"settings": settings, "rounds": []})
     facts = read_json(folder / FACTS)
-    different = [key for key, value in settings.items() if facts["settings"][key] != value]
+    theirs = {"participation": 1.0} | facts["settings"]  # newer than the first federations
+    different = [key for key, value in settings.items() if theirs[key] != value]
     if different:
         key = different[0]
         raise UserError(
-            f"{folder} holds a federation with {key}={facts['settings'][key]}, and {key} is {settings[key]} now. Set "
+            f"{folder} holds a federation with {key}={theirs[key]}, and {key} is {settings[key]} now. Set "
             "it as it was, or choose another run_dir."
         )
     if not (folder / LAST).is_file():
@@ -222,7 +183,7 @@ def read_merged(folder: Path, cfg: DictConfig) -> tuple[Weights | None, int]:
     return Weights(content["values"], content["average"], content["masks"]), content["round"]
 
 
-def write_merged(folder: Path, merged: Weights, number: int, cfg: DictConfig, sparsity: Sparsity | None) -> None:
+def write_merged(folder: Path, merged: Weights, number: int, chosen: list[int], rounds: int) -> None:
     """The round is done."""
     content = {"values": merged.values, "average": merged.average, "masks": merged.masks, "round": number}
     with atomic(folder / LAST) as temporary:
@@ -230,16 +191,25 @@ def write_merged(folder: Path, merged: Weights, number: int, cfg: DictConfig, sp
     zeros = sum(int((~mask).sum()) for mask in merged.masks.values())
     total = sum(value.numel() for value in merged.values.values())
     facts = read_json(folder / FACTS)
-    facts["rounds"] = [*facts["rounds"][: number - 1], {"round": number, "zeros": zeros, "weights": total}]
+    row = {"round": number, "clients": chosen, "zeros": zeros, "weights": total}
+    facts["rounds"] = [*facts["rounds"][: number - 1], row]
     write_json(folder / FACTS, facts)
-    log.info("round %d of %d: %s of %s weights are masked", number, cfg.rounds, f"{zeros:,}", f"{total:,}")
+    log.info("round %d of %d: %s of %s weights are masked", number, rounds, f"{zeros:,}", f"{total:,}")
 
 
-def evaluate_all(cfg: DictConfig, folder: Path, merged: Weights, key: dict[str, Any]) -> int:
-    """Save and evaluate the weights of all, as a training does that is at its last step; returns the exit code."""
+def evaluate_all(cfg: DictConfig, folder: Path, trained: Path, merged: Weights, key: dict[str, Any]) -> int:
+    """Save and evaluate the weights of all, as a training does that is at its last step; returns the exit code.
+
+    Args:
+        cfg: of the training on all images.
+        folder: of the federation.
+        trained: folder of a client that was in the last round.
+        merged: the weights of all.
+        key: resume key of the training on all images.
+    """
     config, step = cfg.copy(), cfg.max_steps
     with open_dict(config):
         config.paths.output_dir, config.resume = str(folder / "global"), "auto"
-    source = checkpoint_path(folder / "client_0" / "checkpoints", step)
+    source = checkpoint_path(trained / "checkpoints", step)
     write_into(source, checkpoint_path(folder / "global" / "checkpoints", step), merged, identity=key)
     return train(config)

@@ -88,7 +88,9 @@ def training_source(cfg: DictConfig, images: ImageDataset, autoencoder: Autoenco
 
 
 def held_out_images(cfg: DictConfig) -> ImageDataset | None:
-    """Images that are not trained on, for the loss on them; None if the data has no such split."""
+    """Images that are not trained on, for the loss on them; None if it is not asked for, or there is no such split."""
+    if cfg.metrics.loss_split is None:
+        return None  # or all splits would be taken
     try:
         return instantiate(cfg.data.pictures, "data", split=cfg.metrics.loss_split)
     except UserError as error:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ditune.checkpoints import locate, locate_adapter
 from ditune.cli import CONFIGS
-from ditune.commands.adapted import load_parts, load_weighted, refuse_strength
+from ditune.commands.adapted import load_parts, load_weighted, ready, refuse_strength
 from ditune.commands.pairs import make_pairs
 from ditune.config import hardware
 from ditune.config.guides import build_guide, build_sampling, needs_base
@@ -48,7 +48,7 @@ def sample(cfg: DictConfig) -> Path:
     names = trained.class_names or [str(k) for k in range(trained.network.num_classes)]
     indices = list(range(cfg.first, cfg.first + cfg.n))
     labels = balanced_labels(chosen_classes(cfg, names), cfg.seed, indices)
-    network = trained.network.to(best_device())
+    network = ready(trained, cfg.compile)
     if cfg.pairs is not None:
         trained = replace(trained, network=network, generator=generator)
         return make_pairs(cfg, trained, labels, settings_of(cfg, generator))

@@ -19,6 +19,7 @@ from ditune.evaluation.comparison import Comparison
 from ditune.evaluation.protocol import Evaluation, Record
 from ditune.generation.generator import ImageGenerator
 from ditune.networks import DiT
+from ditune.networks.int8 import quantise
 from ditune.networks.unread import ReadWhole
 from ditune.objectives import DenseTeacher, Objective
 from ditune.peft.slots import slots
@@ -42,6 +43,9 @@ def build_components(cfg: DictConfig) -> Components:
     if base is not None:
         objective.process = match_process(objective.process, base.process)
     read_sources(cfg, objective, images.class_names, autoencoder)
+    if objective.critic is not None:
+        with seeded(cfg.seed):
+            objective.critic.build(network.config)
     method.bind(objective.process.part)
     components = Components(
         images=images,
@@ -58,8 +62,7 @@ def build_components(cfg: DictConfig) -> Components:
     before = slots(network) if base is not None and needs_base(cfg.sampler) else None
     with seeded(cfg.seed), ReadWhole(network.unread) if network.unread else nullcontext():
         method.apply(network, before, new_classes=cfg.classes is not None)
-    if components.settings.bf16:
-        freeze_in_bf16(network)
+    store_frozen(network, components.settings)
     network.gradient_checkpointing = cfg.gradient_checkpointing
     rules.check(components, rules.OF_THE_LABELS)
     return components
@@ -90,7 +93,17 @@ def settings_of(cfg: DictConfig) -> Settings:
         latents=cfg.data.latents,
         augmented=cfg.augment is not None,
         metrics_seed=cfg.metrics.seed,
+        frozen_weights=cfg.get("frozen_weights"),
+        compiled=cfg.compile,
     )
+
+
+def store_frozen(network: DiT, settings: Settings) -> None:
+    """Keep frozen weights in int8 where that is asked for, and the others in bf16 where the training runs in it."""
+    if settings.frozen_weights == "int8":
+        quantise(network)
+    if settings.bf16:
+        freeze_in_bf16(network)
 
 
 def freeze_in_bf16(network: DiT) -> None:
@@ -99,7 +112,7 @@ def freeze_in_bf16(network: DiT) -> None:
     Trainable parameters in bf16 would lose AdamW's small updates. Routers compute in fp32 under autocast too.
     """
     for name, parameter in network.named_parameters():
-        if not parameter.requires_grad and ".router." not in name:
+        if not parameter.requires_grad and parameter.is_floating_point() and ".router." not in name:
             values = parameter.data
             parameter.data = values.bfloat16() if network.unread is None else network.unread.as_bf16(values)
 
@@ -142,7 +155,7 @@ def refuse_missing_inputs(generator: ImageGenerator, network: Mapping[str, Any])
     """
     for key, neutral, name, remedy in (
         ("noise_awareness", 0, "untimed", "transfer=noise_awareness"),
-        ("guidance_input", None, "guided", "transfer=dogfit transfer.control=true"),
+        ("guidance_input", None, "guided", "transfer.control=true or objective.control=true"),
     ):
         value = getattr(generator, key)
         if value != neutral and not network.get(name):

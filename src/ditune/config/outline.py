@@ -18,14 +18,14 @@ from torch import Tensor
 from ditune.autoencoders import KL, Autoencoder
 from ditune.checkpoints import published
 from ditune.config import rules
-from ditune.config.components import build_generator, build_objective, freeze_in_bf16, settings_of
+from ditune.config.components import build_generator, build_objective, settings_of, store_frozen
 from ditune.config.instantiate import instantiate, plain, training_images
 from ditune.config.needs import needs_of, networks_folder
 from ditune.data import Benchmark
 from ditune.networks import DiT
 from ditune.peft import PeftMethod
 from ditune.processes import GaussianProcess
-from ditune.training.components import Base, Components, Processes
+from ditune.training.components import Base, Components, Processes, Settings
 from ditune.training.plan import saved_activations
 
 DEPTHS = (2, 4)  # of the networks that memory is measured on; every block of a network saves equally much
@@ -116,7 +116,7 @@ def outline(cfg: DictConfig, processes: Processes) -> Outline | None:
         cfg.network = {"_target_": "ditune.networks.build_network", "name": published.NETWORKS[cfg.pretrained]}
 
     settings = settings_of(cfg)
-    build = partial(_build, cfg, sizes, settings.bf16)
+    build = partial(_build, cfg, sizes, settings)
     method = instantiate(cfg.peft, "peft", _convert_="all")
     network = build(method)
     components = Components(
@@ -143,14 +143,13 @@ def outline(cfg: DictConfig, processes: Processes) -> Outline | None:
     )
 
 
-def _build(cfg: DictConfig, sizes: dict[str, Any], bf16: bool, method: PeftMethod, **more: Any) -> DiT:
+def _build(cfg: DictConfig, sizes: dict[str, Any], settings: Settings, method: PeftMethod, **more: Any) -> DiT:
     """The network of the config with the method applied to it; only shapes are asked."""
     with torch.device("meta"):
         network = instantiate(cfg.network, "network", **sizes, **more)
         method.apply(network)
     network.gradient_checkpointing = cfg.gradient_checkpointing
-    if bf16:
-        freeze_in_bf16(network)
+    store_frozen(network, settings)
     return network
 
 

@@ -53,6 +53,7 @@ ROLES: dict[str, Role] = {
     "pretrained_process": Role(Decides.TRAINING, neutral=None),
     "classes": TRAINING,
     "new_resolution": TRAINING,
+    "frozen_weights": Role(Decides.TRAINING, neutral=None),
     "gradient_checkpointing": RESULT,  # changes rounding only
     "compile": RESULT,                 # likewise
     "network": TRAINING,
@@ -109,9 +110,11 @@ NEUTRAL_BELOW = {
     "metrics.keep_images": False,
     "objective.interval": None,
     "objective.teacher": None,
+    "objective.critic": None,
     "objective.derivative": "jvp",
     "objective.difference_step": 1e-4,
     "objective.tangent": "path",
+    "objective.control": False,
     "objective.process.bridge": "aligned",
     "sparsity.teacher": 0.0,
     "objective.process.step_blocks": None,

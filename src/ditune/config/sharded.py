@@ -43,6 +43,10 @@ def _reasons(cfg: DictConfig) -> Iterator[tuple[str, str]]:
             "an objective whose teacher is the pretrained network, a second copy of what trains",
             "objective.teacher=<run or file>",
         )
+    if cfg.get("frozen_weights") is not None:
+        yield "frozen_weights=int8, which is rounded from whole rows before the network is cut", "frozen_weights=null"
+    if cfg.objective.get("critic") is not None:
+        yield "objective.critic, whose gradients are clipped apart", "objective.critic=null"
     if cfg.get("sparsity") is not None:
         yield "sparsity=, which ranks the values of whole matrices", "sparsity=none"
     if cfg.peft.get("name") == "adalora":

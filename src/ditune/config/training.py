@@ -59,6 +59,8 @@ def resume_key(cfg: DictConfig, c: Components) -> dict[str, Any]:
     around = {group: plain(cfg[group]) for group in AROUND if cfg.get(group) is not None}
     if not around.get("sparsity", {}).get("teacher", True):
         del around["sparsity"]["teacher"]  # newer than stored checkpoints
+    # likewise
+    frozen = {} if cfg.get("frozen_weights") is None else {"frozen_weights": cfg.frozen_weights}
     known_by = {
         "network": {"network": c.network.config},
         "objective": {
@@ -76,6 +78,8 @@ def resume_key(cfg: DictConfig, c: Components) -> dict[str, Any]:
         "sparsity": {},
         "new_resolution": {},  # the network's config says it
         "data": {"data": c.images.fingerprint, "flip": cfg.data.flip},
+        "peft": {"peft": plain(cfg.peft) | frozen},
+        "frozen_weights": {},
         "trainer": {"precision": cfg.trainer.precision, "gradient_clip_val": cfg.trainer.gradient_clip_val},
     }
     key: dict[str, Any] = {}

@@ -3,6 +3,7 @@
 from ditune.objectives.alpha_flow import AlphaFlow
 from ditune.objectives.base import Loss, Objective, State, drop_labels
 from ditune.objectives.consistency import ConsistencyDistillation, ConsistencyTraining
+from ditune.objectives.critic import Critic
 from ditune.objectives.dense_teacher import DenseTeacher
 from ditune.objectives.diff_tuning import DiffTuning
 from ditune.objectives.diffusion import GaussianDiffusion
@@ -25,6 +26,7 @@ __all__ = [
     "AlphaFlow",
     "ConsistencyDistillation",
     "ConsistencyTraining",
+    "Critic",
     "DenseTeacher",
     "DiffTuning",
     "DogFit",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ditune.errors import require
+from ditune.objectives.critic import Critic
 from ditune.objectives.teacher import Teacher
 from ditune.processes import Process
 from ditune.rng import StepRandom
@@ -86,6 +87,7 @@ class Objective(ABC):
     token_share = 1.0  # tokens of a mean step, relative to those of whole images
     needs_base = False  # the loss calls the pretrained network
     teacher: Teacher | None = None  # a frozen network of any shape; None = there is none, or it has not been read yet
+    critic: Critic | None = None  # trains beside the network, for the loss alone
     interval: tuple[float, float] | None = None  # quantiles of the times that are trained; None = all
     process: Process
 

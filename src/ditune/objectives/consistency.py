@@ -4,14 +4,19 @@ The network's velocity u at x_t gives the end of the path, f(x_t, t) = x_t - t u
 the same end: CD and CT differ in how the neighbour at t - h is found.
 """
 
+import copy
 from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ditune.errors import require
-from ditune.objectives.base import Network, State
+from ditune.objectives.base import Loss, Network, Objective, State
+from ditune.objectives.critic import critic_of
 from ditune.objectives.flow_base import FlowObjective, Targets, clamp, levels_of
+from ditune.objectives.variational_bound import mean_flat
 from ditune.processes import FlowProcess, expanded
 from ditune.rng import StepRandom
 
@@ -24,17 +29,46 @@ class Consistency(FlowObjective):
         clamp: a neighbour that the teacher computes is clamped to [-clamp, clamp] (4 in the code of arXiv 2410.12557);
             None = not.
         label_drop: must be 0, consistency models keep their labels.
+        critic: arguments of a `Critic` of the predicted ends; None = there is none.
 
     Raises:
-        UserError: `label_drop` is not 0, or the process has no finest step size.
+        UserError: `label_drop` is not 0, the process has no finest step size, or the critic is refused.
     """
 
-    def __init__(self, process: FlowProcess, clamp: float | None = None, label_drop: float = 0.0):
+    def __init__(
+        self,
+        process: FlowProcess,
+        clamp: float | None = None,
+        label_drop: float = 0.0,
+        critic: Mapping[str, Any] | None = None,
+    ):
         remedy = "Set objective.label_drop=0: labels are kept."
         require(label_drop == 0, "objective.label_drop", label_drop, remedy)
         require(clamp is None or clamp > 0, "objective.clamp", clamp, "Set it above 0, or to null.")
         super().__init__(process, label_drop)
-        self.finest, self.clamp = levels_of(process), clamp
+        self.finest, self.clamp, self.critic = levels_of(process), clamp, critic_of(critic)
+
+    @property
+    def largest(self) -> Objective:
+        """Without the critic, which is small beside the network; its second derivatives cannot be counted."""
+        plain = copy.copy(self)
+        plain.critic = None
+        return plain
+
+    def loss(self, network: Network, batch: tuple[Tensor, Tensor], random: StepRandom, state: State) -> Loss:
+        """The squared error, or (1 - w) of it, w of what a critic says of f(x_t, t), and w of the critic's own loss."""
+        if self.critic is None:
+            return super().loss(network, batch, random, state)
+        targets = self.targets(network, *batch, random, state)
+        velocity = self.predicted(network, targets)
+        end = targets.x_t - expanded(targets.t, velocity) * velocity  # f(x_t, t)
+        plain, w = self.compared(targets, velocity, state), self.critic.weights(targets.t)
+        losses = self.critic.losses(batch[0], end, targets.t, state.step)
+        mse = mean_flat((velocity - targets.target) ** 2)
+        loss = torch.lerp(mse, losses.generator, w)
+        parts = {"loss": loss, "generator": losses.generator, "critic": losses.critic}
+        parts = plain.parts | {name: value.detach() for name, value in parts.items()}
+        return plain._replace(total=(loss + w * losses.critic).mean(), parts=parts)
 
     @abstractmethod
     def level(self, step: int, max_steps: int) -> int:
@@ -81,7 +115,7 @@ class ConsistencyDistillation(Consistency):
         process, others: see `Consistency`.
     """
 
-    def __init__(self, process: FlowProcess, teacher: str | None = None, **others: float | None):
+    def __init__(self, process: FlowProcess, teacher: str | None = None, **others: Any):
         super().__init__(process, **others)
         self.has_teacher = teacher is None  # a copy of the weights
 

@@ -1,7 +1,9 @@
 """What the objectives on a flow share: a subclass gives the target of the velocity."""
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -24,6 +26,7 @@ class Targets(NamedTuple):
     y: Tensor  # (N,) labels, dropped ones replaced by the null class
     target: Tensor  # (N, C, H, W), no gradient
     d: Tensor | None = None  # (N,) in [0, t], step size that the velocity is averaged over; None = 0
+    w: Tensor | None = None  # (N,) guidance scale that the network is given; None = it is not given one
 
 
 class FlowObjective(Objective):
@@ -58,9 +61,17 @@ class FlowObjective(Objective):
     def loss(self, network: Network, batch: tuple[Tensor, Tensor], random: StepRandom, state: State) -> Loss:
         """Weighted squared error of the velocity, see `Objective.loss`."""
         targets = self.targets(network, *batch, random, state)
+        return self.compared(targets, self.predicted(network, targets), state)
+
+    def predicted(self, network: Network, targets: Targets) -> Tensor:  # (N, C, H, W)
+        """The network's velocity where the targets are."""
         # or torch 2.10's autocast takes the weights that it has cast for the targets, which have no gradient
         torch.clear_autocast_cache()
-        velocity = self.process.velocity(network, targets.x_t, targets.t, targets.y, targets.d)
+        called = with_scale(network, targets.w)
+        return self.process.velocity(called, targets.x_t, targets.t, targets.y, targets.d)
+
+    def compared(self, targets: Targets, velocity: Tensor, state: State) -> Loss:
+        """The loss of a predicted velocity (N, C, H, W)."""
         mse = mean_flat((velocity - targets.target) ** 2)
         loss = self.weights(mse, targets, state) * mse
         parts = {"loss": loss, "mse": mse, "velocity_rms": rms(velocity), "target_rms": rms(targets.target)}
@@ -158,6 +169,11 @@ def logit_normal(u: Tensor, mean: float, std: float) -> Tensor:
 def rms(x: Tensor) -> Tensor:  # (N, ...) -> (N,)
     """Root mean square of each sample."""
     return mean_flat(x.square()).sqrt()
+
+
+def with_scale(network: Network, w: Tensor | None) -> Callable[..., Tensor]:
+    """The network with the guidance scales w (N,) as its input; None = as it is."""
+    return network if w is None else partial(network, w=w)
 
 
 def called_rows(rows: Tensor) -> Tensor:

@@ -4,13 +4,14 @@ u(x_t, t, d) is the mean velocity from t down to r = t - d. Some samples learn i
 """
 
 from abc import abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ditune.errors import require
 from ditune.objectives.base import Network, State, drop_labels
-from ditune.objectives.flow_base import FlowObjective, Targets, called_rows, logit_normal
+from ditune.objectives.flow_base import FlowObjective, Targets, called_rows, logit_normal, with_scale
 from ditune.processes import FlowProcess, expanded
 from ditune.rng import StepRandom
 from ditune.samplers.guidance import guide
@@ -60,12 +61,12 @@ class FlowMap(FlowObjective):
 
     @abstractmethod
     def mean_velocity(
-        self, network: Network, x_t: Tensor, v: Tensor, t: Tensor, d: Tensor, y: Tensor, state: State
+        self, network: Callable, x_t: Tensor, v: Tensor, t: Tensor, d: Tensor, y: Tensor, state: State
     ) -> Tensor:
         """The target of u(x_t, t, d) for d > 0.
 
         Args:
-            network: the network in training.
+            network: the network in training, with the guidance scales of these samples where it is given them.
             x_t: (N, C, H, W) point at t.
             v: (N, C, H, W) velocity of the path at x_t.
             t: (N,) time of x_t.
@@ -92,15 +93,29 @@ class FlowMap(FlowObjective):
         noise = random.normal("noise", x0.shape[1:]).to(x0)
         y = drop_labels(y, random, self.label_drop, network.num_classes)
         x_t = self.process.x_t(x0, noise, t)
-        v = self.guided_target(network, x_t, self.process.target(x0, noise, t), t, y)
+        w = self.scales(network, y, random)
+        v = self.guided_target(network, x_t, self.process.target(x0, noise, t), t, y, w)
         called = called_rows(rows)
         if len(called) == 0:
-            return Targets(x_t, t, y, v, d)
-        learned = self.mean_velocity(network, *(value[called] for value in (x_t, v, t, d, y)), state)
-        return Targets(x_t, t, y, v.index_copy(0, rows, learned[: len(rows)]), d)
+            return Targets(x_t, t, y, v, d, w)
+        given = with_scale(network, None if w is None else w[called])
+        learned = self.mean_velocity(given, *(value[called] for value in (x_t, v, t, d, y)), state)
+        return Targets(x_t, t, y, v.index_copy(0, rows, learned[: len(rows)]), d, w)
+
+    def scales(self, network: Network, y: Tensor, random: StepRandom) -> Tensor | None:  # (N,)
+        """The guidance scale w that the network is given with each sample; None = it has no such input.
+
+        Args:
+            network: u.
+            y: (N,) labels, dropped ones replaced by the null class.
+            random: random numbers of these samples at this step.
+        """
+        return None
 
     @torch.no_grad()
-    def guided_target(self, network: Network, x_t: Tensor, v: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def guided_target(
+        self, network: Network, x_t: Tensor, v: Tensor, t: Tensor, y: Tensor, w: Tensor | None = None
+    ) -> Tensor:
         """w v + (1 - w) u(x_t, t, 0 | null class) for samples with a class (arXiv 2505.13447, section 4.2).
 
         Args:
@@ -109,9 +124,10 @@ class FlowMap(FlowObjective):
             v: (N, C, H, W) velocity of the path at x_t.
             t: (N,) time of x_t.
             y: (N,) labels, dropped ones replaced by the null class.
+            w: (N,) guidance scales, where the network is given them: None here, and w is `guidance`.
 
         Returns:
-            (N, C, H, W); w is `guidance`.
+            (N, C, H, W).
         """
         if self.guidance == 1:
             return v

@@ -20,6 +20,7 @@ from ditune.peft.norm import NormTuning
 from ditune.peft.off import Off
 from ditune.peft.tlora import TLora
 from ditune.peft.vpt import VPT
+from ditune.peft.weight_noise import Float
 
 METHODS: dict[str, Callable[..., PeftMethod]] = {
     "full": Full,
@@ -32,6 +33,7 @@ METHODS: dict[str, Callable[..., PeftMethod]] = {
     "norm": NormTuning,
     "adalora": AdaLora,
     "tlora": TLora,
+    "float": Float,
     **{name: partial(HuggingFace, peft_type, **fixed) for name, (peft_type, fixed) in HUGGINGFACE.items()},
 }
 MOE_METHODS: dict[str, Callable[..., PeftMethod]] = {"router": Router}  # for networks with experts only
@@ -83,6 +85,7 @@ __all__ = [
     "Adapters",
     "BitFit",
     "DiffFit",
+    "Float",
     "Full",
     "HuggingFace",
     "NormTuning",

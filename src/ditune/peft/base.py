@@ -25,6 +25,7 @@ class PeftMethod(ABC):
     """
 
     forward_mode = True  # the adapted network can be differentiated by torch.func.jvp
+    whole_weights = False  # it computes with frozen weights or changes them, and does not call their layers alone
     starts_as_identity = True  # the adapted network first has the output of the base
     unmergeable: str | None = None  # why an adapted network cannot become a plain one; None = it can
     # parts of the names of injected parameters that move along the dial, see `dial`; None = there is no path

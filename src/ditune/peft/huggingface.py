@@ -39,6 +39,10 @@ HUGGINGFACE: dict[str, tuple[str, dict[str, Any]]] = {
     "psoft": ("PSOFT", {}),
     "hira": ("HIRA", {}),
     "beft": ("BEFT", {}),
+    "randlora": ("RANDLORA", {}),
+    "waveft": ("WAVEFT", {}),
+    "peanut": ("PEANUT", {}),
+    "supertuning": ("SUPERTUNING", {}),
 }
 # What moves along the dial, by peft's type: of each product the factor that begins at zero. HRA's reflections do not
 # become the identity along any path of their vectors, and the start of DEFT's projection is random and not in its
@@ -61,8 +65,21 @@ PATHS: dict[str, tuple[str, ...]] = {
     "PSOFT": ("psoft_R.",),  # the generator of the rotation, and its two scales
     "HIRA": ("hira_B.",),
     "BEFT": ("beft_bias.",),
+    "RANDLORA": ("randlora_lambda.",),
+    "WAVEFT": ("waveft_spectrum.",),
+    "PEANUT": ("peanut_B.",),
+    "SUPERTUNING": ("supertuning_values.", "supertuning_lora_B."),
 }
-ADDED = ("IA3", "FOURIERFT", "SHIRA", "MISS", "BEFT")  # by their parameters: the weights are linear in them
+ADDED = ("IA3", "FOURIERFT", "SHIRA", "MISS", "BEFT", "WAVEFT")  # by their parameters: the weights are linear in them
+# What a file does not hold, by peft's type: the key that would save it, and why it need not.
+REMADE = {
+    "VERA": {"save_projection": "VeRA's random matrices are saved as their seed."},
+    "RANDLORA": {"save_projection": "RandLoRA's random matrices are saved as their seed."},
+    "SUPERTUNING": {"save_precomputed_indices": "Super-Tuning's entries are found again in the base."},
+}
+# Call the layers that they adapt and do not compute with their frozen weights, as HRA, SHiRA, GLoRA and HiRA do.
+CALLS_LAYERS = ("LORA", "ADALORA", "LOHA", "LOKR", "IA3", "VERA", "OFT", "BOFT", "FOURIERFT", "MISS", "DEFT", "ROAD")
+CALLS_LAYERS += ("GRALORA", "PSOFT", "BEFT", "RANDLORA", "WAVEFT")
 CHANGES_THE_BASE = ("pissa", "olora")  # initial values of LoRA that are subtracted from the base weight
 PREFIX = "base_model.model."  # of every key in peft's files
 ADAPTER = "default"  # peft's name of the adapter inside the network
@@ -92,10 +109,16 @@ class HuggingFace(PeftMethod):
             raise UserError(
                 f"peft.{dropout[0]} needs random numbers that a resumed run cannot reproduce. Leave it out, or set 0."
             )
-        if peft_type == "VERA" and arguments.setdefault("save_projection", False):
-            raise UserError("VeRA's random matrices are saved as their seed. Leave peft.save_projection out.")
-        # LoHa's own backward functions, and parametrized weights (target_parameters), have no forward derivative
-        self.forward_mode = peft_type != "LOHA" and not arguments.get("target_parameters")
+        for key in REMADE.get(peft_type, ()):
+            if arguments.setdefault(key, False):
+                raise UserError(f"{REMADE[peft_type][key]} Leave peft.{key} out.")
+        # own backward functions, and parametrized weights (target_parameters), have no forward derivative
+        self.forward_mode = peft_type not in ("LOHA", "RANDLORA") and not arguments.get("target_parameters")
+        self.whole_weights = (
+            peft_type not in CALLS_LAYERS
+            or bool(arguments.get("use_dora") or arguments.get("target_parameters"))
+            or str(arguments.get("init_lora_weights", "")).startswith(CHANGES_THE_BASE)
+        )
         arguments.setdefault("target_modules", [] if arguments.get("target_parameters") else QKV)
         if not isinstance(arguments["target_modules"], str):
             arguments["target_modules"] = list(arguments["target_modules"] or ())
@@ -204,8 +227,8 @@ class HuggingFace(PeftMethod):
             "base_model_class": type(network).__name__,
             "parent_library": type(network).__module__,
         }
-        if self.constants and "save_projection" in written:
-            written["save_projection"] = True
+        if self.constants:
+            written |= dict.fromkeys(REMADE.get(written["peft_type"], ()), True)
         return written, {PREFIX + keys[name]: tensor for name, tensor in state.items()} | self.constants
 
     def from_file(self, network: nn.Module, tensors: dict[str, Tensor]) -> None:
@@ -268,8 +291,7 @@ def from_peft_config(config: dict[str, Any]) -> HuggingFace:
     known = KNOWN[config["peft_type"]].__dataclass_fields__
     arguments = {k: v for k, v in config.items() if k in known} | {"inference_mode": False}
     arguments |= {key: 0.0 for key in arguments if key.endswith("dropout")}  # of training
-    if "save_projection" in arguments:  # `from_file` loads VeRA's matrices, like SHiRA's indices
-        arguments["save_projection"] = False
+    arguments |= dict.fromkeys(REMADE.get(config["peft_type"], ()), False)  # `from_file` loads what the file has
     return HuggingFace(train_labels=False, **arguments)
 
 

@@ -64,6 +64,7 @@ def card(result: Mapping[str, Any], facts: Facts) -> str:
             {
                 "method": result.get("method"),
                 "trained parameters": _share(parameters),
+                "frozen weights, in training and figures": result.get("frozen_weights"),
                 "base network": f"{base['file']}, SHA-256 {base['sha256']}" if base else "none: trained from scratch",
                 "autoencoder": facts.autoencoder,
                 "training images": f"{data.get('name')}, {number(data.get('n'))} images",

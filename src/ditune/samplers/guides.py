@@ -19,6 +19,7 @@ class Guide(ABC):
     """Base class of the guides. A subclass implements `bind`."""
 
     kind: ClassVar[str]  # in stored evaluation protocols
+    of_base: ClassVar[bool] = False  # whether a network that is not adapted is guided by its own null class
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -50,6 +51,7 @@ class BaseGuide(Guide):
     """
 
     kind = "base"
+    of_base = True
     strength = 0.0
 
     def bind(self, network: nn.Module, process: Process, y: Tensor) -> ModelFn:

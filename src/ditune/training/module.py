@@ -6,12 +6,13 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 
 from ditune.autoencoders import Autoencoder
 from ditune.data import from_uint8
 from ditune.data.stream import micro_batch_size
 from ditune.distributed import is_spread, local, snapshot, spread_like
+from ditune.errors import UserError
 from ditune.moe.balance import Balance, Watched
 from ditune.networks.unread import unread_of
 from ditune.objectives import Loss, Objective, State
@@ -78,7 +79,7 @@ class GenerativeModule(pl.LightningModule):
         self.seed, self.batch_size, self.identity, self.log_every = seed, batch_size, identity, log_every
         self.base = Off(network) if objective.needs_base else None  # of the values that no checkpoint has changed yet
         self.nonfinite, self.masks = nonfinite or NonFinite(), False
-        self.sparsity = sparsity
+        self.sparsity, self.critic = sparsity, objective.critic
         self.random = RandomAhead(seed, batch_size)
         self.names: Callable[[list[int]], list[str]] = lambda positions: []  # files of the images at positions
         self.begun_with: int | None = None  # micro-batch of the run that this one goes on from
@@ -105,6 +106,10 @@ class GenerativeModule(pl.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = self.make_optimizer(list(self.trained.items()))
+        if self.critic is not None:
+            if not isinstance(optimizer, AdamW):
+                raise UserError("objective.critic needs a group of AdamW. Set optimizer=adamw.")
+            optimizer.add_param_group(self.critic.group())
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": self.make_scheduler(optimizer), "interval": "step"},
@@ -205,10 +210,13 @@ class GenerativeModule(pl.LightningModule):
         if self.sparsity is not None:
             self.sparsity.of_gradients(self.trained)
         gradients = {name: p.grad for name, p in self.trained.items() if p.grad is not None}
-        norm, norms = norms_of(list(gradients.values()))
+        of_critic = {} if self.critic is None else {f"critic.{k}": p.grad for k, p in self.critic.named_parameters()}
+        whole_norm, norms = norms_of([*gradients.values(), *of_critic.values()])
+        # or a critic that takes fright would slow down the network, and the network the critic
+        norm = whole_norm if self.critic is None else torch.linalg.vector_norm(norms[: len(gradients)])
         self.settle()  # the step before, which has ended while this one was handed to the device
         # a NaN on any rank is in every rank's reduced gradients, so all of them do the same
-        self.nonfinite.check(step, norm, list(gradients), norms)
+        self.nonfinite.check(step, whole_norm, [*gradients, *of_critic], norms)
         if self.masks and not self._is_logged(step) and step + 1 < self.trainer.max_steps:
             optimizer.found_inf = self.nonfinite.skipped  # the fused update leaves all as it is where this is 1
         else:
@@ -220,6 +228,8 @@ class GenerativeModule(pl.LightningModule):
             return
         if gradient_clip_val is not None:
             clip([local(gradient) for gradient in gradients.values()], gradient_clip_val, norm)
+            if of_critic:
+                clip(list(of_critic.values()), gradient_clip_val, torch.linalg.vector_norm(norms[len(gradients) :]))
         if self._is_logged(step):
             self.log("train/grad_norm", norm)
 
@@ -257,6 +267,8 @@ class GenerativeModule(pl.LightningModule):
         checkpoint["balance"] = Balance.state_dict(self.network)
         if self.sparsity is not None:
             checkpoint["sparsity"] = self.sparsity.state_dict()
+        if self.critic is not None:
+            checkpoint["critic"] = {name: snapshot(value) for name, value in self.critic.state_dict().items()}
         checkpoint["skipped"] = self.nonfinite.in_a_row
         checkpoint["identity"] = self.identity
         checkpoint["micro_batch"] = micro_batch_size(
@@ -271,6 +283,8 @@ class GenerativeModule(pl.LightningModule):
         self.teacher = {k: spread_like(v, self.ema.average[k]) for k, v in checkpoint["teacher"].items()}
         if self.sparsity is not None:
             self.sparsity.load_state_dict(checkpoint["sparsity"])
+        if self.critic is not None:
+            self.critic.load_state_dict(checkpoint["critic"])
         self.nonfinite.in_a_row = checkpoint.get("skipped", 0)  # checkpoints of before have none
         Balance.load_state_dict(self.network, checkpoint["balance"])
         rewind(checkpoint, self.trainer.accumulate_grad_batches)

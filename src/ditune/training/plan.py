@@ -156,7 +156,7 @@ def _fake(tensor: Tensor) -> Tensor:
 def _saved_bytes(
     network: nn.Module, objective: Objective, latent_shape: tuple[int, ...], bf16: bool, fused: bool
 ) -> float:
-    owned = {p.untyped_storage()._cdata for p in network.parameters()}
+    owned = {tensor.untyped_storage()._cdata for tensor in (*network.parameters(), *network.buffers())}
     tokens, heads = network.pos_embed.shape[1], network.config["num_heads"]
     saved: dict[int, torch.UntypedStorage] = {}  # kept, so that no other storage gets its number
 

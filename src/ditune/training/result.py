@@ -199,6 +199,7 @@ def describe(components: Components, key: str, identity: str) -> dict[str, Any]:
         "max_steps": settings.max_steps,
         "lr": settings.lr,
         "precision": settings.precision,
+        **({"frozen_weights": settings.frozen_weights} if settings.frozen_weights else {}),
         "seed": settings.seed,
         "data": {"name": settings.data_name, "fingerprint": images.fingerprint, "n": len(images)},
         "base": None if base is None else {"file": base.path.name, "sha256": base.sha256},
