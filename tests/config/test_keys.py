@@ -9,6 +9,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
+import forked
 from ditune import cli
 from ditune.commands.sample import sample
 from ditune.commands.train import train
@@ -347,14 +348,13 @@ def test_nearest_keys():
 @pytest.mark.slow
 def test_a_sweep_refuses_the_jobs_whose_values_are_wrong(tmp_path, pictures):
     """Before they start: the other job is planned, and the refused one says why."""
-    command = [sys.executable, "src/train.py", "-m", *SMALL, f"data.root={pictures}", "peft=full", "dry_run=true"]
-    command += [f"sweep_dir={tmp_path}", "launcher.slots=1", "ema.decay=0.9,1.5"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    command = ["src/train.py", "-m", *SMALL, f"data.root={pictures}", "peft=full", "dry_run=true"]
+    done = forked.run(tmp_path, *command, f"sweep_dir={tmp_path}/sweep", "launcher.slots=1", "ema.decay=0.9,1.5")
     assert done.returncode == 1
-    summary = (tmp_path / "summary.json").read_text(encoding="utf-8")
+    summary = (tmp_path / "sweep" / "summary.json").read_text(encoding="utf-8")
     assert "ema.decay is 1.5, but must be a number between 0 and 1." in summary
     assert "planned" in summary
-    assert not Path(tmp_path / "1").exists()
+    assert not Path(tmp_path / "sweep" / "1").exists()
 
 
 @pytest.mark.slow
@@ -429,10 +429,10 @@ def test_aliases_are_read_as_the_stored_keys(argument, stored):
 
 
 @pytest.mark.slow
-def test_an_alias_composes_to_the_stored_key():
-    command = [sys.executable, "src/train.py", "--cfg", "job", "~experiment", "callbacks.step_grids.n=3"]
-    command += ["sampler=euler", "sampler.sampler.step_size=0.5"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+def test_an_alias_composes_to_the_stored_key(tmp_path):
+    command = ["src/train.py", "--cfg", "job", "~experiment", "callbacks.step_grids.n=3"]
+    done = forked.run(tmp_path, *command, "sampler=euler", "sampler.sampler.step_size=0.5")
+    assert done.returncode == 0, done.stderr
     cfg = yaml.safe_load(done.stdout)
     assert (cfg["callbacks"]["strips"]["n"], cfg["sampler"]["sampler"]["told"]) == (3, 0.5)
     assert "step_grids" not in cfg["callbacks"]

@@ -243,6 +243,7 @@ def test_forward_mode_derivatives_are_those_of_the_rounded_network():
         (["peft=dora", "pretrained=@base"], "peft=dora computes with those of its layers"),
         (["peft=pissa", "pretrained=@base"], "peft=pissa computes with those of its layers, or changes them"),
         (["peft=lora", "pretrained=@base", "trainer=fsdp", "trainer.accelerator=cpu"], "Set frozen_weights=null"),
+        (["peft=lora", "pretrained=@base", "compile=true"], "compile=true keeps the matrices"),
         (["peft=lora", "pretrained=@base", "frozen_weights=int4"], "frozen_weights"),
     ],
 )
