@@ -19,10 +19,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ditune.config.keys import check
 from ditune.config.overrides import current, explain
+from ditune.config.parse_once import parse_once
 from ditune.config.swept import held_back, is_sweep
 from ditune.errors import PLACES, UserError, fail, refusal
 from ditune.files.atomic import keep_hashes_in
 from ditune.memory import is_out_of_memory, shortage
+from ditune.metrics_later import import_metrics_later
 from ditune.progress import is_first_rank
 from ditune.stopping import follow_first_rank
 
@@ -37,8 +39,9 @@ CHATTER += ("`Trainer.fit` stopped",)
 
 
 def prepare() -> None:
-    """Tell the configs where the repository is; quiet what the libraries say at every start."""
+    """Tell the configs where the repository is; quiet what the libraries import and say at every start."""
     follow_first_rank()
+    import_metrics_later()
     os.environ.setdefault("DITUNE_ROOT", str(ROOT))
     # processes that submitit starts find the package as this one does
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT / "src"), os.environ.get("PYTHONPATH"))))
@@ -79,6 +82,7 @@ def entry_point(name: str, folder: str = CONFIGS) -> Callable[[Callable[[DictCon
 
         def start() -> None:
             prepare()
+            parse_once()  # Hydra composes twice at each start: it looks for hydra.mode first
             sys.argv[1:] = [current(argument, name) for argument in sys.argv[1:]]
             sys.argv[1:] += quiet(sys.argv[1:])
             with stoppable(is_sweep(sys.argv[1:])):

@@ -13,6 +13,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 import caching
 import data_loading
 import growth
+import int8
 import measuring
 import moe_layer
 import moe_network
@@ -146,3 +147,12 @@ def test_the_page_has_the_tables_of_the_json_files():
     assert tables.filled(page, tables.PAGE.with_suffix("")) == page
     written = {path.stem for path in tables.PAGE.with_suffix("").glob("*.json")}
     assert {name for _, name, _ in tables.MARKED.findall(page)} == written
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_int8_at_its_smallest_size():
+    values = int8.main(["--images", "2", "--rounds", "1", "--methods", "lora"])
+    assert values["loss"]["int8"] == pytest.approx(values["loss"]["fp32"], rel=0.01)
+    assert values["lora"]["int8"]["weights"] == values["lora"]["null"]["weights"] / 4
+    assert values["lora"]["int8"]["kept"] == values["lora"]["null"]["kept"]
+    assert values["lora"]["ratio"] > 0

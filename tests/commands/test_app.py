@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
+from browser import CHROMIUM, opened
 from ditune.commands import app as module
 from ditune.commands.app import REQUIREMENT, build, first_settings
-from ditune.commands.side_by_side import BASE, COLUMNS, Shelf, plot, sheet_of, sweeps, table
+from ditune.commands.side_by_side import BASE, COLUMNS, Shelf, at_strength, plot, sheet_of, sweeps, table
 from ditune.commands.train import train
 from ditune.errors import UserError
 from ditune.generation.grids import grid
@@ -49,6 +50,23 @@ def test_networks_generate_from_the_same_noise(cfg):
         generator = replace(trained.generator, steps=2, guidance=1.5)
         alone = grid(generator.generate(trained.network, torch.ones(4, dtype=torch.int64), 3), 2, labels=["dog"] * 4)
         assert torch.equal(pil_to_tensor(alone).int(), sheet)
+
+
+def test_strength_leads_from_the_base_to_the_adapter(cfg):
+    shelf = Shelf(cfg)
+
+    def images(name, strength):
+        ((sheet, _),) = shelf.generate([name], ["dog"], n=4, seed=3, steps=2, guidance=1.5, strength=strength)
+        return pil_to_tensor(sheet).int()
+
+    base, half, whole = images(BASE, 0.5), images("first", 0.5), images("first", 1)
+    assert torch.equal(images("first", 0), base)
+    assert torch.equal(images("first", 1), whole)  # nothing of the other strengths is left
+    assert not torch.equal(half, base)
+    assert not torch.equal(half, whole)
+    run = shelf.load("first")
+    with pytest.raises(UserError, match="Strength is 0, and first has other classes"):
+        at_strength(replace(run, reshaped=True), 0)
 
 
 def test_what_cannot_be_generated_is_said(cfg):
@@ -100,7 +118,7 @@ def test_the_app_answers_a_client(cfg):
     _, url, _ = app.launch(prevent_thread_lock=True, quiet=True, share=False, server_name="127.0.0.1")
     try:
         client = Client(url, verbose=False)
-        sheets = client.predict([BASE, "first"], ["cat"], 4, 2, 1.5, 0, api_name="/generate")
+        sheets = client.predict([BASE, "first"], ["cat"], 4, 2, 1.5, 0, 1, api_name="/generate")
         assert [sheet["caption"] for sheet in sheets] == [BASE, "first"]
         expected, _ = Shelf(cfg).generate([BASE, "first"], ["cat"], n=4, seed=0, steps=2, guidance=1.5)
         with Image.open(sheets[0]["image"]) as shown:
@@ -110,6 +128,25 @@ def test_the_app_answers_a_client(cfg):
         assert len(rows["data"]) == 3
         assert figure["plot"].startswith("data:image")
         with pytest.raises(Exception, match="No network is chosen"):
-            client.predict([], [], 1, 2, 1.0, 0, api_name="/generate")
+            client.predict([], [], 1, 2, 1.0, 0, 1, api_name="/generate")
+    finally:
+        app.close()
+
+
+@pytest.mark.skipif(find_spec("gradio") is None, reason="gradio, an optional package, is not installed")
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: apt-get install chromium")
+def test_the_app_in_a_browser(cfg):
+    app = build(cfg)
+    _, url, _ = app.launch(prevent_thread_lock=True, quiet=True, share=False, server_name="127.0.0.1")
+    try:
+        with opened(url) as page:
+            page.wait_for_text("Generate")
+            page.click("button", "Generate")
+            assert page.images(2) == 2  # the base's sheet and the run's
+            for caption in (BASE, "first"):
+                page.wait_for_text(caption)
+            page.click("button[role=tab]", "Sweep")
+            page.click(".body-cell", "BitFit")  # a row of the table
+            assert page.images(3) == 3
     finally:
         app.close()

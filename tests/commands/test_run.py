@@ -16,6 +16,7 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
+import forked
 from ditune import errors
 from ditune.checkpoints import load_network, read_adapter
 from ditune.commands.analyze_routing import analyse
@@ -350,7 +351,8 @@ def test_sample_leaves_no_stray_files(scratch: Path, tmp_path: Path) -> None:
 
 
 def test_evaluate_reports_a_mistake_in_one_sentence(tmp_path: Path) -> None:
-    failed = start("evaluate", tmp_path / "where", f"run={tmp_path}/nowhere")
+    (tmp_path / "where").mkdir()
+    failed = forked.run(tmp_path, "src/evaluate.py", f"run={tmp_path}/nowhere", cwd=tmp_path / "where")
     assert failed.returncode == errors.USER_ERROR
     assert failed.stderr.strip().startswith("Error:")
     assert "no run folder" in failed.stderr

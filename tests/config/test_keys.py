@@ -9,6 +9,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
+import forked
 from ditune import cli
 from ditune.commands.sample import sample
 from ditune.commands.train import train
@@ -347,14 +348,13 @@ def test_nearest_keys():
 @pytest.mark.slow
 def test_a_sweep_refuses_the_jobs_whose_values_are_wrong(tmp_path, pictures):
     """Before they start: the other job is planned, and the refused one says why."""
-    command = [sys.executable, "src/train.py", "-m", *SMALL, f"data.root={pictures}", "peft=full", "dry_run=true"]
-    command += [f"sweep_dir={tmp_path}", "launcher.slots=1", "ema.decay=0.9,1.5"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    command = ["src/train.py", "-m", *SMALL, f"data.root={pictures}", "peft=full", "dry_run=true"]
+    done = forked.run(tmp_path, *command, f"sweep_dir={tmp_path}/sweep", "launcher.slots=1", "ema.decay=0.9,1.5")
     assert done.returncode == 1
-    summary = (tmp_path / "summary.json").read_text(encoding="utf-8")
+    summary = (tmp_path / "sweep" / "summary.json").read_text(encoding="utf-8")
     assert "ema.decay is 1.5, but must be a number between 0 and 1." in summary
     assert "planned" in summary
-    assert not Path(tmp_path / "1").exists()
+    assert not Path(tmp_path / "sweep" / "1").exists()
 
 
 @pytest.mark.slow
@@ -369,7 +369,26 @@ def test_hydras_own_options_work(tmp_path):
 
 # Imports wait until they are needed
 
-HEAVY = "('timm', 'wandb', 'diffusers', 'peft', 'tensorboard')"
+HEAVY = ("timm", "wandb", "diffusers", "peft", "tensorboard", "transformers", "torchvision", "scipy", "matplotlib")
+# metrics of torchmetrics that need the last four, and Lightning's own
+METRICS = """
+import torch
+from pytorch_lightning.trainer.connectors.logger_connector.result import _ResultMetric
+from torchmetrics import MeanMetric, Metric
+from torchmetrics.functional.multimodal import clip_score
+from torchmetrics.image import FrechetInceptionDistance, LearnedPerceptualImagePatchSimilarity
+assert issubclass(_ResultMetric, Metric) and issubclass(MeanMetric, Metric)
+mean = MeanMetric()
+mean.update(torch.ones(2))
+assert type(mean.plot()[0]).__module__ == "matplotlib.figure"
+images = torch.randint(256, (8, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+extractor = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(768, 4)).double()
+extractor.num_features = 4
+fid = FrechetInceptionDistance(extractor, input_img_size=(3, 16, 16), normalize=True)
+for real in (True, False):
+    fid.update(images.double() / 255, real=real)
+assert abs(fid.compute()) < 1e-3
+"""
 
 
 def test_what_a_mistake_needs_imports_no_torch():
@@ -379,17 +398,16 @@ def test_what_a_mistake_needs_imports_no_torch():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("module", "without"),
+    ("module", "without", "afterwards"),
     [
-        ("ditune.commands.train", HEAVY),
-        (
-            "ditune.commands.sample",
-            HEAVY[:-1] + ", 'torchvision', 'pytorch_lightning', 'scipy', 'matplotlib', 'torch._dynamo')",
-        ),
+        ("ditune.commands.train", HEAVY, METRICS),
+        ("ditune.commands.sample", (*HEAVY, "pytorch_lightning", "torch._dynamo"), ""),
     ],
 )
-def test_what_few_runs_need_is_imported_by_those(module, without):
-    script = f"import {module}, sys; print(*(m for m in {without} if m in sys.modules))"
+def test_what_few_runs_need_is_imported_by_those(module, without, afterwards):
+    """What is imported later than by itself works then."""
+    script = f"import ditune.cli, sys; ditune.cli.prepare(); import {module}\n"
+    script += f"print(*(m for m in {without} if m in sys.modules))\n{afterwards}"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT / "src", capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "\n"), done.stderr
 
@@ -411,10 +429,10 @@ def test_aliases_are_read_as_the_stored_keys(argument, stored):
 
 
 @pytest.mark.slow
-def test_an_alias_composes_to_the_stored_key():
-    command = [sys.executable, "src/train.py", "--cfg", "job", "~experiment", "callbacks.step_grids.n=3"]
-    command += ["sampler=euler", "sampler.sampler.step_size=0.5"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+def test_an_alias_composes_to_the_stored_key(tmp_path):
+    command = ["src/train.py", "--cfg", "job", "~experiment", "callbacks.step_grids.n=3"]
+    done = forked.run(tmp_path, *command, "sampler=euler", "sampler.sampler.step_size=0.5")
+    assert done.returncode == 0, done.stderr
     cfg = yaml.safe_load(done.stdout)
     assert (cfg["callbacks"]["strips"]["n"], cfg["sampler"]["sampler"]["told"]) == (3, 0.5)
     assert "step_grids" not in cfg["callbacks"]

@@ -2,7 +2,7 @@
 
 import hydra
 import pytest
-from hydra.errors import MissingConfigException
+from hydra.errors import ConfigCompositionException, MissingConfigException
 
 from ditune.config.parse_once import parse_once
 
@@ -22,3 +22,17 @@ def test_a_changed_file_is_parsed_again_and_no_config_shares_values(tmp_path):
     (tmp_path / "main.yaml").unlink()
     with pytest.raises(MissingConfigException):
         composed()
+
+
+def test_a_choice_may_still_refer_to_another(tmp_path):
+    for group, option in (("a", "x"), ("a", "y"), ("b", "x"), ("b", "y")):
+        (tmp_path / group).mkdir(exist_ok=True)
+        (tmp_path / group / f"{option}.yaml").write_text(f"is: {group}{option}\n")
+    (tmp_path / "main.yaml").write_text("defaults: [{a: x}, {b: '${a}'}, _self_]\n")
+    parse_once()
+    with hydra.initialize_config_dir(str(tmp_path), version_base="1.3"):
+        assert hydra.compose("main") == {"a": {"is": "ax"}, "b": {"is": "bx"}}
+        assert hydra.compose("main", ["a=y"]) == {"a": {"is": "ay"}, "b": {"is": "by"}}
+        (tmp_path / "wrong.yaml").write_text("defaults: [{a: x}, {b: '${c}'}, _self_]\n")
+        with pytest.raises(ConfigCompositionException, match="possible interpolation keys: a"):
+            hydra.compose("wrong")

@@ -4,8 +4,6 @@ import io
 import json
 import os
 import shutil
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +25,8 @@ from ditune.data.stream import ImageStream
 from ditune.errors import UserError
 from ditune.evaluation.held_out import CachedHeldOut, EncodedHeldOut
 from ditune.files.locks import attempt, share
-from helpers import ROOT, SMALL, compose
+from forked import Forked, script
+from helpers import SMALL, compose
 from miniatures import cub, picture, put
 from small_datasets import prepare_config, stamp
 
@@ -313,13 +312,12 @@ def test_pieces_are_shared_and_those_of_the_dead_are_taken_up(tmp_path):
 
 
 def test_two_that_start_at_once_make_one_cache(root):
-    command = [sys.executable, ROOT / "src" / "prepare.py", f"data.root={root}", f"paths.cache_dir={root}/cache"]
+    command = ["src/prepare.py", f"data.root={root}", f"paths.cache_dir={root}/cache"]
     command += ["data.resolution=16", "autoencoder=patch_pca"]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    processes = [Forked(script(*command), root.parent / f"{k}.log") for k in range(2)]
     for process in processes:
-        text = process.communicate(timeout=120)[0]
-        assert process.returncode == 0, text
-        assert "published are 5,994" in text
+        assert process.wait(120) == 0, process.out.read_text()
+        assert "published are 5,994" in process.out.read_text()
     first = (root / LATENTS / "latents.npy").read_bytes()
     prepare(prepare_config(root, "stages=[encode]", "again=true"))
     assert (root / LATENTS / "latents.npy").read_bytes() == first

@@ -25,6 +25,7 @@ from ditune.metrics import Judge
 from ditune.networks import build_network
 from ditune.run import load_run
 from helpers import ROOT, SMALL, compose, task
+from trials import finished, pair
 
 HOLDER = """
 import sys, time
@@ -189,8 +190,8 @@ def test_two_ranks_evaluate_as_one_process_killed_stopped_and_gone_on_with(tmp_p
     assert read_json(run / "result.json")["status"] == "stopped"
     kept = shards(run)
 
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+    trials = pair(run, [*settings, "resume=auto"])
+    assert finished(trials, 240) == [0, 0], trials[0].output[-3000:]
     assert 4 <= kept < 14  # of the network and its base
     assert not (run / "evaluation").exists()
     result = read_json(run / "result.json")

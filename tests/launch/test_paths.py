@@ -10,6 +10,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+import forked
 from ditune import cli
 from ditune.cli import message
 from ditune.commands.train import train
@@ -115,14 +116,20 @@ def start(script: str, *arguments: str, cwd: Path = ROOT, **env: str) -> subproc
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=240)
 
 
+def fork(folder: Path, script: str, *arguments: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess:
+    """The same without the imports."""
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | env
+    return forked.run(folder, f"src/{script}", *arguments, cwd=cwd, env=env)
+
+
 @pytest.mark.slow
 def test_a_sweep_in_an_odd_folder_plans_its_jobs(tmp_path, pictures):
     sweep = tmp_path / ODD
-    settings = [*SMALL, f"data.root={pictures}", "peft=full", "seed=0,1", "dry_run=true"]
-    done = start("train.py", "-m", *settings, f"sweep_dir={hydra_value(sweep)}")
+    settings = [*SMALL, f"data.root={pictures}", "peft=full", "seed=0", "dry_run=true"]
+    done = fork(tmp_path, "train.py", "-m", *settings, f"sweep_dir={hydra_value(sweep)}")
     assert done.returncode == 0, done.stdout + done.stderr
     jobs = read_json(sweep / "summary.json")["jobs"]
-    assert [(job["status"], job["method"], job["data"]) for job in jobs] == [("planned", "full", "folder")] * 2
+    assert [(job["status"], job["method"], job["data"]) for job in jobs] == [("planned", "full", "folder")]
 
 
 @pytest.mark.ddp
@@ -134,7 +141,8 @@ def test_ranks_and_evaluations_in_an_odd_folder(tmp_path, pictures):
     assert done.returncode == 0, done.stderr
     assert read_json(run / "result.json")["status"] == "finished"
     judged = ["metrics_of=this", "metrics.n=6", "processes=2", "threads=1", f"paths.cache_dir={tmp_path}/cache"]
-    done = start("evaluate.py", f"run={hydra_value(run)}", *judged, f"out={hydra_value(tmp_path / 'out (x)')}")
+    out = f"out={hydra_value(tmp_path / 'out (x)')}"
+    done = fork(tmp_path, "evaluate.py", f"run={hydra_value(run)}", *judged, out)
     assert done.returncode == 0, done.stdout + done.stderr
     assert read_json(run / "result.json")["other_protocols"]
 
@@ -142,7 +150,7 @@ def test_ranks_and_evaluations_in_an_odd_folder(tmp_path, pictures):
 @pytest.mark.slow
 def test_home_is_expanded(tmp_path, pictures):
     settings = [*SMALL, f"data.root={pictures}", "peft=full", "dry_run=true"]
-    done = start("train.py", *settings, "run_dir='~/runs/a'", cwd=tmp_path, HOME=str(tmp_path))
+    done = fork(tmp_path, "train.py", *settings, "run_dir='~/runs/a'", cwd=tmp_path, HOME=str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs" / "a" / "config.yaml").is_file()
     assert not (tmp_path / "~").exists()
@@ -206,13 +214,10 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_dies(small, tmp_pat
 @pytest.mark.slow
 def test_two_starts_in_one_folder_leave_one_whole_run(tmp_path, pictures):
     run = tmp_path / "twin"
-    command = [sys.executable, "src/train.py", *SMALL, f"data.root={pictures}", "peft=full", "max_steps=20"]
-    both = [
-        subprocess.Popen([*command, f"run_dir={run}", f"seed={seed}"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        for seed in (0, 1)
-    ]
-    errors = [process.communicate(timeout=240)[1] for process in both]
-    codes = [process.returncode for process in both]
+    command = ["src/train.py", *SMALL, f"data.root={pictures}", "peft=full", "max_steps=20", f"run_dir={run}"]
+    both = [forked.Forked(forked.script(*command, f"seed={k}"), tmp_path / f"{k}.log") for k in (0, 1)]
+    codes = [process.wait() for process in both]
+    errors = [process.err.read_text() for process in both]
     assert sorted(codes) == [0, 2], errors
     seed = codes.index(0)
     assert f"is running in {run} (process {both[seed].pid} on" in errors[1 - seed]
@@ -259,7 +264,8 @@ def link_of(descriptor: int) -> str:
 def test_a_run_folder_that_cannot_be_is_a_sentence(tmp_path, pictures, place, cause):
     (tmp_path / "file").write_text("")
     for key, more in (("run_dir", []), ("sweep_dir", ["-m", "seed=0,1"])):
-        done = start("train.py", *more, *SMALL, f"data.root={pictures}", "peft=full", f"{key}={tmp_path / place}")
+        settings = [*SMALL, f"data.root={pictures}", "peft=full", f"{key}={tmp_path / place}"]
+        done = fork(tmp_path, "train.py", *more, *settings)
         assert done.returncode == 2, done.stderr
         assert "Traceback" not in done.stderr
         (line,) = filter(None, done.stderr.splitlines())

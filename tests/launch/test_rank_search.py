@@ -1,16 +1,15 @@
 """The greedy search for ranks: what it measures and keeps on known losses, and one search by trainings."""
 
 import json
-import subprocess
-import sys
 
 import hydra
 import pytest
 
+import forked
 from ditune import cli
 from ditune.config.components import build_components
 from ditune.errors import UserError
-from helpers import ROOT, SMALL, compose
+from helpers import SMALL, compose
 from hydra_plugins.ditune_sweeper.greedy_ranks import Measured, search
 
 COSTS = {"qkv": 4, "proj": 2, "fc": 8, "none": 0}  # parameters of one rank of a group
@@ -90,7 +89,7 @@ def test_a_search_by_trainings(tmp_path, pictures, base):
     """Two groups, rank 2 at the most: four trainings, and none of them again."""
     small = [override for override in SMALL if override != "~experiment"]
     command = [
-        *(sys.executable, "src/train.py", "~experiment", "sweep=search_rank", *small),
+        *("src/train.py", "~experiment", "sweep=search_rank", *small),
         *(f"data.root={pictures}", f"pretrained={base}", "max_steps=2", "optimizer.lr=0.05"),
         *(
             "data.pictures.split=train",
@@ -103,7 +102,7 @@ def test_a_search_by_trainings(tmp_path, pictures, base):
     ]
 
     def start():
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+        done = forked.run(tmp_path, *command)
         assert done.returncode == 0, done.stdout + done.stderr
         return json.loads((tmp_path / "sweep" / "search.json").read_text())
 

@@ -3,8 +3,6 @@
 import copy
 import csv
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -17,7 +15,8 @@ from ditune.errors import UserError
 from ditune.moe.balance import Balance, Watched
 from ditune.networks import DiTMoE, build_network
 from ditune.networks.routing import Routing, balance_loss
-from helpers import ROOT, assert_same_bits, checkpoint
+from forked import ranks
+from helpers import assert_same_bits, checkpoint
 
 MOE = ["network=tiny_moe", "peft=full", "optimizer.lr=1e-3", "max_steps=4", "objective.process.variance=fixed_small"]
 # of each image by itself and large, so that every part of the batch adds up and a wrong weight shows
@@ -79,22 +78,8 @@ def test_loss_scaling_scales_all_parts_alike():
 
 def test_two_processes_with_a_skewed_router(tmp_path):
     """Ranks end with the same weights and biases, those of one process, though one expert never gets a token."""
-    paths = [tmp_path / f"{rank}.pt" for rank in range(2)]
-    command = [sys.executable, str(ROOT / "tests" / "support" / "skewed_ddp.py")]
-    environment = {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'tests'}", "PATH": "/usr/bin:/bin"}
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), "2", str(tmp_path / "store"), str(path)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank, path in enumerate(paths)
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
-    first, second = (torch.load(path, weights_only=True) for path in paths)
+    ranks(lambda rank: skewed_ddp.train_a_part(rank, tmp_path), tmp_path)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert_same_bits(first, second)
     alone = skewed_ddp.train(0, 1)
     before = skewed_ddp.network_with_an_empty_expert().state_dict()

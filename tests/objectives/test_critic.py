@@ -67,9 +67,9 @@ def loss_of(objective, network, step=0):
 def test_it_begins_at_zero_where_both_losses_are_known():
     critic = Critic(width=32, depth=1)
     critic.build(SIZE)
-    judged = critic.judge(images(0), images(1), torch.rand(N), step=0)
-    assert_close(judged.generator, torch.full((N,), LOG2))
-    assert_close(judged.critic, torch.full((N,), 2 * LOG2))
+    found = critic.losses(images(0), images(1), torch.rand(N), step=0)
+    assert_close(found.generator, torch.full((N,), LOG2))
+    assert_close(found.critic, torch.full((N,), 2 * LOG2))
 
 
 def test_the_losses_of_a_linear_critic_by_hand():
@@ -81,12 +81,12 @@ def test_the_losses_of_a_linear_critic_by_hand():
     plain = (1 + on_fake.exp()).log() + (1 + (-on_real).exp()).log()
     slope = 5 * a.square().sum()
     for step, more in ((0, slope), (1, 0), (3, 0), (4, slope)):
-        judged = critic.judge(real, fake, time, step)
-        assert_close(judged.generator, (1 + (-on_fake).exp()).log())
-        assert_close(judged.critic.detach(), plain + more)
-    (gradient,) = torch.autograd.grad(critic.judge(real, fake, time, 0).critic.mean(), critic.network.a)
+        found = critic.losses(real, fake, time, step)
+        assert_close(found.generator, (1 + (-on_fake).exp()).log())
+        assert_close(found.critic.detach(), plain + more)
+    (gradient,) = torch.autograd.grad(critic.losses(real, fake, time, 0).critic.mean(), critic.network.a)
     without = critic_with(critic.network, r1=0.0)
-    (rest,) = torch.autograd.grad(without.judge(real, fake, time, 0).critic.mean(), critic.network.a)
+    (rest,) = torch.autograd.grad(without.losses(real, fake, time, 0).critic.mean(), critic.network.a)
     assert_close(gradient - rest, 10.0 * a, atol=1e-6, rtol=1e-4)
 
 
@@ -119,10 +119,10 @@ def test_the_loss_is_a_mean_of_both_and_each_side_has_its_own_gradient(settings)
     for one, other in zip(found, torch.autograd.grad(of_network, parameters, retain_graph=True), strict=True):
         assert_close(one, other, atol=1e-7, rtol=1e-4)
     weights = list(objective.critic.network.parameters())
-    judged = objective.critic.judge(images(3), end.detach(), targets.t, step=0)
+    found = objective.critic.losses(images(3), end.detach(), targets.t, step=0)
     for one, other in zip(
         torch.autograd.grad(whole.total, weights, allow_unused=True),
-        torch.autograd.grad((w * judged.critic).mean(), weights, allow_unused=True),
+        torch.autograd.grad((w * found.critic).mean(), weights, allow_unused=True),
         strict=True,
     ):
         assert_close(one, other, atol=1e-7, rtol=1e-4)

@@ -1,11 +1,12 @@
 """Every method in every way a training runs: bf16, recomputed blocks, compiled ones, two processes, any objective."""
 
 import json
-import subprocess
 import sys
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 from ditune.checkpoints import read_adapter
@@ -19,6 +20,7 @@ from ditune.objectives.base import State
 from ditune.peft import Adapters
 from ditune.rng import StepRandom
 from ditune.run import load_run
+from forked import ranks
 from helpers import ROOT, SMALL, assert_same_bits, checkpoint, compose, movement
 from peft_helpers import CASES, adapt, build_base, inputs
 
@@ -94,43 +96,34 @@ def test_any_objective(tmp_path, pictures, objective, name):
 
 # Two processes
 
-WORKER = """
-import os, sys, torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
-from peft_helpers import CASES, adapt, inputs
-dist.init_process_group("gloo")
-rank = dist.get_rank()
-for kind, name in CASES:
-    network, method = adapt(kind, name)
-    wrapped = DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
-    optimizer = torch.optim.SGD(method.trainable(network).values(), lr=0.1)
-    for step in range(1, 3):
-        x, t, y = inputs(seed=10 * step + rank)
-        optimizer.zero_grad()
-        ((wrapped(x, t, y) - x).square().mean() + method.penalty(network)).backward()
-        optimizer.step()
-        method.after_step(network, step)
-    for key, p in method.trainable(network).items():
-        both = [torch.empty_like(p) for _ in range(2)]
-        dist.all_gather(both, p.detach())
-        assert torch.equal(*both), (kind, name, key)
-    if rank == 0:
-        print("done", kind, name, flush=True)
-dist.destroy_process_group()
-"""
+
+def train_all_methods(rank: int) -> None:
+    """Two steps of each method on this rank's part; both ranks end with the same values."""
+    dist.init_process_group("gloo")
+    for kind, name in CASES:
+        network, method = adapt(kind, name)
+        wrapped = DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
+        optimizer = torch.optim.SGD(method.trainable(network).values(), lr=0.1)
+        for step in range(1, 3):
+            x, t, y = inputs(seed=10 * step + rank)
+            optimizer.zero_grad()
+            ((wrapped(x, t, y) - x).square().mean() + method.penalty(network)).backward()
+            optimizer.step()
+            method.after_step(network, step)
+        for key, p in method.trainable(network).items():
+            both = [torch.empty_like(p) for _ in range(2)]
+            dist.all_gather(both, p.detach())
+            assert torch.equal(*both), (kind, name, key)
+        sys.stdout.write(f"done {kind} {name}\n")
+    dist.destroy_process_group()
 
 
 @pytest.mark.ddp
 @pytest.mark.slow
 def test_two_processes_for_all_methods(tmp_path):
     """Every parameter that trains gets a gradient in every step, or DDP would fail in the next one."""
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("done") == len(CASES)
+    for written in ranks(train_all_methods, tmp_path):
+        assert written.count("done") == len(CASES)
 
 
 # Whole trainings

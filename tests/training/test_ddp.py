@@ -1,6 +1,7 @@
 """Two gloo processes learn what one process learns with the same global batch, stopped in between or not."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from ditune.commands.train import train
 from ditune.training import GenerativeModule
 from ditune.training.callbacks import StopOnSignal
 from helpers import ROOT, SMALL, SMALL_FLOW, assert_same_bits, checkpoint, compose
+from trials import finished, pair
 
 
 @pytest.mark.ddp
@@ -46,18 +48,12 @@ def test_two_processes_learn_as_one(tmp_path, pictures):
 
 FEW_STEPS = ("shortcut", "mean_flow", "alpha_flow", "so_flow", "live_reflow", "consistency_training")
 TAUGHT = ("progressive_distillation", "consistency_distillation")
-WORKER = """
-from helpers import compose
-from ditune.commands.train import train
-for folder, overrides in {runs!r}:
-    assert train(compose(folder, *overrides)) == 0
-"""
 
 
 @pytest.mark.ddp
 @pytest.mark.slow
 def test_two_processes_learn_as_one_by_every_objective_and_with_experts(tmp_path, pictures):
-    """One start for all: jvp, teachers, averages and experts under DistributedDataParallel, by torchrun."""
+    """Jvp, teachers, averages and experts under DistributedDataParallel, with the environment of torchrun."""
     common = [
         *SMALL_FLOW[:-1],
         f"data.root={pictures}",
@@ -76,24 +72,19 @@ def test_two_processes_learn_as_one_by_every_objective_and_with_experts(tmp_path
     of_time = ["objective=flow_matching", "peft=tlora", f"pretrained={flow}/network.safetensors"]
     cases["tlora"] = [*of_time, "gradient_checkpointing=true"]  # masks of this process's own samples
     cases["experts"] = ["model=dit_moe", "network=tiny_moe", "balance=global"]
-    ddp = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true"]
-    runs = [(str(tmp_path / f"{name}_2"), [*common, *case, *ddp]) for name, case in cases.items()]
-    whole = [*common, *cases["tlora"], *ddp]
-    for more in (["max_steps=3"], ["resume=auto"]):  # and on to the end
-        runs.append((str(tmp_path / "tlora_resumed"), [*whole, *more]))
-    worker = tmp_path / "worker.py"
-    worker.write_text(WORKER.format(runs=runs))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(worker)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-3000:]
     for name, case in cases.items():
+        trials = pair(tmp_path / f"{name}_2", [*common, *case])
         assert train(compose(tmp_path / f"{name}_1", *common, *case)) == 0
+        assert finished(trials, 120) == [0, 0], trials[0].output[-3000:]
         written = "adapter/adapter_model" if name in (*TAUGHT, "dense_teacher", "tlora") else "network"
         one, two = (load_file(tmp_path / f"{name}_{n}" / f"{written}.safetensors") for n in (1, 2))
         assert one.keys() == two.keys()
         for key, value in one.items():
             if not key.endswith("qkv.bias"):  # see above
                 assert_close(two[key], value, atol=2e-5, rtol=0, msg=lambda m, at=(name, key): f"{at}: {m}")
+    for more in (["max_steps=3"], ["resume=auto"]):  # and on to the end
+        trials = pair(tmp_path / "tlora_resumed", [*common, *cases["tlora"], *more])
+        assert finished(trials, 120) == [0, 0], trials[0].output[-3000:]
     resumed, never_stopped = (checkpoint(tmp_path / name) for name in ("tlora_resumed", "tlora_2"))
     assert resumed["global_step"] == 7
     for part in ("state_dict", "ema", "optimizer_states", "method"):
@@ -105,15 +96,17 @@ def test_two_processes_learn_as_one_by_every_objective_and_with_experts(tmp_path
 def test_two_processes_stopped_by_a_signal_and_resumed(tmp_path, pictures):
     """SIGTERM reaches only the process that was started, as from a scheduler; both stop after the same step."""
     steps = 150
-    command = [sys.executable, "src/train.py", *SMALL, f"data.root={pictures}", "peft=full", f"max_steps={steps}"]
-    command += ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "optimizer.lr=1e-3"]
-    command += [f"callbacks.checkpoint.every_n_steps={steps}"]
+    settings = [*SMALL, f"data.root={pictures}", "peft=full", f"max_steps={steps}", "optimizer.lr=1e-3"]
+    settings += [f"callbacks.checkpoint.every_n_steps={steps}"]
 
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    done = subprocess.run([*command, f"run_dir={whole}"], cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+    trials = pair(whole, settings)
+    assert finished(trials, 120) == [0, 0], trials[0].output[-3000:]
 
-    process = subprocess.Popen([*command, f"run_dir={stopped}"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "src/train.py", *settings, "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    command += [f"run_dir={stopped}"]
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
     csv, deadline = stopped / "metrics.csv", time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
         if csv.is_file() and csv.read_text().count("\n") > 5:
@@ -124,9 +117,8 @@ def test_two_processes_stopped_by_a_signal_and_resumed(tmp_path, pictures):
     assert process.returncode == 128 + signal.SIGTERM, errors
     assert 0 < checkpoint(stopped)["global_step"] < steps
 
-    command += [f"run_dir={stopped}", "resume=auto"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+    trials = pair(stopped, [*settings, "resume=auto"])  # as another launcher goes on with it
+    assert finished(trials, 120) == [0, 0], trials[0].output[-3000:]
     a, b = checkpoint(stopped), checkpoint(whole)
     assert a["global_step"] == b["global_step"] == steps
     for part in ("state_dict", "ema", "optimizer_states", "lr_schedulers"):

@@ -4,7 +4,6 @@ import csv
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,8 @@ from ditune.files.atomic import read_json
 from ditune.training import GenerativeModule
 from ditune.training.callbacks import validation
 from ditune.training.checkpoint_io import BEST
-from helpers import ROOT, SMALL, assert_same_bits, checkpoint, compose
+from helpers import SMALL, assert_same_bits, checkpoint, compose
+from trials import finished, pair
 
 STEPS = 5
 STOPPED = 128 + signal.SIGTERM
@@ -258,19 +258,17 @@ def test_two_processes_measure_what_one_does(tmp_path, pictures, cache):
     asked = [*LOSS, *KID, "callbacks.checkpoint.best=loss", "callbacks.early_stopping.patience=9"]
     common = [*SMALL, f"data.root={pictures}", "peft=full", f"max_steps={STEPS}", "optimizer.lr=0.05", *asked]
     common += [f"paths.cache_dir={cache}", "callbacks.checkpoint.every_n_steps=2"]
-    alone, pair = tmp_path / "alone", tmp_path / "pair"
+    alone, both = tmp_path / "alone", tmp_path / "both"
     assert train(compose(alone, *common)) == 0
-    ddp = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", f"run_dir={pair}"]
-    command = [sys.executable, "src/train.py", *common, *ddp]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+    trials = pair(both, common)
+    assert finished(trials, 120) == [0, 0], trials[0].output[-3000:]
     for name in ("val/loss", "val/kid_efflite0", "val/recall_efflite0"):
-        one, two = column(alone, name), column(pair, name)
+        one, two = column(alone, name), column(both, name)
         assert one[0] == two[0]  # the same weights: the same images to the bit, whichever process generates them
         assert two == pytest.approx(one, rel=0.02)
-    evaluated = [read_json(folder / "result.json")["evaluated"] for folder in (alone, pair)]
+    evaluated = [read_json(folder / "result.json")["evaluated"] for folder in (alone, both)]
     assert evaluated[0]["step"] == evaluated[1]["step"]
-    assert evaluated[1]["value"] == read_json(pair / "result.json")["denoising"]["after"]
+    assert evaluated[1]["value"] == read_json(both / "result.json")["denoising"]["after"]
 
 
 # Disk, identity and refusals

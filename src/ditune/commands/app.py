@@ -71,17 +71,21 @@ def _side_by_side(gr: Any, shelf: Shelf) -> None:
         n = gr.Slider(1, 64, value=9, step=1, label="Images")
         steps = gr.Slider(2, 250, value=first_steps, step=1, label="Steps")
         guidance = gr.Slider(1, 10, value=first_guidance, step=0.1, label="Guidance")
+        strength = gr.Slider(0, 1.5, value=1, step=0.05, label="Strength")
         seed = gr.Number(0, precision=0, minimum=0, label="Seed of the noise")
     button = gr.Button("Generate", variant="primary")
     sheets = gr.Gallery(label="Images", columns=2, object_fit="contain", height=640, format="png")
 
-    def generate(names: list[str], classes: list[str], n: int, steps: int, guidance: float, seed: int) -> Any:
+    def generate(
+        names: list[str], classes: list[str], n: int, steps: int, guidance: float, seed: int, strength: float
+    ) -> Any:
         try:
-            return shelf.generate(names, classes, n, seed, steps, guidance)
+            return shelf.generate(names, classes, n, seed, steps, guidance, strength)
         except UserError as error:
             raise gr.Error(str(error), print_exception=False) from error
 
-    button.click(generate, [networks, classes, n, steps, guidance, seed], sheets, api_name="generate")
+    values = [networks, classes, n, steps, guidance, seed, strength]
+    button.click(generate, values, sheets, api_name="generate")
 
 
 def _sweep(gr: Any, folder: Path) -> None:
@@ -90,7 +94,7 @@ def _sweep(gr: Any, folder: Path) -> None:
     chosen = gr.Dropdown(names, value=names[0] if names else None, label="Sweep")
     runs = gr.Dataframe(headers=list(COLUMNS), interactive=False, label="Click a row to see its images")
     with gr.Row():
-        figure = gr.Plot(label="Metric over trained parameters")
+        figure = gr.Plot(label="Metric over trained parameters", show_label=False)
         sheet = gr.Image(label="Images", type="pil", format="png")
 
     def show(name: str | None) -> tuple[list[list[Any]], Figure | None]:

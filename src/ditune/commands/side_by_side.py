@@ -1,6 +1,7 @@
 """What the app shows: images of several networks from the same noise, and the runs of a sweep as rows."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +19,7 @@ from ditune.errors import UserError
 from ditune.generation.grids import grid
 from ditune.report.plots import pareto
 from ditune.report.results import Run, find_results, main_metric
+from ditune.run import Run as TrainedRun
 from ditune.run import Trained, load_checkpoint, load_run
 
 BASE = "base network"
@@ -47,7 +49,7 @@ class Shelf:
         if name not in self.names():
             raise UserError(f"There is no run {name} in {self.folder}. Choose one of {', '.join(self.names())}.")
         if name != BASE:
-            trained: Trained = load_run(self.folder / name)
+            trained: Trained = load_run(self.folder / name, keep_base=(self.folder / name / "adapter").is_dir())
         else:
             cfg = self.cfg
             path = locate(cfg.checkpoint, Path(cfg.paths.cache_dir) / "networks")
@@ -63,7 +65,14 @@ class Shelf:
         return [name for name in known[0] if all(name in others for others in known[1:])] if known else []
 
     def generate(
-        self, names: Sequence[str], classes: Sequence[str], n: int, seed: int, steps: int, guidance: float
+        self,
+        names: Sequence[str],
+        classes: Sequence[str],
+        n: int,
+        seed: int,
+        steps: int,
+        guidance: float,
+        strength: float = 1.0,
     ) -> list[tuple[Image.Image, str]]:
         """One sheet for each network, of the same noise and the same classes.
 
@@ -74,12 +83,13 @@ class Shelf:
             seed: of the noise.
             steps: network evaluations.
             guidance: scale of classifier-free guidance; 1 = none.
+            strength: of each run's adapter, see `ditune.peft.dial`; 0 = its base, 1 = the adapter.
 
         Returns:
             (sheet, caption) of each network.
 
         Raises:
-            UserError: nothing is chosen, or a network does not know a class.
+            UserError: nothing is chosen, a network does not know a class, or a run's adapter has no such strength.
         """
         if not names:
             raise UserError("No network is chosen. Choose the base network or a run.")
@@ -94,10 +104,28 @@ class Shelf:
             generator = replace(trained.generator, steps=int(steps), guidance=float(guidance))
             numbers = class_names(trained)
             labels = torch.tensor([numbers.index(label) for label in wanted])
-            images = generator.generate(trained.network, labels, int(seed))
+            with at_strength(trained, float(strength)):
+                images = generator.generate(trained.network, labels, int(seed))
             columns = max(SMALLEST, round(len(wanted) ** 0.5))
             sheets.append((grid(images, columns, labels=wanted), name))
         return sheets
+
+
+def at_strength(trained: Trained, strength: float) -> AbstractContextManager[Any]:
+    """Turn a run's adapter inside of the block; networks without one stay as they are.
+
+    Raises:
+        UserError: there is no such strength, or it leads to a base of other classes.
+    """
+    dial = getattr(getattr(trained.network, "adaptation", None), "dial", None)
+    if dial is None or strength == 1:
+        return nullcontext()
+    if strength == 0 and isinstance(trained, TrainedRun) and trained.reshaped:
+        raise UserError(
+            f"Strength is 0, and {trained.folder.name} has other classes or another resolution than its base. Set it "
+            "above 0."
+        )
+    return dial.turned(strength)
 
 
 def class_names(trained: Trained) -> list[str]:

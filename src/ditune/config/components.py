@@ -94,6 +94,7 @@ def settings_of(cfg: DictConfig) -> Settings:
         augmented=cfg.augment is not None,
         metrics_seed=cfg.metrics.seed,
         frozen_weights=cfg.get("frozen_weights"),
+        compiled=cfg.compile,
     )
 
 

@@ -119,6 +119,11 @@ def int8_suits_the_method(c: Components) -> str | None:
             f"frozen_weights=int8 keeps no weights in floating point, and peft={c.method.title} computes with those of "
             "its layers, or changes them. Set frozen_weights=null, or another method, such as peft=lora or difffit."
         )
+    if c.settings.compiled:
+        return (
+            "compile=true keeps the matrices of frozen_weights=int8 in floating point until the backward pass. Set "
+            "compile=false, or frozen_weights=null."
+        )
     if is_quantised(c.network):
         return None
     return (

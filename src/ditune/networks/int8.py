@@ -46,8 +46,8 @@ def product(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None = None
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     bias = None if bias is None else bias.to(x.dtype)
-    # a compiler decides by itself what it computes again, and torch.func.jvp knows plain operations only
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    # torch.func.jvp knows plain operations only
+    if torch._C._are_functorch_transforms_active():
         return linear(x, dequantised(values, scale, x.dtype), bias)
     y = Product.apply(x.flatten(0, -2), values, scale, bias)  # no view, since some adapters add to it in place
     return y.view(*x.shape[:-1], len(values))

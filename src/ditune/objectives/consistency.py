@@ -63,12 +63,12 @@ class Consistency(FlowObjective):
         velocity = self.predicted(network, targets)
         end = targets.x_t - expanded(targets.t, velocity) * velocity  # f(x_t, t)
         plain, w = self.compared(targets, velocity, state), self.critic.weights(targets.t)
-        judged = self.critic.judge(batch[0], end, targets.t, state.step)
+        losses = self.critic.losses(batch[0], end, targets.t, state.step)
         mse = mean_flat((velocity - targets.target) ** 2)
-        loss = torch.lerp(mse, judged.generator, w)
-        parts = {"loss": loss, "generator": judged.generator, "critic": judged.critic}
+        loss = torch.lerp(mse, losses.generator, w)
+        parts = {"loss": loss, "generator": losses.generator, "critic": losses.critic}
         parts = plain.parts | {name: value.detach() for name, value in parts.items()}
-        return plain._replace(total=(loss + w * judged.critic).mean(), parts=parts)
+        return plain._replace(total=(loss + w * losses.critic).mean(), parts=parts)
 
     @abstractmethod
     def level(self, step: int, max_steps: int) -> int:

@@ -24,14 +24,14 @@ from ditune.errors import UserError, require
 HEAD = 32  # channels of a head of the critic's attention
 
 
-class Judged(NamedTuple):
-    """What a critic says of a batch, (N,) each."""
+class Losses(NamedTuple):
+    """Losses of both sides, (N,) each."""
 
     generator: Tensor  # L_G, with gradient to the network alone
     critic: Tensor  # L_D, with gradient to the critic alone
 
 
-class Judge(nn.Module):
+class CriticNetwork(nn.Module):
     """D(x, t): patches and their places, the time added to each, blocks of attention, a linear layer on their mean.
 
     Its parts are torch's own, whose gradient has a gradient, as R1 needs it. It begins with D = 0.
@@ -113,13 +113,13 @@ class Critic(nn.Module):
     def build(self, config: Mapping[str, Any]) -> None:
         """Make D for the latents of a network with this config."""
         shape = (config["in_channels"], config["input_size"], config["patch_size"])
-        self.network = Judge(*shape, self.width, self.depth)
+        self.network = CriticNetwork(*shape, self.width, self.depth)
 
     def weights(self, t: Tensor) -> Tensor:  # (N,) -> (N,)
         """w(t) at times in [0, 1], 0 = data."""
         return self.weight * t**self.power if self.power else torch.full_like(t, self.weight)
 
-    def judge(self, real: Tensor, fake: Tensor, time: Tensor, step: int) -> Judged:
+    def losses(self, real: Tensor, fake: Tensor, time: Tensor, step: int) -> Losses:
         """The losses of both sides.
 
         Args:
@@ -139,7 +139,7 @@ class Critic(nn.Module):
             penalty = self.r1 / 2 * slope.square().sum(dim=(1, 2, 3))
         else:
             on_real, penalty = self.score(real, time), 0.0
-        return Judged(generator, softplus(self.score(fake.detach(), time)) + softplus(-on_real) + penalty)
+        return Losses(generator, softplus(self.score(fake.detach(), time)) + softplus(-on_real) + penalty)
 
     def score(self, x: Tensor, t: Tensor, values: Mapping[str, Tensor] | None = None) -> Tensor:  # (N,)
         """D(x, t) in fp32; with other values of its parameters, if they are given."""

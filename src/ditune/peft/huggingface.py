@@ -71,14 +71,15 @@ PATHS: dict[str, tuple[str, ...]] = {
     "SUPERTUNING": ("supertuning_values.", "supertuning_lora_B."),
 }
 ADDED = ("IA3", "FOURIERFT", "SHIRA", "MISS", "BEFT", "WAVEFT")  # by their parameters: the weights are linear in them
-# Transform the frozen weights in every forward pass.
-WHOLE_WEIGHTS = ("HRA", "SHIRA", "GLORA", "HIRA", "PEANUT", "SUPERTUNING")
 # What a file does not hold, by peft's type: the key that would save it, and why it need not.
 REMADE = {
     "VERA": {"save_projection": "VeRA's random matrices are saved as their seed."},
     "RANDLORA": {"save_projection": "RandLoRA's random matrices are saved as their seed."},
     "SUPERTUNING": {"save_precomputed_indices": "Super-Tuning's entries are found again in the base."},
 }
+# Call the layers that they adapt and do not compute with their frozen weights, as HRA, SHiRA, GLoRA and HiRA do.
+CALLS_LAYERS = ("LORA", "ADALORA", "LOHA", "LOKR", "IA3", "VERA", "OFT", "BOFT", "FOURIERFT", "MISS", "DEFT", "ROAD")
+CALLS_LAYERS += ("GRALORA", "PSOFT", "BEFT", "RANDLORA", "WAVEFT")
 CHANGES_THE_BASE = ("pissa", "olora")  # initial values of LoRA that are subtracted from the base weight
 PREFIX = "base_model.model."  # of every key in peft's files
 ADAPTER = "default"  # peft's name of the adapter inside the network
@@ -114,7 +115,7 @@ class HuggingFace(PeftMethod):
         # own backward functions, and parametrized weights (target_parameters), have no forward derivative
         self.forward_mode = peft_type not in ("LOHA", "RANDLORA") and not arguments.get("target_parameters")
         self.whole_weights = (
-            peft_type in WHOLE_WEIGHTS
+            peft_type not in CALLS_LAYERS
             or bool(arguments.get("use_dora") or arguments.get("target_parameters"))
             or str(arguments.get("init_lora_weights", "")).startswith(CHANGES_THE_BASE)
         )

@@ -59,8 +59,10 @@ class Float(PeftMethod):
         UserError: an unknown granularity.
     """
 
+    whole_weights = True  # W and the noise are added before they are multiplied by
     path = (".alpha.",)
     sums = "parameters"  # of equal noise
+    whole_weights = True
 
     def __init__(
         self,

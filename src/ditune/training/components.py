@@ -52,6 +52,7 @@ class Settings:
     augmented: bool
     metrics_seed: int
     frozen_weights: str | None = None  # "int8"; None = in the training's precision
+    compiled: bool = False
 
     @property
     def bf16(self) -> bool:

@@ -34,7 +34,6 @@ class ProcessTreeLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         from ditune.cli import composed
-        from ditune.config.parse_once import parse_once
         from ditune.errors import UserError
         from ditune.launch.jobs import of_the_job, place
         from ditune.launch.sweep import Sweep, show_summary, visible_gpus
@@ -46,7 +45,6 @@ class ProcessTreeLauncher(Launcher):
         common = of_the_job(OmegaConf.to_container(self.config.hydra.overrides.hydra))
         jobs: list[Job] = []
         sweep = Sweep(folder, Path(sys.argv[0]).resolve(), gpus, self.gpus_per_job, self.slots)
-        parse_once()  # for all jobs
         try:
             with meter("composing the jobs", len(job_overrides), "jobs") as progress:
                 for overrides in job_overrides:

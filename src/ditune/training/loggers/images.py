@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 from PIL import Image
 from pytorch_lightning.loggers import Logger, WandbLogger
-from torchvision.transforms.functional import pil_to_tensor
 
 from ditune.training.loggers.closing import Closing
 from ditune.training.loggers.tensorboard import SparedTensorBoard
@@ -23,6 +22,8 @@ def log_image(loggers: Sequence[Logger], name: str, image: Image.Image, step: in
         if isinstance(logger, WandbLogger):
             logger.log_image(name, [image], caption=[f"step {step}"])
         elif isinstance(logger, SparedTensorBoard):
+            from torchvision.transforms.functional import pil_to_tensor  # the import takes seconds
+
             logger.add_image(name, pil_to_tensor(image), step)
         elif isinstance(logger, Closing):
             logger.show(name, image, step)
