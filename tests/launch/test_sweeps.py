@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+import forked
 from ditune import cli
 from ditune.commands.evaluate_sweep import asked_for, evaluate_sweep
 from ditune.config.roles import job_hash
@@ -376,8 +377,7 @@ def test_one_of_four_jobs_fails_on_rank_1_and_one_is_killed(tmp_path, pictures):
 
     def start(faults: str) -> tuple[subprocess.CompletedProcess, list[str]]:
         env = os.environ | {"PYTHONPATH": "tests/support", "OMP_NUM_THREADS": "1", "FAULTS": faults}
-        command = [sys.executable, "src/train.py", "-m", *settings, *swept]
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
+        done = forked.run(tmp_path, "src/train.py", "-m", *settings, *swept, env=env)
         return done, [job["status"] for job in json.loads((sweep / "summary.json").read_text())["jobs"]]
 
     first, status = start(faults="1")
@@ -422,10 +422,7 @@ def test_a_sweep_over_experiments_below_one_folder_and_its_metrics_later(tmp_pat
     sweep = tmp_path / "logs" / "train" / "multiruns" / "difffit_cub+difffit_flowers102"
 
     def start(*command: str) -> str:
-        env = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=400
-        )
+        done = forked.run(tmp_path, *command, env=os.environ | {"OMP_NUM_THREADS": "1"})
         start.code = done.returncode
         return done.stdout + done.stderr
 
