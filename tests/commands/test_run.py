@@ -276,9 +276,9 @@ def test_one_source_is_needed(given: list[str]) -> None:
             work(task(name, *given))
 
 
-def test_record_is_for_bare_networks(scratch: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="Give checkpoint="):
-        evaluate(task("evaluate", f"run={scratch}", f"record={tmp_path}/record.json"))
+def test_record_is_for_networks(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="Give checkpoint= or run="):
+        evaluate(task("evaluate", f"npz={tmp_path}/images.npz", f"record={tmp_path}/record.json"))
     (tmp_path / "record.json").write_text("{")
     with pytest.raises(UserError, match="damaged"):
         Record(tmp_path / "record.json")
