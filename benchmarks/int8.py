@@ -38,7 +38,7 @@ def config(method: str, form: str, folder: Path) -> DictConfig:
     """The main job's config in fp32."""
     cli.prepare()
     with hydra.initialize_config_dir(cli.CONFIGS, version_base="1.3"):
-        keys = [f"peft={method}", f"frozen_weights={form}", "trainer.precision=32-true"]
+        keys = [f"peft={method}", f"frozen_weights={form}", "trainer.precision=32-true", "data.latents=false"]
         return hydra.compose("train", [*keys, f"paths.output_dir={folder}"])
 
 
