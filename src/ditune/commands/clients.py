@@ -28,7 +28,7 @@ def taking_part(cfg: DictConfig, number: int) -> list[int]:
 
 
 def client_config(cfg: DictConfig, of_training: DictConfig, folder: Path, client: int) -> DictConfig:
-    """A client's own training: on its share of the images, evaluated by nobody."""
+    """A client's own training, on its share of the images and without an evaluation."""
     config = of_training.copy()
     with open_dict(config):
         config.paths.output_dir = str(folder / f"client_{client}")

@@ -21,11 +21,7 @@ from ditune.config.sharded import is_sharded
 from ditune.config.training import resume_key
 from ditune.errors import UserError
 from ditune.files.atomic import atomic, read_json, write_json
-from ditune.training.checkpoint_io import (
-    checkpoint_path,
-    read_checkpoint,
-    read_whole,
-)
+from ditune.training.checkpoint_io import checkpoint_path, read_checkpoint, read_whole
 from ditune.training.components import Components
 from ditune.training.federation import Weights, next_weights
 from ditune.training.sharded_checkpoint import Unusable

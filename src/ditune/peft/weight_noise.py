@@ -62,7 +62,6 @@ class Float(PeftMethod):
     whole_weights = True  # W and the noise are added before they are multiplied by
     path = (".alpha.",)
     sums = "parameters"  # of equal noise
-    whole_weights = True
 
     def __init__(
         self,

@@ -212,7 +212,7 @@ class GenerativeModule(pl.LightningModule):
         gradients = {name: p.grad for name, p in self.trained.items() if p.grad is not None}
         of_critic = {} if self.critic is None else {f"critic.{k}": p.grad for k, p in self.critic.named_parameters()}
         whole_norm, norms = norms_of([*gradients.values(), *of_critic.values()])
-        # or a critic that takes fright would slow down the network, and the network the critic
+        # clipped apart: large gradients of the one must not shrink the steps of the other
         norm = whole_norm if self.critic is None else torch.linalg.vector_norm(norms[: len(gradients)])
         self.settle()  # the step before, which has ended while this one was handed to the device
         # a NaN on any rank is in every rank's reduced gradients, so all of them do the same
