@@ -52,7 +52,7 @@ def test_both_sweeps_train_the_same_jobs_but_for_the_target(tmp_path):
     assert dogfit["sampler"].pop("guidance") == 1
     assert plain["sampler"].pop("guidance") == 5
     different = {key for key in plain if plain[key] != dogfit[key]}
-    assert different <= {"transfer", "name", "sweep_name"}
+    assert different <= {"transfer", "name", "sweep_name", "sweep_dir"}
 
 
 def write_run(folder, seed: int, kids: dict[str, float], guidance: float = 5.0, transfer: str | None = None) -> None:
