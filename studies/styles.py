@@ -76,6 +76,7 @@ def finished(folder: Path) -> list[Path]:
 
 def measure(cfg: DictConfig) -> None:
     """Losses of single held-out images, drift, forgotten classes and images to show, of the runs that lack them."""
+    of_base: dict[str, float] = {}
     for folder in finished(Path(cfg.folder)):
         if (folder / MEASURED).is_file():
             continue
@@ -87,7 +88,7 @@ def measure(cfg: DictConfig) -> None:
         mean = sum(values["losses"]) / len(values["losses"])
         if not math.isclose(mean, result["denoising"]["after"], rel_tol=1e-5):
             raise UserError(f"The run {folder} has the loss {result['denoising']['after']}, and here it is {mean}.")
-        if (lost := forgotten(run, base, cfg.n)) is not None:
+        if (lost := forgotten(run, base, cfg.n, of_base)) is not None:
             values["forgotten"] = lost
         labels = torch.tensor([run.class_names.index(name) for name in cfg.shown])
         for network, name in ((base, f"base_{SHOWN}"), (run.network, SHOWN)):
@@ -115,8 +116,15 @@ def drift(run: Run, base: Path) -> dict[str, float]:
     return {"mean": distances.mean().item(), "error": (distances.std() / len(distances) ** 0.5).item()}
 
 
-def forgotten(run: Run, base: torch.nn.Module, n: int) -> dict[str, float] | None:
-    """KID of classes that the style lacks to the base's domain, before and after; None if it lacks few."""
+def forgotten(run: Run, base: torch.nn.Module, n: int, of_base: dict[str, float]) -> dict[str, float] | None:
+    """KID of classes that the style lacks to the base's domain, before and after; None if it lacks few.
+
+    Args:
+        run: a finished run.
+        base: the network before its training.
+        n: images of each of the two.
+        of_base: KID of the base by style and sampler, filled here: runs of one style share it.
+    """
     trained = set(training_images(run.cfg).labels.tolist())
     reference = instantiate(run.cfg.metrics.base_reference, "metrics")
     rows = [i for i, label in enumerate(reference.labels.tolist()) if label not in trained]
@@ -127,11 +135,16 @@ def forgotten(run: Run, base: torch.nn.Module, n: int) -> dict[str, float] | Non
     columns, seed = suite.extractor.columns["features"], run.cfg.metrics.seed
     real = suite.reference(reference)[rows][:, columns]
     labels = label_plan(reference.labels[rows], seed, n)
-    values = {}
-    for name, network in (("before", base), ("after", run.network)):
+
+    def kid(network: torch.nn.Module) -> tuple[float, float]:
         images = run.generator.generate(network, labels, seed, fixed_batch=True)
-        values[name], values["error"] = kid_with_deviation(suite.features(images)[:, columns], real)
-    return {"classes": len(lacking), "n": n, **values}
+        return kid_with_deviation(suite.features(images)[:, columns], real)
+
+    same = f"{run.cfg.data.name} {run.cfg.sampler} {seed} {run.generator.bf16}"
+    if same not in of_base:
+        of_base[same], _ = kid(base)
+    after, error = kid(run.network)
+    return {"classes": len(lacking), "n": n, "before": of_base[same], "after": after, "error": error}
 
 
 def strip(images: Tensor) -> Image.Image:

@@ -1,7 +1,7 @@
 """What a training left behind, ready to draw from: a run folder, or a bare network file."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from ditune.checkpoints import (
     NetworkFile,
     check_file,
     load_adapter,
-    load_adapters,
     load_network,
     locate,
     read_adapter,
@@ -33,16 +32,11 @@ from ditune.networks import DiT
 from ditune.networks.dit import inputs_of
 from ditune.networks.int8 import quantise
 from ditune.processes import GaussianProcess, build_process
-from ditune.samplers import Cache, Experts
+from ditune.samplers import Cache
 
 log = logging.getLogger(__name__)
 
-STORED = (
-    "process",
-    "autoencoder",
-    "resolution",
-    "class_names",
-)  # what a file must say about itself
+STORED = ("process", "autoencoder", "resolution", "class_names")  # what a file must say about itself
 BUILT = ("autoencoder", "sampler", "cache", "metrics")  # groups of a run folder's config from which objects are built
 OURS = {"guidance": 1.5}  # of sampling, where no authors say otherwise
 
@@ -114,7 +108,7 @@ def load_run(
     bf16 = str(cfg.trainer.precision).startswith("bf16")
     cache = instantiate(cfg.get("cache"), "cache")
     autoencoder = instantiate(cfg.autoencoder, "autoencoder")
-    generator = _build_generator(folder, stored, autoencoder, cfg.sampler, bf16, cfg.paths.cache_dir, cache)
+    generator = build_generator(folder, stored, autoencoder, cfg.sampler, bf16, cfg.paths.cache_dir, cache)
     reshaped = base is not None and (stored["base"].get("classes") or stored["base"]["network"] != stored["network"])
     return Run(network.eval(), generator, stored["class_names"], folder, cfg, base, bool(reshaped))
 
@@ -171,7 +165,7 @@ def load_checkpoint(
     if None in (sampler.steps, sampler.guidance):
         theirs = OURS | read.sampling
         sampler = OmegaConf.merge(sampler, {key: value for key, value in theirs.items() if sampler[key] is None})
-    generator = _build_generator(path, stored, autoencoder, sampler, bf16, path.parent)
+    generator = build_generator(path, stored, autoencoder, sampler, bf16, path.parent)
     if read.header is None:
         scales = ", ".join(f"{scale:g}" for scale in sorted(set(autoencoder.scale.tolist())))
         log.info(
@@ -202,69 +196,10 @@ def load_adapted(
     network, stored = _load_adapted(Path(adapter), Path(base), keep_base=False)
     if None in (sampler.steps, sampler.guidance):
         sampler = OmegaConf.merge(sampler, {key: value for key, value in OURS.items() if sampler[key] is None})
-    generator = _build_generator(
+    generator = build_generator(
         Path(adapter), stored, instantiate(autoencoder, "autoencoder"), sampler, bf16, Path(base).parent
     )
     return Trained(network.eval(), generator, stored["class_names"])
-
-
-def load_experts(folders: Sequence[Path | str]) -> Trained:
-    """Several finished runs of one base network, each for the part of the process that it was trained on.
-
-    Args:
-        folders: of the runs. The first one's sampler is used.
-
-    Raises:
-        UserError: a run is missing, has no adapter, or another base, process or classes; or two parts overlap.
-    """
-    if not folders:
-        raise UserError("experts is empty. Give run folders, such as experts=[<run>,<run>].")
-    paths = {str(folder): Path(folder).expanduser() for folder in folders}
-    if len(paths) < len(folders):
-        raise UserError("A run stands twice in experts=. Give each one once.")
-    configs = {name: _expert_config(name, path) for name, path in paths.items()}
-    (name, path), *_ = paths.items()
-    cfg, stored = read_config(path), configs[name]
-    refuse_strangers(cfg, BUILT, path / "config.yaml")
-    base = locate(cfg.pretrained, Path(cfg.paths.cache_dir) / "networks")
-    network = load_network(base, stored["network"]).eval()
-    for other, config in configs.items():
-        check_file(base, config, paths[other] / "adapter")
-        for key in ("network", "process", "class_names", "autoencoder"):
-            if config[key] != stored[key]:
-                raise UserError(f"The runs {name} and {other} differ in {key}. Experts share all but what they train.")
-    adapters = load_adapters(network, {other: path / "adapter" for other, path in paths.items()})
-    bf16, autoencoder = str(cfg.trainer.precision).startswith("bf16"), instantiate(cfg.autoencoder, "autoencoder")
-    generator = _build_generator(path, stored, autoencoder, cfg.sampler, bf16, cfg.paths.cache_dir)
-    parts = {other: tuple(config.get("part") or (0.0, 1.0)) for other, config in configs.items()}
-    return Trained(network, replace(generator, experts=Experts(adapters, parts)), stored["class_names"])
-
-
-def _expert_config(name: str, path: Path) -> dict[str, Any]:
-    if not (path / "adapter").is_dir():
-        raise UserError(f"The run {name} has no adapter/, which an expert needs. Train one with pretrained=<base>.")
-    config, _ = read_adapter(path / "adapter")
-    base = (config.get("base") or {}).get("network")
-    if any(key not in config for key in (*STORED, "network")) or base != config["network"]:
-        raise UserError(
-            f"The run {name} has other classes or another resolution than its base, or does not say them. Experts "
-            "leave both as they are: train them without classes= and new_resolution=."
-        )
-    return config
-
-
-def exactly_one(cfg: DictConfig, *keys: str) -> str:
-    """The one key of `keys` that is set.
-
-    Raises:
-        UserError: none is set, or several.
-    """
-    given = [key for key in keys if cfg[key] is not None]
-    if len(given) != 1:
-        choices = " or ".join(f"{key}=" for key in keys)
-        what = f"{' and '.join(f'{key}=' for key in given)} are both given" if given else "Nothing is given to work on"
-        raise UserError(f"{what}. Give exactly one of {choices}.")
-    return given[0]
 
 
 def read_config(folder: Path) -> DictConfig:
@@ -328,7 +263,7 @@ def _official(path: Path, read: NetworkFile, autoencoder: Autoencoder) -> dict[s
     }
 
 
-def _build_generator(
+def build_generator(
     source: Path,
     stored: dict[str, Any],
     autoencoder: Autoencoder,
@@ -337,6 +272,20 @@ def _build_generator(
     cache_dir: Path | str,
     cache: Cache | None = None,
 ) -> ImageGenerator:
+    """How images of a network are generated.
+
+    Args:
+        source: file or folder of the network, for messages.
+        stored: what it says of its process, autoencoder and resolution.
+        autoencoder: must be the one that the network was trained with.
+        sampler: config group.
+        bf16: the network runs under bf16 autocast.
+        cache_dir: where files of addresses are kept.
+        cache: of the sampler's steps; None = none.
+
+    Raises:
+        UserError: the autoencoder is another, or sampler, process and cache do not fit together.
+    """
     check_latents(f"network of {source}", stored, autoencoder)
     process = build_process(stored["process"])
     drawing = build_sampling(sampler, cache_dir)

@@ -17,7 +17,8 @@ from ditune.errors import UserError
 from ditune.evaluation.protocol import weights_of
 from ditune.peft import Adapters, merge_adapters
 from ditune.processes import FlowProcess, GaussianProcess
-from ditune.run import load_experts, load_run
+from ditune.run import load_run
+from ditune.run_experts import load_experts
 from ditune.samplers import DDIM, DDPM, Euler, Experts, Fora, Multistep, RungeKutta, sample
 from helpers import assert_same_bits, task
 from peft_helpers import adapt, build_base, build_method, output, train_steps

@@ -6,7 +6,8 @@ from torch import nn
 from ditune.config.guides import needs_base
 from ditune.distributed import best_device
 from ditune.errors import UserError
-from ditune.run import Run, Trained, load_experts, load_run, load_sum
+from ditune.run import Run, Trained, load_run, load_sum
+from ditune.run_experts import load_experts
 
 
 def load_weighted(cfg: DictConfig) -> Run:
@@ -67,3 +68,17 @@ def refuse_strength(cfg: DictConfig) -> None:
     """Raises UserError where `strength=` is given and there is no adapter."""
     if cfg.strength is not None:
         raise UserError(f"strength is {cfg.strength:g}, and only run= and adapters= have an adapter. Leave it out.")
+
+
+def exactly_one(cfg: DictConfig, *keys: str) -> str:
+    """The one key of `keys` that is set.
+
+    Raises:
+        UserError: none is set, or several.
+    """
+    given = [key for key in keys if cfg[key] is not None]
+    if len(given) != 1:
+        choices = " or ".join(f"{key}=" for key in keys)
+        what = f"{' and '.join(f'{key}=' for key in given)} are both given" if given else "Nothing is given to work on"
+        raise UserError(f"{what}. Give exactly one of {choices}.")
+    return given[0]

@@ -9,6 +9,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from ditune.commands.adapted import exactly_one
 from ditune.config.hardware import bare_precision
 from ditune.distributed import best_device
 from ditune.errors import UserError
@@ -17,7 +18,7 @@ from ditune.moe.plots import draw_by, draw_load
 from ditune.moe.statistics import RoutingStatistics
 from ditune.networks import DiTMoE
 from ditune.processes import FlowProcess, Process
-from ditune.run import exactly_one, load_checkpoint, load_run
+from ditune.run import load_checkpoint, load_run
 
 log = logging.getLogger(__name__)
 

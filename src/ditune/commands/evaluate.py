@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
 from ditune.checkpoints import locate
-from ditune.commands.adapted import load_parts, load_weighted, ready, refuse_strength
+from ditune.commands.adapted import exactly_one, load_parts, load_weighted, ready, refuse_strength
 from ditune.commands.evaluate_sweep import number_given
 from ditune.config.components import build_comparison, build_evaluation
 from ditune.config.guides import build_guide
@@ -34,7 +34,7 @@ from ditune.generation.generator import ImageGenerator
 from ditune.launch.run_folder import owned
 from ditune.metrics import ImageSet, check_counts
 from ditune.progress import console
-from ditune.run import Trained, exactly_one, load_checkpoint
+from ditune.run import Trained, load_checkpoint
 
 log = logging.getLogger(__name__)
 

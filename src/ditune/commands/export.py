@@ -21,13 +21,15 @@ from ditune.checkpoints import (
     read_header,
     save_network,
 )
+from ditune.commands.adapted import exactly_one
 from ditune.commands.prune import refuse_filled
 from ditune.errors import UserError
 from ditune.files.atomic import atomic, write_json
 from ditune.networks import DiT
 from ditune.peft import merge, merge_adapters
 from ditune.processes import GaussianProcess
-from ditune.run import Trained, exactly_one, load_adapted, load_checkpoint, load_experts, load_run
+from ditune.run import Trained, load_adapted, load_checkpoint, load_run
+from ditune.run_experts import load_experts
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ditune.checkpoints import locate, locate_adapter
 from ditune.cli import CONFIGS
-from ditune.commands.adapted import load_parts, load_weighted, ready, refuse_strength
+from ditune.commands.adapted import exactly_one, load_parts, load_weighted, ready, refuse_strength
 from ditune.commands.pairs import make_pairs
 from ditune.config import hardware
 from ditune.config.guides import build_guide, build_sampling, needs_base
@@ -28,7 +28,7 @@ from ditune.generation.generator import ImageGenerator
 from ditune.generation.grids import save_grid
 from ditune.progress import meter
 from ditune.rng import generator
-from ditune.run import Trained, exactly_one, load_adapted, load_checkpoint
+from ditune.run import Trained, load_adapted, load_checkpoint
 
 log = logging.getLogger(__name__)
 

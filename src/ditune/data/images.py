@@ -4,7 +4,6 @@
 """
 
 import hashlib
-import io
 import json
 import logging
 import struct
@@ -16,7 +15,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -24,12 +22,12 @@ from torch.utils.data import Dataset
 
 from ditune.ahead import ahead
 from ditune.data.classes import SHOWN, class_names_of, notes_on_classes, read_classes, untrained_classes
-from ditune.data.formats import count_kinds, decoders, left_out
+from ditune.data.formats import count_kinds, left_out
 from ditune.data.layouts import read_items
 from ditune.data.manifest import apply_manifest, refuse_replaced, replaced
 from ditune.data.sources import Item, open_source
 from ditune.data.splits import in_fraction, is_in, normal_split, settle
-from ditune.data.transforms import center_crop, to_rgb
+from ditune.data.transforms import decode
 from ditune.errors import UserError
 from ditune.files.needs import Addresses, Need
 from ditune.progress import meter
@@ -291,24 +289,6 @@ class ImageDataset(Dataset):
 
 
 Pictures = ImageDataset  # its name in configs
-
-
-def decode(content: bytes, resolution: int) -> Tensor:
-    """Decode and crop an image.
-
-    Args:
-        content: bytes of the file.
-        resolution: R, side of the crop in pixels.
-
-    Returns:
-        uint8 (3, R, R).
-
-    Raises:
-        Exception: one of `BROKEN`, if the bytes are no image.
-    """
-    with Image.open(io.BytesIO(content), formats=decoders()) as image:
-        square = center_crop(to_rgb(image), resolution)
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()  # (3, R, R)
 
 
 def _test_or_val(split: str | None, items: list[Item]) -> str | None:

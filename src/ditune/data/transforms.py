@@ -3,13 +3,35 @@
 Pixels are float (N, 3, H, W) in [-1, 1]; images are uint8 (N, 3, H, W). Colour profiles (ICC) are not applied.
 """
 
+import io
+
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from ditune.data.formats import decoders
+
 WIDE = 16  # a longer side of more than so many shorter ones is cropped before it is enlarged
 MARGIN = 8  # pixels around the middle that the bicubic filter may read; it reads 4 at the most
+
+
+def decode(content: bytes, resolution: int) -> Tensor:
+    """Decode and crop an image.
+
+    Args:
+        content: bytes of the file.
+        resolution: R, side of the crop in pixels.
+
+    Returns:
+        uint8 (3, R, R).
+
+    Raises:
+        Exception: one of `ditune.data.images.BROKEN`, if the bytes are no image.
+    """
+    with Image.open(io.BytesIO(content), formats=decoders()) as image:
+        square = center_crop(to_rgb(image), resolution)
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()  # (3, R, R)
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:

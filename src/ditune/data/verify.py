@@ -11,9 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from ditune.data.images import BROKEN, ImageDataset, decode
+from ditune.data.images import BROKEN, ImageDataset
 from ditune.data.manifest import Check, describe, is_current, read_manifest, write_manifest
 from ditune.data.sources import Item
+from ditune.data.transforms import decode
 from ditune.errors import UserError
 from ditune.files.atomic import atomic, write_json
 from ditune.files.locks import locked, share

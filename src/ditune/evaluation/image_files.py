@@ -16,10 +16,11 @@ from PIL import Image
 from torch import Tensor
 
 from ditune.data.formats import decoders, is_image
-from ditune.data.images import BROKEN, decode
+from ditune.data.images import BROKEN
 from ditune.data.layouts import ONE_CLASS
 from ditune.data.parquet import Parquet
 from ditune.data.sources import Folder, Zip, open_source
+from ditune.data.transforms import decode
 from ditune.errors import UserError
 from ditune.progress import meter
 

@@ -14,7 +14,8 @@ from ditune.peft.bottleneck import Adapter, AdaptFormer
 from ditune.peft.difffit import DiffFit
 from ditune.peft.experts import Router, build_on_experts
 from ditune.peft.full import Full
-from ditune.peft.huggingface import HUGGINGFACE, HuggingFace, from_peft_config
+from ditune.peft.huggingface import HuggingFace, from_peft_config
+from ditune.peft.huggingface_rows import HUGGINGFACE
 from ditune.peft.label_table import adapt_labels
 from ditune.peft.norm import NormTuning
 from ditune.peft.off import Off

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ditune.errors import UserError
 from ditune.networks.embeddings import TimestepEmbedder
 from ditune.peft.base import PeftMethod
-from ditune.peft.huggingface import ADAPTER, QKV, HuggingFace, layers
+from ditune.peft.huggingface import ADAPTER, HuggingFace, layers
+from ditune.peft.huggingface_rows import QKV
 
 DIT_TIMES = (0.0, 1000.0)  # network times of data and noise where no process says otherwise
 

@@ -24,9 +24,7 @@ from ditune.training.nonfinite import NonFinite, is_maskable, norms_of
 from ditune.training.random_ahead import RandomAhead
 from ditune.training.sharding import Sharded
 from ditune.training.sparsity import Sparsity
-
-STEP_LEVELS = 7  # losses of steps of length 1, 1/2, ... 1/128 are logged apart, those between with the longer one
-LOSS_BINS = 4  # quarters of the process whose losses are logged apart: 0 next to the data, 3 next to noise
+from ditune.training.step_losses import StepLosses
 
 
 class GenerativeModule(pl.LightningModule):
@@ -83,7 +81,7 @@ class GenerativeModule(pl.LightningModule):
         self.random = RandomAhead(seed, batch_size)
         self.names: Callable[[list[int]], list[str]] = lambda positions: []  # files of the images at positions
         self.begun_with: int | None = None  # micro-batch of the run that this one goes on from
-        self._logged: tuple[int, list[tuple[Loss, dict[str, Tensor]]]] = (-1, [])  # micro-batches of the logged step
+        self.losses = StepLosses()  # of the step that has a line in the log
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Lightning notes the hook at hand 36 times a step, for each of which nn.Module would make 15 calls."""
@@ -184,23 +182,11 @@ class GenerativeModule(pl.LightningModule):
 
     def _log_loss(self, step: int, loss: Loss, parts: dict[str, Tensor], last: bool) -> None:
         """Log the losses of all micro-batches of the step, at its last one."""
-        if self._logged[0] != step:  # a run goes on at the first micro-batch of a step, wherever it was stopped
-            self._logged = (step, [])
-        self._logged[1].append((loss._replace(total=loss.total.detach()), parts))
-        if not last:
-            return
-        loss, parts = over_ranks(*whole(self._logged[1]), self.trainer)
-        values = {f"train/{name}": part.mean() for name, part in (loss.parts | parts).items()}
-        bins = (loss.time * LOSS_BINS).long().clamp(max=LOSS_BINS - 1)
-        for k in range(LOSS_BINS):
-            # NaN where no sample stood: Lightning repeats the last value of a name that is left out
-            values[f"train/loss_quarter_{k}"] = loss.parts["loss"][bins == k].mean()
-        if loss.d is not None:
-            levels = (-loss.d.clamp(min=2.0**-STEP_LEVELS).log2()).floor()
-            for k in range(STEP_LEVELS + 1):
-                values[f"train/loss_step_1_{2**k}"] = loss.parts["loss"][levels == k].mean()
-        values["train/lr"] = torch.tensor(self.lr_schedulers().get_last_lr()[0])
-        self.log_dict(values, batch_size=len(loss.time))
+        self.losses.add(step, loss, parts)
+        if last:
+            values, images = self.losses.values(self.trainer)
+            values["train/lr"] = torch.tensor(self.lr_schedulers().get_last_lr()[0])
+            self.log_dict(values, batch_size=images)
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
@@ -293,31 +279,3 @@ class GenerativeModule(pl.LightningModule):
 def clip(gradients: list[Tensor], limit: float, norm: Tensor) -> None:
     """Scale gradients down in place to a norm of at most `limit`, as torch.nn.utils.clip_grads_with_norm_ does."""
     torch._foreach_mul_(gradients, torch.clamp(limit / (norm + 1e-6), max=1.0))
-
-
-def whole(micro: list[tuple[Loss, dict[str, Tensor]]]) -> tuple[Loss, dict[str, Tensor]]:
-    """The losses of a step's micro-batches as those of one batch; nothing is kept for a backward pass."""
-    losses, balances = zip(*micro, strict=True)
-    if len(losses) == 1:
-        return micro[0]
-    together = {name: torch.cat([loss.parts[name] for loss in losses]) for name in losses[0].parts}
-    time = torch.cat([loss.time for loss in losses])
-    d = None if losses[0].d is None else torch.cat([loss.d for loss in losses])
-    parts = {name: torch.stack([part[name] for part in balances]) for name in balances[0]}
-    return Loss(torch.stack([loss.total for loss in losses]).mean(), together, time, d), parts
-
-
-def over_ranks(loss: Loss, parts: dict[str, Tensor], trainer: pl.Trainer) -> tuple[Loss, dict[str, Tensor]]:
-    """The losses of one rank's images as those of all ranks' images; called by all of them."""
-    if trainer.world_size == 1:
-        return loss, parts
-    each = {"time": loss.time, **loss.parts} | ({} if loss.d is None else {"d": loss.d})  # (N,) each
-    means = {name: part.float().mean() for name, part in parts.items()}
-    mine = torch.stack(
-        [*(v.double() for v in each.values()), *(m.double().expand(len(loss.time)) for m in means.values())]
-    )
-    gathered = trainer.strategy.all_gather(mine).transpose(0, 1).flatten(1)  # (columns, ranks * N)
-    columns = dict(zip([*each, *(f"mean/{name}" for name in means)], gathered, strict=True))
-    values = {name: columns[name].to(v.dtype) for name, v in each.items()}
-    whole = Loss(loss.total, {name: values[name] for name in loss.parts}, values["time"], values.get("d"))
-    return whole, {name: columns[f"mean/{name}"].mean() for name in means}
