@@ -6,30 +6,44 @@ from torch import nn
 
 from ditune.errors import UserError
 from ditune.networks import build_network
-from ditune.training.muon import MuonAdamW, StackedMuon
+from ditune.training.muon import MuonAdamW, StackedMuon, orthogonal
 
-LR = {"lr": 0.01, "weight_decay": 0.0, "adjust_lr_fn": "match_rms_adamw"}
+LR = {"lr": 0.01, "weight_decay": 0.1}
 
 
-def test_a_stack_is_stepped_as_its_matrices_are_by_torch():
+@pytest.mark.parametrize("shape", [(8, 6), (6, 8), (5, 5)])
+def test_a_stack_is_stepped_as_its_matrices_are_by_torch(monkeypatch, shape):
+    """torch's own steps, but for the bf16 in which it makes them orthogonal."""
     torch.manual_seed(0)
-    stack = nn.Parameter(torch.randn(3, 8, 6))
+    stack = nn.Parameter(torch.randn(3, *shape))
     matrices = [nn.Parameter(w.clone()) for w in stack.detach()]
-    ours, torchs = StackedMuon([stack], **LR), torch.optim.Muon(matrices, **LR)
-    for _ in range(3):
-        stack.grad = torch.randn_like(stack)
-        for matrix, grad in zip(matrices, stack.grad, strict=True):
-            matrix.grad = grad.clone()
-        ours.step()
-        torchs.step()
-    assert torch.equal(stack.detach(), torch.stack([w.detach() for w in matrices]))
+    ours, torchs = StackedMuon([stack], **LR), torch.optim.Muon(matrices, **LR, adjust_lr_fn="match_rms_adamw")
+    for in_bf16, tolerance in ((False, 1e-6), (True, 2e-3)):
+        with monkeypatch.context() as patched:
+            if not in_bf16:
+                patched.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
+            for _ in range(3):
+                stack.grad = torch.randn_like(stack)
+                for matrix, grad in zip(matrices, stack.grad, strict=True):
+                    matrix.grad = grad.clone()
+                ours.step()
+                torchs.step()
+        torch.testing.assert_close(stack, torch.stack(matrices), rtol=0, atol=tolerance)
+
+
+def test_matrices_become_orthogonal():
+    torch.manual_seed(0)
+    group = torch.optim.Muon([nn.Parameter(torch.zeros(2, 2))]).param_groups[0]
+    x = orthogonal(torch.randn(2, 5, 7), group["ns_coefficients"], group["ns_steps"], group["eps"])
+    singular = torch.linalg.svdvals(x)
+    assert ((singular > 0.5) & (singular < 1.3)).all()
 
 
 def test_an_expert_without_tokens_stays_as_it_is():
     stack = nn.Parameter(torch.randn(2, 4, 4))
     before = stack.detach().clone()
     stack.grad = torch.stack([torch.zeros(4, 4), torch.eye(4)])
-    StackedMuon([stack], **LR).step()
+    StackedMuon([stack], lr=0.01).step()
     assert torch.equal(stack[0], before[0])
     assert not torch.equal(stack[1], before[1])
 
