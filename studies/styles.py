@@ -80,6 +80,9 @@ def measure(cfg: DictConfig) -> None:
     for folder in finished(Path(cfg.folder)):
         if (folder / MEASURED).is_file():
             continue
+        if not (folder / "config.yaml").is_file():
+            log.warning("%s was restored from docs/, which keeps no weights, so nothing of it can be measured", folder)
+            continue
         log.info("measuring %s", folder)
         run, result = load_run(folder), read_json(folder / "result.json")
         base = load_network(run.base, run.network.config, **run.generator.process.network).eval()
