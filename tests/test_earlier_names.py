@@ -1,9 +1,13 @@
 """Names of before still work: configs, stored runs and other code use them."""
 
-from ditune import objectives, rng, samplers
+from ditune import objectives, rng, run, run_experts, samplers
 from ditune.networks import build_network, dit, dit_moe, sizes
 from ditune.objectives import ConsistencyDistillation
 from ditune.processes import FlowProcess
+
+
+def test_functions_are_where_they_were():
+    assert run.load_experts is run_experts.load_experts
 
 
 def test_classes_have_aliases():

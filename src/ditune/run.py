@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -294,3 +295,10 @@ def build_generator(
     generator = ImageGenerator(process, autoencoder, stored["resolution"], bf16=bf16, cache=cache, **drawing)
     samplers.check(generator.sampler, process, generator.steps, cache, generator.guide)
     return generator
+
+
+def __getattr__(name: str) -> Any:
+    """`load_experts`, which has moved and needs this module."""
+    if name == "load_experts":
+        return import_module("ditune.run_experts").load_experts
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
